@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The machine as a hypervisor sees it: processors, memory slots, interrupt controllers.
+
+use std::any::Any;
+use std::fmt;
+use std::sync::Arc;
+
+use ebbtide_bus::irq::{IrqLine, MsiController};
+
+use crate::{Error, Vcpu};
+
+/// A machine inside a hypervisor. Shared by all threads.
+pub trait Vm: Send + Sync {
+    /// Creates processor `index` of a machine that has `cpus` of them.
+    ///
+    /// # Errors
+    /// The index is taken or too high, or the host is out of resources.
+    fn create_vcpu(&self, index: u8, cpus: u8) -> Result<Box<dyn Vcpu>, Error>;
+
+    /// The controller of message-signalled interrupts.
+    fn msi(&self) -> Arc<dyn MsiController>;
+
+    /// Input `gsi` of the interrupt controllers (0 to 23: the I/O APIC's; below 16 also the two 8259's). One holder at a
+    /// time; dropping the line lowers it.
+    ///
+    /// # Errors
+    /// No such input, or it is taken.
+    fn irq_line(&self, gsi: u32) -> Result<Arc<dyn IrqLine>, Error>;
+
+    /// The state of the interrupt controllers that belong to no processor.
+    ///
+    /// # Errors
+    /// The hypervisor refused to tell.
+    fn save_chips(&self) -> Result<ChipState, Error>;
+
+    /// Goes back to a saved state. Lines keep their level.
+    ///
+    /// # Errors
+    /// The state is another hypervisor's, or was refused.
+    fn restore_chips(&self, state: &ChipState) -> Result<(), Error>;
+
+    /// The guest's clock, in nanoseconds since the machine was made.
+    ///
+    /// # Errors
+    /// The hypervisor refused to tell.
+    fn clock_ns(&self) -> Result<u64, Error>;
+
+    /// Sets the guest's clock: a stopped machine goes on at the time it stopped. No processor may be running.
+    ///
+    /// # Errors
+    /// The hypervisor refused.
+    fn set_clock_ns(&self, clock_ns: u64) -> Result<(), Error>;
+
+    /// What the hypervisor can carry.
+    fn limits(&self) -> Limits;
+}
+
+/// What a hypervisor can carry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory slots of one machine.
+    pub slots: usize,
+    /// Width of a guest physical address in bits. Nothing can be mapped at or above `1 << phys_bits`.
+    pub phys_bits: u8,
+    /// Processors of one machine.
+    pub vcpus: u8,
+    /// Frequency of the guest's time stamp counter, where the host knows it.
+    pub tsc_khz: Option<u32>,
+}
+
+/// The state of a machine's interrupt controllers, opaque; only a machine of the same hypervisor takes it back.
+pub struct ChipState(pub(crate) Box<dyn Any + Send + Sync>);
+
+impl fmt::Debug for ChipState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ChipState")
+    }
+}
