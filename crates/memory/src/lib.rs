@@ -1,2 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ebbtide-memory
+//! Guest memory whose parts come and go while the guest runs.
+
+mod access;
+mod cached;
+mod error;
+mod flat;
+mod gpa;
+mod listener;
+mod memory;
+mod pin;
+mod ram;
+mod reader;
+mod slice;
+mod space;
+mod ticket;
+mod tree;
+
+pub use access::{Access, AccessError};
+pub use cached::CachedMap;
+pub use error::Error;
+pub use flat::{FlatIoeventfd, FlatSection, RegionHold, SectionKind};
+pub use gpa::Gpa;
+pub use listener::{Listener, ListenerError, ListenerId};
+pub use memory::{Memory, MemoryConfig};
+pub use pin::{Pin, PinList};
+pub use ram::{Backing, NotifierId, Plugged, RamBlock, RamList, RamNotifier, RamSpec, Seal};
+pub use reader::Reader;
+pub use slice::GuestSlice;
+pub use space::{AddressSpace, ReadGuard, Section};
+pub use ticket::{Holder, Phase, Ticket};
+pub use tree::{Ioeventfd, Mmio, Region, Transaction};

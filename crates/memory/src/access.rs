@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a device does to guest memory, and why it may not.
+
+use thiserror::Error;
+
+use crate::Gpa;
+
+/// What the *device* does to guest memory (the opposite of what the driver calls its buffers).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// The device reads guest memory.
+    Read,
+    /// The device writes guest memory.
+    Write,
+    /// The device does both.
+    ReadWrite,
+}
+
+impl Access {
+    /// Whether the device writes.
+    pub const fn writes(self) -> bool {
+        matches!(self, Access::Write | Access::ReadWrite)
+    }
+}
+
+/// Why a guest address cannot be accessed by a device. All of these a guest can provoke.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum AccessError {
+    /// Nothing answers at the address.
+    #[error("nothing is mapped at {gpa} (length {len})")]
+    Unmapped {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// The device wants to write to ROM.
+    #[error("read-only memory at {gpa} (length {len})")]
+    ReadOnly {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// The address lies in a sparse block whose memory is unplugged.
+    #[error("unplugged memory at {gpa} (length {len})")]
+    Unplugged {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// Device registers or a reservation answer at the address.
+    #[error("not RAM at {gpa} (length {len})")]
+    NotRam {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// The range crosses from one region into another where one contiguous piece is needed.
+    #[error("range at {gpa} (length {len}) spans several regions")]
+    SpansRegions {
+        /// First address of the range.
+        gpa: Gpa,
+        /// Bytes asked for.
+        len: u64,
+    },
+    /// The range wraps around the end of the address space, or an offset lies outside its slice.
+    #[error("range at {gpa} (length {len}) overflows")]
+    Overflow {
+        /// First address of the range.
+        gpa: Gpa,
+        /// Bytes asked for.
+        len: u64,
+    },
+}

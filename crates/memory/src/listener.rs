@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Who follows the map of an address space.
+
+use thiserror::Error;
+
+use crate::{FlatIoeventfd, FlatSection};
+
+/// Why a listener refuses a change.
+#[derive(Debug, Error)]
+#[error("{what}: {reason}")]
+pub struct ListenerError {
+    /// The listener and the object.
+    pub what: String,
+    /// The reason, with the values.
+    pub reason: String,
+}
+
+/// Follows the flat view of an address space: KVM slots, port dispatch, VFIO, vhost.
+///
+/// Called on the thread that changes the map, under the map's writer lock: a listener makes no
+/// blocking call and must not change the map. Removals come first, in reverse order of
+/// priority; additions follow, in order; both before the new view is published.
+pub trait Listener: Send {
+    /// A change begins.
+    fn begin(&mut self) {}
+    /// A section appears. An error takes the whole change back.
+    fn region_add(&mut self, section: &FlatSection) -> Result<(), ListenerError>;
+    /// A section goes. Also called to take back a `region_add` of a change that failed.
+    fn region_del(&mut self, section: &FlatSection);
+    /// An ioeventfd appears. An error takes the whole change back.
+    fn ioeventfd_add(&mut self, _ioeventfd: &FlatIoeventfd) -> Result<(), ListenerError> {
+        Ok(())
+    }
+    /// An ioeventfd goes.
+    fn ioeventfd_del(&mut self, _ioeventfd: &FlatIoeventfd) {}
+    /// The change is complete: published, or taken back.
+    fn commit(&mut self) {}
+}
+
+/// Names a listener of one address space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ListenerId(pub(crate) u64);
