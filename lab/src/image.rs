@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Guest images: a Debian kernel and an initramfs with the agent.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::initramfs::Initramfs;
+use crate::kernel::{Kernel, Series};
+use crate::modules::Modules;
+use crate::places::target_dir;
+use crate::{agent, packages, places};
+
+/// Modules a guest needs; each brings what it depends on. Few and
+/// uncompressed, because the time to boot is measured.
+const GUEST_MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "virtio_mem"];
+
+/// What every test guest is started with. A bare `online_movable` guest can
+/// give back all the memory it was lent.
+pub const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable";
+
+/// What a VMM boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Image {
+    /// Kernel release.
+    pub version: String,
+    /// The bzImage.
+    pub kernel: PathBuf,
+    /// The initramfs, uncompressed.
+    pub initrd: PathBuf,
+}
+
+/// Downloads and builds what a guest with this kernel needs.
+///
+/// # Errors
+/// A package, a module or the agent is not to be had.
+pub fn build(series: Series) -> Result<Image> {
+    packages::ensure_packages(&["busybox-static"])?;
+    let kernel = Kernel::cloud(series)?;
+    let modules = Modules::open(&kernel.modules)?.resolve(&GUEST_MODULES)?;
+    let programs = agent::build()?;
+    let read = |path: &PathBuf| fs::read(path).with_context(|| format!("read {}", path.display()));
+    let mut archive = Initramfs::bootable(&read(&programs.agent)?, &modules);
+    archive.file("/bin/busybox", 0o755, &read(&packages::static_busybox()?)?);
+    archive.symlink("/bin/sh", "busybox");
+    let initrd = target_dir()?
+        .join("images")
+        .join(format!("{}.cpio", kernel.version));
+    // In the capsule the tree is read-only; the image is there already, unchanged.
+    places::write_whole(&initrd, &archive.finish())?;
+    Ok(Image {
+        version: kernel.version,
+        kernel: kernel.vmlinuz,
+        initrd,
+    })
+}

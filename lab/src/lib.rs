@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where Ebbtide is tried out.
+//!
+//! - [`packages`], [`kernel`], [`modules`], [`initramfs`], [`image`]: guest
+//!   images from Debian's packages;
+//! - [`capsule`]: a machine with KVM where there is none; [`probe`] chooses;
+//! - [`vmm`], [`qmp`], [`guest`]: a VMM under test, from outside and from inside.
+
+mod apt;
+mod elf;
+
+pub mod agent;
+pub mod capsule;
+pub mod image;
+pub mod initramfs;
+pub mod kernel;
+pub mod modules;
+pub mod packages;
+pub mod places;
+pub mod process;

@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `ebbtide-lab`: runs commands in the capsule, builds guest images.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Parser, Subcommand};
+use ebbtide_lab::capsule::{Capsule, Interrupted, Invocation};
+use ebbtide_lab::image;
+use ebbtide_lab::kernel::Series;
+
+/// Where Ebbtide is tried out: guest images and the capsule.
+#[derive(Parser)]
+#[command(name = "ebbtide-lab")]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a command in a machine that has a real KVM (QEMU emulates it)
+    ///
+    /// The command sees this machine's files, read-only, under the same paths; /tmp is fresh.
+    /// Its exit code is this program's.
+    Capsule(CapsuleOptions),
+    /// Build a guest image and print the paths of its kernel and initrd
+    Image {
+        /// The kernel: 6.1 or 6.12
+        #[arg(long)]
+        kernel: Series,
+    },
+}
+
+#[derive(clap::Args)]
+struct CapsuleOptions {
+    /// RAM of the machine in MiB
+    #[arg(long, default_value_t = 10_000)]
+    memory: u64,
+    /// Processors of the machine
+    #[arg(long, default_value_t = 2)]
+    cpus: u32,
+    /// A directory the command may write to, under the same path; may be repeated
+    #[arg(long, value_name = "DIR")]
+    share: Vec<PathBuf>,
+    /// Give up after this many seconds
+    #[arg(long, value_name = "SECONDS")]
+    timeout: Option<f64>,
+    /// Keep the kernel's messages in this file
+    #[arg(long, value_name = "FILE")]
+    console: Option<PathBuf>,
+    /// Say how long it took
+    #[arg(long)]
+    verbose: bool,
+    /// The command
+    #[arg(last = true, required = true)]
+    argv: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    match run(Options::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            if let Some(interrupted) = error.downcast_ref::<Interrupted>() {
+                return exit_code(128 + interrupted.signal);
+            }
+            eprintln!("ebbtide-lab: {error:#}");
+            // Told apart from the command's own failures, as `env` and `timeout` do.
+            ExitCode::from(125)
+        }
+    }
+}
+
+fn exit_code(code: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}
+
+fn run(options: Options) -> Result<ExitCode> {
+    match options.command {
+        Command::Capsule(options) => run_in_capsule(options),
+        Command::Image { kernel } => {
+            let image = image::build(kernel)?;
+            println!("{}\n{}", image.kernel.display(), image.initrd.display());
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
+    let capsule = Capsule {
+        memory_mib: options.memory,
+        cpus: options.cpus,
+        shares: options.share,
+        timeout: options
+            .timeout
+            .map(Duration::try_from_secs_f64)
+            .transpose()
+            .context("--timeout")?,
+        console_log: options.console,
+        ..Capsule::default()
+    };
+    let invocation = Invocation::here(options.argv)?;
+    let outcome = capsule.run(&invocation, &mut std::io::stdout(), &mut std::io::stderr())?;
+    if options.verbose {
+        eprintln!(
+            "capsule: command started after {:.2?}, ended after {:.2?}",
+            outcome.boot, outcome.total
+        );
+    }
+    Ok(exit_code(outcome.shell_code()))
+}
