@@ -65,21 +65,33 @@ pub struct SharedLine {
 impl SharedLine {
     /// Wraps the input pin `line`.
     pub fn new(line: Arc<dyn IrqLine>) -> Arc<Self> {
-        Arc::new(Self { line, level: std::sync::Mutex::new(0), next: AtomicU8::new(0) })
+        Arc::new(Self {
+            line,
+            level: std::sync::Mutex::new(0),
+            next: AtomicU8::new(0),
+        })
     }
 
     /// A further source of the line, or `None` when all 8 are taken.
     pub fn source(self: &Arc<Self>) -> Option<Arc<dyn IrqLine>> {
         let bit = self
             .next
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < 8).then(|| n + 1))
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| {
+                (n < 8).then(|| n + 1)
+            })
             .ok()?;
-        Some(Arc::new(SharedSource { shared: Arc::clone(self), mask: 1 << bit }))
+        Some(Arc::new(SharedSource {
+            shared: Arc::clone(self),
+            mask: 1 << bit,
+        }))
     }
 
     fn set(&self, mask: u8, high: bool) {
         // The line is driven under the lock: two sources changing at once must not leave it at a stale level.
-        let mut level = self.level.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut level = self
+            .level
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
         let was = *level != 0;
         *level = if high { *level | mask } else { *level & !mask };
         let is = *level != 0;
@@ -130,7 +142,10 @@ pub enum IrqError {
 impl IrqError {
     /// The host refused `operation` with `source`.
     pub fn host(operation: &'static str, source: impl Into<std::io::Error>) -> Self {
-        Self::Host { operation, source: source.into() }
+        Self::Host {
+            operation,
+            source: source.into(),
+        }
     }
 }
 

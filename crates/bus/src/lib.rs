@@ -13,4 +13,8 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod acpi;
+pub mod gated;
 pub mod irq;
+pub mod log_limit;
+pub mod pci;

@@ -1,0 +1,260 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Base address registers (PCI 3.0, 6.2.5) and where they show up in the memory map.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ebbtide_memory::{Error, Memory, Region, Transaction};
+
+use super::registers::{BAR0, Registers};
+
+/// How many BARs a type 0 header has.
+pub(super) const BAR_COUNT: u8 = 6;
+/// The smallest BAR: a page, so that no two devices share one.
+const MIN_SIZE_BYTES: u64 = 4096;
+/// All BARs have the same place in the map's order: where two overlap, either may win.
+const BAR_PRIORITY: i32 = 0;
+
+/// The address ranges a host bridge forwards to its bus. A BAR outside of them is not decoded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Windows {
+    /// Below 4 GiB, for 32-bit BARs.
+    pub mmio32: Range<u64>,
+    /// Above all RAM, for 64-bit prefetchable BARs.
+    pub mmio64: Range<u64>,
+}
+
+impl Windows {
+    fn contain(&self, start: u64, size_bytes: u64) -> bool {
+        let Some(end) = start.checked_add(size_bytes) else {
+            return false;
+        };
+        [&self.mmio32, &self.mmio64]
+            .into_iter()
+            .any(|window| window.start <= start && end <= window.end)
+    }
+}
+
+/// Width and attributes of a memory BAR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    /// 32 bits, not prefetchable.
+    Mem32,
+    /// 64 bits; takes the next BAR's dword too.
+    Mem64 {
+        /// Reading has no side effects; such a BAR is placed above 4 GiB.
+        prefetchable: bool,
+    },
+}
+
+impl BarKind {
+    /// The read-only low bits of the register.
+    fn type_bits(self) -> u32 {
+        match self {
+            Self::Mem32 => 0,
+            Self::Mem64 {
+                prefetchable: false,
+            } => 4,
+            Self::Mem64 { prefetchable: true } => 12,
+        }
+    }
+
+    /// Whether it takes two dwords.
+    pub fn is_64bit(self) -> bool {
+        matches!(self, Self::Mem64 { .. })
+    }
+}
+
+/// What a BAR asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarSpec {
+    /// A power of two, at least 4096; at most 2 GiB in 32 bits.
+    pub size_bytes: u64,
+    /// Width and attributes.
+    pub kind: BarKind,
+}
+
+impl BarSpec {
+    /// What is wrong with a BAR of this kind as number `index`.
+    pub(super) fn fault(&self, index: u8) -> Option<&'static str> {
+        let last = if self.kind.is_64bit() {
+            BAR_COUNT - 2
+        } else {
+            BAR_COUNT - 1
+        };
+        if index > last {
+            Some("there is no such bar")
+        } else if !self.size_bytes.is_power_of_two() || self.size_bytes < MIN_SIZE_BYTES {
+            Some("the size must be a power of two of at least 4096")
+        } else if !self.kind.is_64bit() && self.size_bytes > 1 << 31 {
+            Some("the size must fit a 32-bit bar")
+        } else {
+            None
+        }
+    }
+
+    /// Defines the registers: writable address bits, which is all the sizing protocol needs, and read-only type bits.
+    pub(super) fn define(&self, index: u8, registers: &mut Registers) {
+        let writable = !(self.size_bytes.wrapping_sub(1));
+        let (low, high) = (writable as u32, (writable >> 32) as u32);
+        registers.define(
+            bar_offset(index),
+            &self.kind.type_bits().to_le_bytes(),
+            &low.to_le_bytes(),
+        );
+        if self.kind.is_64bit() {
+            registers.define(bar_offset(index + 1), &[0; 4], &high.to_le_bytes());
+        }
+    }
+}
+
+/// Offset of BAR `index` in configuration space.
+pub(super) fn bar_offset(index: u8) -> u16 {
+    BAR0 + 4 * u16::from(index)
+}
+
+/// A BAR as it is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarInfo {
+    /// Its number, 0 to 5.
+    pub index: u8,
+    /// What it asks for.
+    pub spec: BarSpec,
+    /// What the guest wrote, type bits off.
+    pub address: u64,
+    /// Whether it is in the memory map, at `address`.
+    pub mapped: bool,
+}
+
+/// One BAR of a function.
+pub(super) struct Bar {
+    pub(super) index: u8,
+    pub(super) spec: BarSpec,
+    pub(super) region: Arc<Region>,
+    /// Where it is in the map.
+    pub(super) mapped: Option<u64>,
+}
+
+impl Bar {
+    /// What the registers say, type bits off.
+    pub(super) fn address(&self, registers: &Registers) -> u64 {
+        let offset = bar_offset(self.index);
+        let low = u64::from(registers.read(offset, 4));
+        let high = if self.spec.kind.is_64bit() {
+            u64::from(registers.read(offset + 4, 4))
+        } else {
+            0
+        };
+        (high << 32 | low) & !(self.spec.size_bytes.wrapping_sub(1))
+    }
+
+    /// Where it should be in the map. The all-ones pattern of the sizing protocol and everything else that no window
+    /// holds is nowhere.
+    fn wanted(&self, registers: &Registers, windows: &Windows) -> Option<u64> {
+        let address = self.address(registers);
+        windows
+            .contain(address, self.spec.size_bytes)
+            .then_some(address)
+    }
+}
+
+/// Where the BARs of a bus are put.
+#[derive(Clone)]
+pub(super) struct BarSpace {
+    pub(super) memory: Arc<Memory>,
+    /// Guest-physical address 0 is at its offset 0.
+    pub(super) container: Arc<Region>,
+    pub(super) windows: Windows,
+}
+
+/// A BAR that has to move.
+#[derive(Clone, Copy)]
+struct Move {
+    at: usize,
+    to: Option<u64>,
+}
+
+impl BarSpace {
+    /// Puts the BARs' regions into the container, hidden.
+    pub(super) fn adopt(&self, bars: &mut [Bar]) -> Result<(), Error> {
+        self.memory.update(|change| {
+            for bar in bars.iter() {
+                change.set_enabled(&bar.region, false)?;
+                change.add(&self.container, &bar.region, 0, BAR_PRIORITY)?;
+            }
+            Ok(())
+        })?;
+        bars.iter_mut().for_each(|bar| bar.mapped = None);
+        Ok(())
+    }
+
+    /// Takes the BARs' regions out of the container.
+    pub(super) fn release(&self, bars: &mut [Bar]) -> Result<(), Error> {
+        self.memory
+            .update(|change| bars.iter().try_for_each(|bar| change.remove(&bar.region)))?;
+        bars.iter_mut().for_each(|bar| bar.mapped = None);
+        Ok(())
+    }
+
+    /// Makes the map show what the registers say, in one change. When the map refuses that, the BARs it refuses stay
+    /// unmapped, the others are mapped, and the last refusal is returned.
+    pub(super) fn follow(
+        &self,
+        bars: &mut [Bar],
+        registers: &Registers,
+        decode: bool,
+    ) -> Result<(), Error> {
+        let moves: Vec<Move> = bars
+            .iter()
+            .enumerate()
+            .map(|(at, bar)| Move {
+                at,
+                to: bar.wanted(registers, &self.windows).filter(|_| decode),
+            })
+            .filter(|step| bars.get(step.at).is_some_and(|bar| bar.mapped != step.to))
+            .collect();
+        if moves.is_empty() || self.apply(bars, &moves).is_ok() {
+            return Ok(());
+        }
+        let hides: Vec<Move> = moves
+            .iter()
+            .map(|step| Move {
+                at: step.at,
+                to: None,
+            })
+            .collect();
+        let mut result = self.apply(bars, &hides);
+        for step in moves.iter().filter(|step| step.to.is_some()) {
+            let applied = self.apply(bars, &[*step]);
+            result = result.and(applied);
+        }
+        result
+    }
+
+    fn apply(&self, bars: &mut [Bar], moves: &[Move]) -> Result<(), Error> {
+        self.memory.update(|change| {
+            for step in moves {
+                if let Some(bar) = bars.get(step.at) {
+                    place(change, bar, step.to)?;
+                }
+            }
+            Ok(())
+        })?;
+        for step in moves {
+            if let Some(bar) = bars.get_mut(step.at) {
+                bar.mapped = step.to;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn place(change: &mut Transaction<'_>, bar: &Bar, to: Option<u64>) -> Result<(), Error> {
+    match to {
+        Some(address) => {
+            change.set_offset(&bar.region, address)?;
+            change.set_enabled(&bar.region, true)
+        }
+        None => change.set_enabled(&bar.region, false),
+    }
+}

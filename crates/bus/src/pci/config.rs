@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A function's configuration space: type 0 header, capabilities, 4 KiB (PCI 3.0, 6; PCIe 5.0, 7.5).
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ebbtide_gate::Gate;
+use ebbtide_memory::Region;
+
+use super::bar::{Bar, BarInfo, BarSpace, BarSpec};
+use super::msix::{CONTROL_ENABLE, CONTROL_FUNCTION_MASK, Msix};
+use super::registers::{
+    BAR0, CACHE_LINE, CAPABILITIES, COMMAND, EXTENDED, HEADER_END, HEADER_TYPE, INTERRUPT_LINE,
+    REVISION, Registers, STATUS, SUBSYSTEM_VENDOR, VENDOR, touches,
+};
+use super::{BarKind, CONFIG_SIZE_BYTES, PciError};
+use crate::gated;
+use crate::log_limit::LogLimit;
+
+/// Capability id of MSI-X.
+const CAPABILITY_MSIX: u8 = 0x11;
+/// STATUS bit: there is a capability list.
+const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// STATUS bits a guest clears by writing ones: parity and abort errors.
+const STATUS_ERRORS: u16 = 0xf900;
+/// HEADER_TYPE bit: functions 1 to 7 may exist.
+const MULTIFUNCTION: u8 = 0x80;
+
+/// What a function is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ids {
+    /// Vendor id.
+    pub vendor: u16,
+    /// Device id.
+    pub device: u16,
+    /// Revision id.
+    pub revision: u8,
+    /// Base class, sub-class and programming interface in bits 23 to 0.
+    pub class: u32,
+    /// Subsystem vendor id.
+    pub subsystem_vendor: u16,
+    /// Subsystem id.
+    pub subsystem: u16,
+}
+
+/// The COMMAND register.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Command(pub u16);
+
+impl Command {
+    /// Memory BARs are decoded.
+    pub const MEMORY: u16 = 1 << 1;
+    /// The function may access memory and send messages.
+    pub const MASTER: u16 = 1 << 2;
+    /// Parity error response.
+    const PARITY: u16 = 1 << 6;
+    /// SERR# enable.
+    const SERR: u16 = 1 << 8;
+    /// The interrupt pin is not to be used.
+    pub const INTX_DISABLE: u16 = 1 << 10;
+    /// What a guest may set. I/O decoding is not there: no function has I/O BARs.
+    const WRITABLE: u16 =
+        Self::MEMORY | Self::MASTER | Self::PARITY | Self::SERR | Self::INTX_DISABLE;
+
+    /// Whether memory BARs are decoded.
+    pub fn memory(self) -> bool {
+        self.0 & Self::MEMORY != 0
+    }
+
+    /// Whether the function is a bus master.
+    pub fn master(self) -> bool {
+        self.0 & Self::MASTER != 0
+    }
+}
+
+/// A function's configuration space.
+///
+/// It is built with `&mut self` and then shared: [`read`](Self::read) and [`write`](Self::write) are what a guest does,
+/// from any thread. When a write to a BAR or to COMMAND returns, the BAR's region has moved in the memory map.
+pub struct Config {
+    gate: Arc<Gate>,
+    msix: Option<(Arc<Msix>, u16)>,
+    state: Mutex<State>,
+    refused: LogLimit,
+}
+
+struct State {
+    registers: Registers,
+    bars: Vec<Bar>,
+    /// Set while the function is on a bus.
+    space: Option<BarSpace>,
+    /// Where the next capability goes, and the byte that will point to it.
+    next_capability: u16,
+    capability_link: u16,
+    /// The same for the extended space; the link is a header's offset.
+    next_extended: u16,
+    extended_link: Option<u16>,
+}
+
+impl Config {
+    /// The configuration space of the device whose lifetime `gate` guards; its name is the gate's.
+    pub fn new(gate: &Arc<Gate>, ids: Ids) -> Self {
+        let mut registers = Registers::new();
+        registers.define(VENDOR, &ids.vendor.to_le_bytes(), &[]);
+        registers.define(VENDOR + 2, &ids.device.to_le_bytes(), &[]);
+        registers.define(COMMAND, &[0; 2], &Command::WRITABLE.to_le_bytes());
+        registers.define_write_one_clears(STATUS, &STATUS_ERRORS.to_le_bytes());
+        let [interface, subclass, class, _] = ids.class.to_le_bytes();
+        registers.define(REVISION, &[ids.revision, interface, subclass, class], &[]);
+        registers.define(CACHE_LINE, &[0], &[0xff]);
+        registers.define(SUBSYSTEM_VENDOR, &ids.subsystem_vendor.to_le_bytes(), &[]);
+        registers.define(SUBSYSTEM_VENDOR + 2, &ids.subsystem.to_le_bytes(), &[]);
+        registers.define(INTERRUPT_LINE, &[0], &[0xff]);
+        Self {
+            gate: Arc::clone(gate),
+            msix: None,
+            state: Mutex::new(State {
+                registers,
+                bars: Vec::new(),
+                space: None,
+                next_capability: HEADER_END,
+                capability_link: CAPABILITIES,
+                next_extended: EXTENDED,
+                extended_link: None,
+            }),
+            refused: LogLimit::default(),
+        }
+    }
+
+    /// Adds BAR `index`, which shows `region` (of the BAR's size) wherever the guest puts it. The region's registers
+    /// should be behind the device's gate: [`gated::behind`].
+    ///
+    /// # Errors
+    /// [`PciError::BadBar`].
+    pub fn add_bar(
+        &mut self,
+        index: u8,
+        spec: BarSpec,
+        region: Arc<Region>,
+    ) -> Result<(), PciError> {
+        let name = self.gate.name().to_owned();
+        let state = self.state_mut();
+        let first_free = |bar: &Bar| bar.index + 1 + u8::from(bar.spec.kind.is_64bit());
+        let overlaps = |bar: &Bar| {
+            index < first_free(bar) && bar.index <= index + u8::from(spec.kind.is_64bit())
+        };
+        let fault = match spec.fault(index) {
+            Some(fault) => Some(fault),
+            None if state.bars.iter().any(overlaps) => Some("the register is taken"),
+            None if region.size() != u128::from(spec.size_bytes) => {
+                Some("the region has another size")
+            }
+            None => None,
+        };
+        if let Some(reason) = fault {
+            return Err(PciError::BadBar {
+                name,
+                index,
+                size_bytes: spec.size_bytes,
+                reason,
+            });
+        }
+        spec.define(index, &mut state.registers);
+        state.bars.push(Bar {
+            index,
+            spec,
+            region,
+            mapped: None,
+        });
+        state.bars.sort_by_key(|bar| bar.index);
+        Ok(())
+    }
+
+    /// Appends a capability and returns its offset. `body` is what follows the id and the link, `writable` the bits of it
+    /// a guest may write (missing bytes: none).
+    ///
+    /// # Errors
+    /// [`PciError::CapabilitySpace`].
+    pub fn add_capability(
+        &mut self,
+        id: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Result<u16, PciError> {
+        let name = self.gate.name().to_owned();
+        let state = self.state_mut();
+        let offset = state.next_capability;
+        let end = usize::from(offset) + 2 + body.len();
+        if end > usize::from(EXTENDED) {
+            return Err(PciError::CapabilitySpace {
+                name,
+                bytes: body.len() + 2,
+            });
+        }
+        state.registers.define(offset, &[id, 0], &[]);
+        state.registers.define(offset + 2, body, writable);
+        let [link, _] = offset.to_le_bytes();
+        state.registers.define(state.capability_link, &[link], &[]);
+        let [status, _] = STATUS_CAPABILITIES.to_le_bytes();
+        state.registers.define(STATUS, &[status], &[]);
+        state.capability_link = offset + 1;
+        state.next_capability = end.next_multiple_of(4) as u16;
+        Ok(offset)
+    }
+
+    /// Appends an extended capability (PCIe 5.0, 7.6.3) and returns its offset. `body` is what follows the header dword.
+    ///
+    /// # Errors
+    /// [`PciError::CapabilitySpace`].
+    pub fn add_extended_capability(
+        &mut self,
+        id: u16,
+        version: u8,
+        body: &[u8],
+        writable: &[u8],
+    ) -> Result<u16, PciError> {
+        let name = self.gate.name().to_owned();
+        let state = self.state_mut();
+        let offset = state.next_extended;
+        let end = usize::from(offset) + 4 + body.len();
+        if end > usize::from(CONFIG_SIZE_BYTES) {
+            return Err(PciError::CapabilitySpace {
+                name,
+                bytes: body.len() + 4,
+            });
+        }
+        let header = u32::from(id) | u32::from(version & 0xf) << 16;
+        state.registers.define(offset, &header.to_le_bytes(), &[]);
+        state.registers.define(offset + 4, body, writable);
+        if let Some(previous) = state.extended_link {
+            let header = state.registers.read(previous, 4) & 0x000f_ffff | u32::from(offset) << 20;
+            state.registers.define(previous, &header.to_le_bytes(), &[]);
+        }
+        state.extended_link = Some(offset);
+        state.next_extended = end.next_multiple_of(4) as u16;
+        Ok(offset)
+    }
+
+    /// Adds MSI-X: its capability, and BAR `index` (32 bits) that holds the table and the pending bits.
+    ///
+    /// # Errors
+    /// The BAR or the capability does not fit.
+    pub fn add_msix(&mut self, index: u8, msix: &Arc<Msix>) -> Result<(), PciError> {
+        let name = self.gate.name().to_owned();
+        let size_bytes = msix.bar_size_bytes();
+        let registers = gated::behind(&self.gate, Arc::clone(msix) as _);
+        let region = Region::mmio(format!("{name}-msix"), size_bytes, registers);
+        self.add_bar(
+            index,
+            BarSpec {
+                size_bytes,
+                kind: BarKind::Mem32,
+            },
+            region,
+        )?;
+        let mut body = [0; 10];
+        let table = u32::from(index);
+        let pending = msix.pending_offset() | u32::from(index);
+        let fields = (msix.vector_count() - 1)
+            .to_le_bytes()
+            .into_iter()
+            .chain(table.to_le_bytes())
+            .chain(pending.to_le_bytes());
+        for (to, from) in body.iter_mut().zip(fields) {
+            *to = from;
+        }
+        let writable = (CONTROL_ENABLE | CONTROL_FUNCTION_MASK).to_le_bytes();
+        let offset = self.add_capability(CAPABILITY_MSIX, &body, &writable)?;
+        self.msix = Some((Arc::clone(msix), offset + 2));
+        Ok(())
+    }
+
+    /// Says that the slot has more functions than this one, its function 0.
+    pub fn set_multifunction(&mut self) {
+        self.state_mut()
+            .registers
+            .define(HEADER_TYPE, &[MULTIFUNCTION], &[]);
+    }
+
+    /// The device's gate.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// The function's MSI-X, if it has any.
+    pub fn msix(&self) -> Option<&Arc<Msix>> {
+        self.msix.as_ref().map(|(msix, _)| msix)
+    }
+
+    /// The COMMAND register.
+    pub fn command(&self) -> Command {
+        Command(self.state().registers.read_u16(COMMAND))
+    }
+
+    /// The BARs as they are now, by index.
+    pub fn bars(&self) -> Vec<BarInfo> {
+        let state = self.state();
+        let info = |bar: &Bar| BarInfo {
+            index: bar.index,
+            spec: bar.spec,
+            address: bar.address(&state.registers),
+            mapped: bar.mapped.is_some(),
+        };
+        state.bars.iter().map(info).collect()
+    }
+
+    /// What a guest reads: 1, 2 or 4 bytes, little-endian. All ones outside of the space.
+    pub fn read(&self, offset: u16, size: u8) -> u32 {
+        self.state().registers.read(offset, size)
+    }
+
+    /// What a guest's write of 1, 2 or 4 bytes does.
+    pub fn write(&self, offset: u16, size: u8, value: u32) {
+        let mut state = self.state();
+        state.registers.write(offset, size, value);
+        let bars = 4 * u16::from(super::bar::BAR_COUNT);
+        if touches(offset, size, COMMAND, 2) || touches(offset, size, BAR0, bars) {
+            self.follow(&mut state);
+        }
+        if let Some((msix, control)) = &self.msix
+            && touches(offset, size, *control, 2)
+        {
+            msix.set_control(state.registers.read_u16(*control));
+        }
+    }
+
+    /// Changes what registers read as, read-only ones too: what the device itself does. Not for BARs, COMMAND or MSI-X.
+    pub fn set(&self, offset: u16, bytes: &[u8]) {
+        self.state().registers.set(offset, bytes);
+    }
+
+    /// Power-on state: BARs unmapped and zero, MSI-X off and masked.
+    pub fn reset(&self) {
+        let mut state = self.state();
+        state.registers.reset();
+        self.follow(&mut state);
+        if let Some((msix, _)) = &self.msix {
+            msix.reset();
+        }
+    }
+
+    /// Puts the function on a bus.
+    pub(super) fn attach(&self, space: &BarSpace) -> Result<(), PciError> {
+        let mut state = self.state();
+        let adopted = space.adopt(&mut state.bars);
+        adopted.map_err(|source| PciError::Memory {
+            name: self.gate.name().to_owned(),
+            source,
+        })?;
+        state.space = Some(space.clone());
+        self.follow(&mut state);
+        Ok(())
+    }
+
+    /// Takes the BARs out of the memory map for good: whatever a guest still writes has no effect on the map.
+    pub(super) fn release(&self) -> Result<(), PciError> {
+        let mut state = self.state();
+        let State { bars, space, .. } = &mut *state;
+        if let Some(space) = space {
+            let released = space.release(bars);
+            released.map_err(|source| PciError::Memory {
+                name: self.gate.name().to_owned(),
+                source,
+            })?;
+        }
+        state.space = None;
+        Ok(())
+    }
+
+    fn follow(&self, state: &mut State) {
+        let State {
+            registers,
+            bars,
+            space: Some(space),
+            ..
+        } = state
+        else {
+            return;
+        };
+        let decode = Command(registers.read_u16(COMMAND)).memory();
+        if let Err(error) = space.follow(bars, registers, decode)
+            && let Some(suppressed) = self.refused.allow()
+        {
+            tracing::warn!(device = self.gate.name(), %error, suppressed, "a bar stays unmapped");
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn state_mut(&mut self) -> &mut State {
+        self.state.get_mut().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! PCI: configuration space, BARs, MSI-X, and the host bridge they hang on.
+//!
+//! ```text
+//! guest ── ECAM / ports 0xcf8.. ──▶ HostBridge ── gate ──▶ Function ──▶ Config ──┬─▶ BARs: Memory::update
+//!                                                                              └─▶ Msix: table in a BAR, routes
+//! device ── MsixVector::signal ──▶ Msix ──▶ MsiRoute
+//! ```
+//!
+//! Locks, in the order they may be taken: the bridge's placement of BARs (control thread only), a function's
+//! configuration space, then either the memory map's writer lock or MSI-X (function, then one vector). The bridge's table
+//! of functions is locked only to look one up, never during an access.
+
+mod bar;
+mod config;
+mod host_bridge;
+mod msix;
+mod placement;
+mod registers;
+
+#[cfg(test)]
+mod fakes;
+
+use std::sync::Arc;
+
+pub use bar::{BarInfo, BarKind, BarSpec, Windows};
+pub use config::{Command, Config, Ids};
+pub use host_bridge::HostBridge;
+pub use msix::{Msix, MsixVector};
+
+/// Bytes of one function's configuration space.
+pub const CONFIG_SIZE_BYTES: u16 = 4096;
+
+/// Where a function is on its bus: slot 0 to 31, function 0 to 7.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Devfn(u8);
+
+impl Devfn {
+    /// Function `function` of slot `slot`, or `None` when there is no such place.
+    pub fn new(slot: u8, function: u8) -> Option<Self> {
+        (slot < 32 && function < 8).then_some(Self(slot << 3 | function))
+    }
+
+    /// As it is encoded in a requester id and in configuration addresses.
+    pub fn from_bits(bits: u8) -> Self {
+        Self(bits)
+    }
+
+    /// Slot (device number), 0 to 31.
+    pub fn slot(self) -> u8 {
+        self.0 >> 3
+    }
+
+    /// Function number, 0 to 7.
+    pub fn function(self) -> u8 {
+        self.0 & 7
+    }
+
+    fn index(self) -> usize {
+        self.0.into()
+    }
+}
+
+impl std::fmt::Display for Devfn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:02x}.{}", self.slot(), self.function())
+    }
+}
+
+impl std::fmt::Debug for Devfn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        std::fmt::Display::fmt(self, f)
+    }
+}
+
+/// One PCI function. Every method may be called from any vCPU thread and must not block.
+///
+/// The bridge enters the gate of [`config`](Self::config) around each access: once that is closed the function is not
+/// called any more, the guest reads all ones and its writes are dropped.
+pub trait Function: Send + Sync {
+    /// The function's configuration space.
+    fn config(&self) -> &Config;
+
+    /// A guest's read of 1, 2 or 4 bytes that don't cross a dword boundary.
+    fn read_config(&self, offset: u16, size: u8) -> u32 {
+        self.config().read(offset, size)
+    }
+
+    /// A guest's write of 1, 2 or 4 bytes that don't cross a dword boundary.
+    fn write_config(&self, offset: u16, size: u8, value: u32) {
+        self.config().write(offset, size, value);
+    }
+
+    /// Back to the power-on state, configuration space included. The machine has stopped the vCPUs.
+    fn reset(&self) {
+        self.config().reset();
+    }
+}
+
+/// Why the PCI bus could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum PciError {
+    /// There are 32 slots.
+    #[error("pci slot {0} does not exist: slots are 0 to 31")]
+    NoSuchSlot(u8),
+    /// Another function is there.
+    #[error("pci address {0} is in use")]
+    InUse(Devfn),
+    /// Every slot is taken.
+    #[error("no free pci slot")]
+    Full,
+    /// Nothing is there.
+    #[error("pci address {0} is empty")]
+    Empty(Devfn),
+    /// A function is only detached after its gate was closed and has drained.
+    #[error("{name} at pci address {devfn} is still in use: its gate has not drained")]
+    NotDrained {
+        /// The device.
+        name: String,
+        /// Where it is.
+        devfn: Devfn,
+    },
+    /// A BAR that can't be.
+    #[error("{name}: bar {index} of {size_bytes:#x} bytes: {reason}")]
+    BadBar {
+        /// The device.
+        name: String,
+        /// Which BAR.
+        index: u8,
+        /// Its size.
+        size_bytes: u64,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// The capability list is full.
+    #[error("{name}: no room for a capability of {bytes} bytes")]
+    CapabilitySpace {
+        /// The device.
+        name: String,
+        /// Bytes asked for.
+        bytes: usize,
+    },
+    /// 1 to 2048 vectors are possible.
+    #[error("{0} msi-x vectors: 1 to 2048 are possible")]
+    VectorCount(u16),
+    /// Neither window has room for a BAR.
+    #[error("no room in the pci windows for bar {index} ({size_bytes:#x} bytes) of {devfn}")]
+    NoRoom {
+        /// Where the function is.
+        devfn: Devfn,
+        /// Which BAR.
+        index: u8,
+        /// Its size.
+        size_bytes: u64,
+    },
+    /// The memory map refused a BAR.
+    #[error("{name}: {source}")]
+    Memory {
+        /// The device.
+        name: String,
+        /// Why.
+        #[source]
+        source: ebbtide_memory::Error,
+    },
+    /// No interrupt route.
+    #[error(transparent)]
+    Irq(#[from] crate::irq::IrqError),
+}
+
+/// A function the caller may use although others can close it: the lease is held as long as this lives.
+struct Entered {
+    // Dropped first: after the lease is gone the owner may rely on being the last one to hold the function.
+    function: Arc<dyn Function>,
+    _lease: ebbtide_gate::Lease,
+}
