@@ -51,7 +51,12 @@ impl Waiters {
 
 /// Wakes everybody, outside the lock: a waker may run anything, also code that comes back to this gate.
 pub(crate) fn wake_all(waiters: &Mutex<Waiters>) {
-    let woken = std::mem::take(&mut waiters.lock().unwrap_or_else(PoisonError::into_inner).wakers);
+    let woken = std::mem::take(
+        &mut waiters
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .wakers,
+    );
     for (_, waker) in woken {
         waker.wake();
     }
@@ -84,7 +89,11 @@ impl Future for Drained {
             return Poll::Ready(());
         }
         let waker = cx.waker().clone();
-        let mut waiters = this.gate.waiters().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiters = this
+            .gate
+            .waiters()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if this.gate.announce_waiter() {
             drop(waiters);
             return Poll::Ready(());
@@ -100,7 +109,11 @@ impl Future for Drained {
 impl Drop for Drained {
     fn drop(&mut self) {
         let Some(key) = self.key else { return };
-        let mut waiters = self.gate.waiters().lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiters = self
+            .gate
+            .waiters()
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let withdrawn = waiters.take(key);
         drop(waiters);
         drop(withdrawn);
@@ -109,7 +122,9 @@ impl Drop for Drained {
 
 impl fmt::Debug for Drained {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Drained").field("gate", &self.gate).finish_non_exhaustive()
+        f.debug_struct("Drained")
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
     }
 }
 
@@ -126,12 +141,18 @@ pub(crate) fn block(gate: &Arc<Gate>, deadline: Instant) -> Result<(), Stalled> 
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut drained = gate.drained();
     loop {
-        if Pin::new(&mut drained).poll(&mut Context::from_waker(&waker)).is_ready() {
+        if Pin::new(&mut drained)
+            .poll(&mut Context::from_waker(&waker))
+            .is_ready()
+        {
             return Ok(());
         }
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(Stalled { name: gate.name().to_owned(), held: gate.held() });
+            return Err(Stalled {
+                name: gate.name().to_owned(),
+                held: gate.held(),
+            });
         }
         std::thread::park_timeout(left);
     }

@@ -34,7 +34,10 @@ impl Gate {
     ///
     /// `None` also when 2³⁰-1 register accesses or 2³²-1 requests are already inside. Never waits.
     pub fn enter(self: &Arc<Self>, kind: Entry) -> Option<Lease> {
-        self.admit(kind).then(|| Lease { gate: Arc::clone(self), kind })
+        self.admit(kind).then(|| Lease {
+            gate: Arc::clone(self),
+            kind,
+        })
     }
 
     /// Shuts the gate; true for the one call that did it. Never waits, never re-opens.
@@ -111,7 +114,10 @@ impl Gate {
         let mut seen = self.word.load(Ordering::Relaxed);
         while let Some(next) = word::entered(seen, kind) {
             // Acquire: what is done inside stays after the entry.
-            match self.word.compare_exchange_weak(seen, next, Ordering::Acquire, Ordering::Relaxed) {
+            match self
+                .word
+                .compare_exchange_weak(seen, next, Ordering::Acquire, Ordering::Relaxed)
+            {
                 Ok(_) => return true,
                 Err(now) => seen = now,
             }
@@ -122,10 +128,17 @@ impl Gate {
     /// Counts one out.
     pub(crate) fn leave(&self, kind: Entry) {
         // Release: what was done inside happens before the drain that this may complete.
-        let order =
-            if cfg!(seeded = "leave_relaxed") { Ordering::Relaxed } else { Ordering::Release };
+        let order = if cfg!(seeded = "leave_relaxed") {
+            Ordering::Relaxed
+        } else {
+            Ordering::Release
+        };
         let before = self.word.fetch_sub(kind.unit(), order);
-        debug_assert!(!Held::of(before).is_empty(), "gate `{}` left more often than entered", self.name);
+        debug_assert!(
+            !Held::of(before).is_empty(),
+            "gate `{}` left more often than entered",
+            self.name
+        );
         self.wake_if_drained(before.wrapping_sub(kind.unit()));
     }
 

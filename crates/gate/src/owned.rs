@@ -46,7 +46,10 @@ impl<D: Send + Sync + 'static> Owned<D> {
 
     /// A way in for others. It does not keep the value alive.
     pub fn handle(&self) -> Handle<D> {
-        Handle { gate: Arc::clone(&self.gate), value: self.value }
+        Handle {
+            gate: Arc::clone(&self.gate),
+            value: self.value,
+        }
     }
 
     /// The gate in front of the value.
@@ -98,7 +101,9 @@ impl<D> Drop for Owned<D> {
 
 impl<D> fmt::Debug for Owned<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Owned").field("gate", &self.gate).finish_non_exhaustive()
+        f.debug_struct("Owned")
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
     }
 }
 
@@ -129,13 +134,18 @@ impl<D> Handle<D> {
 
 impl<D> Clone for Handle<D> {
     fn clone(&self) -> Self {
-        Handle { gate: Arc::clone(&self.gate), value: self.value }
+        Handle {
+            gate: Arc::clone(&self.gate),
+            value: self.value,
+        }
     }
 }
 
 impl<D> fmt::Debug for Handle<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Handle").field("gate", &self.gate).finish_non_exhaustive()
+        f.debug_struct("Handle")
+            .field("gate", &self.gate)
+            .finish_non_exhaustive()
     }
 }
 

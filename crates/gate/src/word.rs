@@ -66,7 +66,10 @@ pub struct Held {
 
 impl Held {
     pub(crate) const fn of(word: u64) -> Held {
-        Held { mmio: ((word & MMIO_MASK) >> IO_BITS) as u32, io: (word & IO_MASK) as u32 }
+        Held {
+            mmio: ((word & MMIO_MASK) >> IO_BITS) as u32,
+            io: (word & IO_MASK) as u32,
+        }
     }
 
     /// True when nobody is inside.
@@ -95,10 +98,19 @@ mod tests {
     #[test]
     fn a_full_count_refuses_only_its_own_kind() {
         assert_eq!(entered(IO_MASK, Entry::Io), None);
-        assert_eq!(entered(IO_MASK, Entry::Mmio), Some(IO_MASK + Entry::Mmio.unit()));
+        assert_eq!(
+            entered(IO_MASK, Entry::Mmio),
+            Some(IO_MASK + Entry::Mmio.unit())
+        );
         assert_eq!(entered(MMIO_MASK, Entry::Mmio), None);
         assert_eq!(entered(MMIO_MASK, Entry::Io), Some(MMIO_MASK + 1));
-        assert_eq!(Held::of(MMIO_MASK | 7), Held { mmio: (1 << 30) - 1, io: 7 });
+        assert_eq!(
+            Held::of(MMIO_MASK | 7),
+            Held {
+                mmio: (1 << 30) - 1,
+                io: 7
+            }
+        );
     }
 
     #[test]
