@@ -1,2 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ebbtide-virtio
+#![doc = include_str!("../README.md")]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::indexing_slicing
+    )
+)]
+
+pub mod blk;
+mod control;
+mod device;
+pub mod features;
+mod interrupt;
+pub mod mem;
+mod pci;
+mod select;
+pub mod status;
+mod sync;
+pub mod virtq;
+
+pub use control::{Link, TransportControl};
+pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
+pub use interrupt::{Interrupts, QueueInterrupt};
+pub use pci::{TransportError, VirtioPci};

@@ -1,0 +1,149 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a device tells its driver besides used chains: "my configuration changed", "reset me".
+
+use std::sync::Arc;
+
+use crate::interrupt::Interrupts;
+use crate::status::{self, Session, Status};
+use crate::sync::{Mutex, MutexGuard, lock};
+
+/// What a transport and the device's threads share. It knows neither of them, so both may own it.
+pub struct Link {
+    pub(crate) status: Status,
+    pub(crate) interrupts: Arc<dyn Interrupts>,
+    config: Mutex<Config>,
+}
+
+/// State of the configuration space's change protocol (2.5.1, 4.1.4.3.1).
+#[derive(Debug, Default)]
+struct Config {
+    generation: u8,
+    /// The driver has read something since the generation last changed.
+    read: bool,
+    /// A change the driver is to hear of as soon as it is set up.
+    pending: bool,
+}
+
+impl Link {
+    /// At power-on.
+    pub fn new(interrupts: Arc<dyn Interrupts>) -> Arc<Link> {
+        Arc::new(Link { status: Status::new(), interrupts, config: Mutex::new(Config::default()) })
+    }
+
+    /// The status register.
+    pub fn status(&self) -> &Status {
+        &self.status
+    }
+
+    /// The configuration generation as the driver reads it.
+    pub fn config_generation(&self) -> u8 {
+        lock(&self.config).generation
+    }
+
+    /// Reads the device's configuration: no change comes in between.
+    pub fn read_config<T>(&self, read: impl FnOnce() -> T) -> T {
+        let mut config = lock(&self.config);
+        config.read = true;
+        read()
+    }
+
+    /// The driver writes to the device's configuration: no change comes in between.
+    pub fn write_config(&self, write: impl FnOnce()) {
+        let _config = lock(&self.config);
+        write();
+    }
+
+    /// The driver is set up: a change it could not be told of before is announced now.
+    pub fn driver_ok(&self) -> Session {
+        let mut config = lock(&self.config);
+        self.status.set(status::DRIVER_OK);
+        if std::mem::take(&mut config.pending) {
+            self.interrupts.config();
+        }
+        self.status.session()
+    }
+
+    /// Begins a reset; see [`Status::begin_reset`].
+    pub fn begin_reset(&self) -> Session {
+        let mut config = lock(&self.config);
+        config.pending = false;
+        self.status.begin_reset()
+    }
+
+    /// Ends the reset that began `session`; see [`Status::finish_reset`].
+    pub fn finish_reset(&self, session: Session) -> bool {
+        self.status.finish_reset(session)
+    }
+
+    /// A control for `session`, or for whatever session is current when it is used.
+    pub fn control(self: &Arc<Self>, session: Option<Session>) -> TransportControl {
+        TransportControl { link: Arc::clone(self), session }
+    }
+
+    fn change_config<T>(&self, change: impl FnOnce() -> T) -> T {
+        if cfg!(seeded = "config-change-unlocked") {
+            let result = change();
+            self.announce(&mut lock(&self.config));
+            return result;
+        }
+        let mut config = lock(&self.config);
+        let result = change();
+        self.announce(&mut config);
+        result
+    }
+
+    fn announce(&self, config: &mut MutexGuard<'_, Config>) {
+        // Without a read in between the driver cannot have an older state; and a generation that stands still cannot
+        // run once around while the driver reads.
+        if std::mem::take(&mut config.read) {
+            config.generation = config.generation.wrapping_add(1);
+        }
+        let status = self.status.get();
+        if status & status::DRIVER_OK != 0 {
+            self.interrupts.config();
+        } else if status & status::DRIVER != 0 {
+            config.pending = true;
+        }
+    }
+
+    fn needs_reset(&self, session: Session) {
+        let Some(before) = self.status.set_needs_reset(session) else { return };
+        if before & status::DRIVER_OK != 0 {
+            self.interrupts.config();
+        }
+    }
+}
+
+/// A device's way to talk to its driver besides the queues. Clones are the same thing.
+///
+/// The one in an [`Activation`](crate::Activation) belongs to it: after the reset that ends the activation, its
+/// [`needs_reset`](Self::needs_reset) does nothing. Use it while holding a lease of the activation's gate.
+#[derive(Clone)]
+pub struct TransportControl {
+    link: Arc<Link>,
+    session: Option<Session>,
+}
+
+impl TransportControl {
+    /// The device met an error that only a reset mends (2.1.2): the driver is told, once.
+    pub fn needs_reset(&self) {
+        let session = self.session.unwrap_or_else(|| self.link.status.session());
+        self.link.needs_reset(session);
+    }
+
+    /// Changes the device's configuration and tells the driver, as one step: a driver that reads the configuration sees
+    /// all of the change or nothing of it, the generation it reads tells which, and the interrupt comes after.
+    ///
+    /// `change` runs under the transport's configuration lock, which is also held around
+    /// [`VirtioDevice::read_config`](crate::VirtioDevice::read_config): do not hold a lock here that `read_config`
+    /// takes; take it inside `change`.
+    pub fn change_config<T>(&self, change: impl FnOnce() -> T) -> T {
+        self.link.change_config(change)
+    }
+
+    /// The same for a change that was atomic in itself (one field of at most the width the driver reads it with) and has
+    /// been made already.
+    pub fn config_changed(&self) {
+        self.link.change_config(|| ());
+    }
+}

@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Telling the driver that something happened.
+
+use std::sync::Arc;
+
+use crate::control::Link;
+use crate::status::Session;
+
+/// How a transport delivers interrupts. Any thread; must not block.
+pub trait Interrupts: Send + Sync {
+    /// Chains of queue `index` were used.
+    fn queue(&self, index: u16);
+    /// The device's configuration or its status changed.
+    fn config(&self);
+}
+
+/// The interrupt of one queue, for one activation: after a reset it does nothing.
+///
+/// Whether the driver wants an interrupt is the queue's to say:
+/// [`Queue::needs_interrupt`](crate::virtq::Queue::needs_interrupt).
+#[derive(Clone)]
+pub struct QueueInterrupt {
+    link: Arc<Link>,
+    session: Session,
+    index: u16,
+}
+
+impl QueueInterrupt {
+    pub(crate) fn new(link: &Arc<Link>, session: Session, index: u16) -> Self {
+        Self { link: Arc::clone(link), session, index }
+    }
+
+    /// Interrupts the driver.
+    pub fn signal(&self) {
+        if self.link.status.is_active(self.session) {
+            self.link.interrupts.queue(self.index);
+        }
+    }
+}
