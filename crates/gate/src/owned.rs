@@ -73,7 +73,12 @@ impl<D: Send + Sync + 'static> Owned<D> {
     /// # Errors
     /// Gives `self` back while the gate is open or somebody is inside.
     pub fn try_into_inner(self) -> Result<D, Owned<D>> {
-        if !self.gate.is_drained() {
+        let drained = if cfg!(seeded = "take_out_undrained") {
+            self.gate.is_closed()
+        } else {
+            self.gate.is_drained()
+        };
+        if !drained {
             return Err(self);
         }
         let this = ManuallyDrop::new(self);
@@ -123,7 +128,8 @@ unsafe impl<D: Sync> Sync for Handle<D> {}
 impl<D> Handle<D> {
     /// The value with a lease on it, or `None` once the gate is closed (or its count full). Never waits.
     pub fn enter(&self, kind: Entry) -> Option<Live<'_, D>> {
-        self.gate.admit(kind).then_some(Live { handle: self, kind })
+        // Not `then_some`: a Live that is made leaves when dropped.
+        self.gate.admit(kind).then(|| Live { handle: self, kind })
     }
 
     /// The gate in front of the value, for instance to take a [`Lease`](crate::Lease) that outlives a [`Live`].
