@@ -48,6 +48,8 @@ pub struct Capsule {
     pub memory_mib: u64,
     /// Virtual processors.
     pub cpus: u32,
+    /// QEMU's `-cpu`.
+    pub processor: String,
     /// Host directories that the command may write to, made if missing.
     pub shares: Vec<PathBuf>,
     /// Paths below `/tmp`, `/run` or `/var/tmp` that the command must see,
@@ -66,6 +68,7 @@ impl Default for Capsule {
         Capsule {
             memory_mib: 10_000,
             cpus: 2,
+            processor: host::PROCESSOR.to_owned(),
             shares: Vec::new(),
             visible: Vec::new(),
             boot_timeout: Duration::from_secs(120),

@@ -42,6 +42,9 @@ struct CapsuleOptions {
     /// Processors of the machine
     #[arg(long, default_value_t = 2)]
     cpus: u32,
+    /// Its kind of processor, as QEMU's -cpu
+    #[arg(long)]
+    processor: Option<String>,
     /// A directory the command may write to, under the same path; may be repeated
     #[arg(long, value_name = "DIR")]
     share: Vec<PathBuf>,
@@ -89,7 +92,9 @@ fn run(options: Options) -> Result<ExitCode> {
 }
 
 fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
+    let default = Capsule::default();
     let capsule = Capsule {
+        processor: options.processor.unwrap_or(default.processor),
         memory_mib: options.memory,
         cpus: options.cpus,
         shares: options.share,
@@ -99,7 +104,7 @@ fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
             .transpose()
             .context("--timeout")?,
         console_log: options.console,
-        ..Capsule::default()
+        ..default
     };
     let invocation = Invocation::here(options.argv)?;
     let outcome = capsule.run(&invocation, &mut std::io::stdout(), &mut std::io::stderr())?;

@@ -16,7 +16,7 @@ use crate::places::find_program;
 /// An AMD processor with nested paging. Without `-xsave` every guest's kernel
 /// warns at boot. Without `-erms,-fsrm` kernels clear and copy memory by single
 /// bytes, which TCG emulates one by one.
-const PROCESSOR: &str = "max,+svm,+npt,-xsave,-erms,-fsrm";
+pub(super) const PROCESSOR: &str = "max,+svm,+npt,-xsave,-erms,-fsrm";
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check";
 
 /// Our ends of the virtio-serial ports, and QEMU's.
@@ -81,11 +81,11 @@ pub(super) fn command(
     ]);
     command.args([
         "-machine",
-        "pc,memory-backend=ram",
+        "q35,memory-backend=ram",
         "-accel",
         "tcg,thread=multi",
         "-cpu",
-        PROCESSOR,
+        &capsule.processor,
     ]);
     command
         .arg("-smp")
@@ -97,9 +97,14 @@ pub(super) fn command(
         "memory-backend-ram,id=ram,size={}M,reserve=off",
         capsule.memory_mib
     ));
+    // One packed in a way unknown here still boots, only slower.
+    let image = kernel.vmlinux().unwrap_or_else(|error| {
+        eprintln!("the capsule boots slowly: {error:#}");
+        kernel.vmlinuz.clone()
+    });
     command
         .arg("-kernel")
-        .arg(&kernel.vmlinuz)
+        .arg(image)
         .arg("-initrd")
         .arg(initrd)
         .args(["-append", COMMAND_LINE]);
