@@ -1,0 +1,18 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+#![doc = include_str!("../README.md")]
+
+pub mod blk;
+mod board;
+mod device;
+mod interrupts;
+pub mod mem;
+mod pci;
+mod queue;
+mod ram;
+
+pub use board::Board;
+pub use device::{Registers, VirtioDriver, common};
+pub use interrupts::Interrupts;
+pub use pci::{Capability, PciDevice};
+pub use queue::{DriverQueue, Layout, Part, Used};
+pub use ram::GuestRam;
