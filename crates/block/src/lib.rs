@@ -1,2 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ebbtide-block
+#![doc = include_str!("../README.md")]
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented,
+        clippy::indexing_slicing
+    )
+)]
+
+mod aligned;
+mod blkdev;
+mod buffer;
+mod direct;
+mod disk;
+mod error;
+pub mod fault;
+mod file;
+mod image;
+mod lock;
+mod op;
+mod spec;
+#[cfg(test)]
+mod tests;
+mod transfer;
+mod zeroes;
+
+pub use buffer::{Buffer, OwnedBuffer};
+pub use disk::{Disk, Features, LocalDisk};
+pub use error::Error;
+pub use fault::Faults;
+pub use op::{Op, OpKind};
+pub use spec::{Cache, Discard, DiskSpec};
