@@ -27,7 +27,11 @@ struct Config {
 impl Link {
     /// At power-on.
     pub fn new(interrupts: Arc<dyn Interrupts>) -> Arc<Link> {
-        Arc::new(Link { status: Status::new(), interrupts, config: Mutex::new(Config::default()) })
+        Arc::new(Link {
+            status: Status::new(),
+            interrupts,
+            config: Mutex::new(Config::default()),
+        })
     }
 
     /// The status register.
@@ -77,11 +81,14 @@ impl Link {
 
     /// A control for `session`, or for whatever session is current when it is used.
     pub fn control(self: &Arc<Self>, session: Option<Session>) -> TransportControl {
-        TransportControl { link: Arc::clone(self), session }
+        TransportControl {
+            link: Arc::clone(self),
+            session,
+        }
     }
 
     fn change_config<T>(&self, change: impl FnOnce() -> T) -> T {
-        if cfg!(seeded = "config-change-unlocked") {
+        if cfg!(seeded = "config_change_unlocked") {
             let result = change();
             self.announce(&mut lock(&self.config));
             return result;
@@ -107,7 +114,9 @@ impl Link {
     }
 
     fn needs_reset(&self, session: Session) {
-        let Some(before) = self.status.set_needs_reset(session) else { return };
+        let Some(before) = self.status.set_needs_reset(session) else {
+            return;
+        };
         if before & status::DRIVER_OK != 0 {
             self.interrupts.config();
         }

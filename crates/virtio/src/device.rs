@@ -87,7 +87,13 @@ pub struct ActiveQueue {
 impl ActiveQueue {
     /// Puts the parts together.
     pub fn new(index: u16, queue: Queue, kick: Event, interrupt: QueueInterrupt) -> Self {
-        Self { index, queue, kick, interrupt, end: None }
+        Self {
+            index,
+            queue,
+            kick,
+            interrupt,
+            end: None,
+        }
     }
 
     /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, or the kick can never come; the task is to end.

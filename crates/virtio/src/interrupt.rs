@@ -27,7 +27,11 @@ pub struct QueueInterrupt {
 
 impl QueueInterrupt {
     pub(crate) fn new(link: &Arc<Link>, session: Session, index: u16) -> Self {
-        Self { link: Arc::clone(link), session, index }
+        Self {
+            link: Arc::clone(link),
+            session,
+            index,
+        }
     }
 
     /// Interrupts the driver.

@@ -7,7 +7,10 @@ use std::task::Poll;
 
 /// The value of `wanted`, or `None` when `end` is ready first. `end` is looked at first, so that a flood of the other
 /// cannot keep it out. The loser is dropped.
-pub(crate) async fn first<T>(wanted: impl Future<Output = T>, end: impl Future<Output = ()>) -> Option<T> {
+pub(crate) async fn first<T>(
+    wanted: impl Future<Output = T>,
+    end: impl Future<Output = ()>,
+) -> Option<T> {
     let (mut wanted, mut end) = (pin!(wanted), pin!(end));
     std::future::poll_fn(move |cx| {
         if end.as_mut().poll(cx).is_ready() {

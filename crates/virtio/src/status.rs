@@ -62,30 +62,41 @@ impl Status {
 
     /// The driver sets bits; it cannot clear any but by a reset.
     pub fn set(&self, wanted: u8) {
-        self.0.fetch_or(u64::from(wanted & DRIVERS), Ordering::AcqRel);
+        self.0
+            .fetch_or(u64::from(wanted & DRIVERS), Ordering::AcqRel);
     }
 
     /// Sets NEEDS_RESET if `session` is still current. `Some(before)` if this call set it.
     pub fn set_needs_reset(&self, session: Session) -> Option<u8> {
         let mark = |word: u64| {
-            if cfg!(seeded = "needs-reset-any-session") {
+            if cfg!(seeded = "needs_reset_any_session") {
                 return Some(word | u64::from(NEEDS_RESET));
             }
             (word >> 8 == session.0).then_some(word | u64::from(NEEDS_RESET))
         };
-        let before = self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, mark).ok()?;
+        let before = self
+            .0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, mark)
+            .ok()?;
         (bits(before) & NEEDS_RESET == 0).then_some(bits(before))
     }
 
     /// Begins a reset: a new session, the status reads as before.
     pub fn begin_reset(&self) -> Session {
-        Session(self.0.fetch_add(1 << 8, Ordering::AcqRel).wrapping_add(1 << 8) >> 8)
+        Session(
+            self.0
+                .fetch_add(1 << 8, Ordering::AcqRel)
+                .wrapping_add(1 << 8)
+                >> 8,
+        )
     }
 
     /// Ends the reset that began `session`: the status reads 0. False if a later reset has begun since.
     pub fn finish_reset(&self, session: Session) -> bool {
         let clear = |word: u64| (word >> 8 == session.0).then_some(session.0 << 8);
-        self.0.fetch_update(Ordering::AcqRel, Ordering::Acquire, clear).is_ok()
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, clear)
+            .is_ok()
     }
 }
 

@@ -12,5 +12,7 @@ pub(crate) use std::sync::{Mutex, MutexGuard};
 
 /// Locks; a panic of another holder is that thread's affair, the state is valid between any two statements here.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }

@@ -26,13 +26,13 @@ use ebbtide_bus::gated;
 use ebbtide_bus::irq::MsiController;
 use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_bus::pci::{BarKind, BarSpec, Config, Function, Ids, Msix, PciError};
-use ebbtide_gate::{Entry, Gate, Handle, Owned};
+use ebbtide_gate::{Gate, Owned};
 use ebbtide_iothread::Remote;
 use ebbtide_memory::{AddressSpace, Region};
 
 use self::layout::Kind;
 use self::registers::Registers;
-use self::session::{Phase, Reset};
+use self::session::Phase;
 use self::transport::{State, Transport, Wiring};
 use self::vectors::Vectors;
 use self::window::Window;
@@ -100,7 +100,10 @@ impl VirtioPci {
         let link = Link::new(Arc::clone(&vectors) as _);
         device.attach(link.control(None));
         let ids = ids(device.device_type());
-        let state = State { registers: Registers::new(device.queue_sizes()), phase: Phase::Idle };
+        let state = State {
+            registers: Registers::new(device.queue_sizes()),
+            phase: Phase::Idle,
+        };
         let transport = Transport {
             name: name.clone(),
             device,
@@ -113,16 +116,34 @@ impl VirtioPci {
             complaints: LogLimit::default(),
         };
         let transport = Owned::new(name.clone(), transport);
-        let region = Region::mmio(name, layout::BAR_BYTES, gated::registers(transport.handle()));
-        let wiring = Wiring { region: Arc::clone(&region), handle: transport.handle() };
+        let region = Region::mmio(
+            name,
+            layout::BAR_BYTES,
+            gated::registers(transport.handle()),
+        );
+        let wiring = Wiring {
+            region: Arc::clone(&region),
+            handle: transport.handle(),
+        };
         let mut config = Config::new(transport.gate(), ids);
         let kind = BarKind::Mem64 { prefetchable: true };
-        config.add_bar(layout::BAR, BarSpec { size_bytes: layout::BAR_BYTES, kind }, region)?;
+        config.add_bar(
+            layout::BAR,
+            BarSpec {
+                size_bytes: layout::BAR_BYTES,
+                kind,
+            },
+            region,
+        )?;
         config.add_msix(layout::MSIX_BAR, &msix)?;
         let window = add_capabilities(&mut config, queues)?;
         // Set once, here.
         let _ = transport.get().wiring.set(wiring);
-        Ok(Arc::new(VirtioPci { transport, config, window }))
+        Ok(Arc::new(VirtioPci {
+            transport,
+            config,
+            window,
+        }))
     }
 
     /// The gate of the function; [`close`](Self::close) shuts it.
@@ -135,7 +156,12 @@ impl VirtioPci {
     pub fn quiesce(&self) -> impl Future<Output = ()> + Send + 'static {
         let transport = self.transport.get();
         let reset = transport.begin_reset(&mut lock(&transport.state));
-        finished(reset, self.transport.handle())
+        let handle = self.transport.handle();
+        async move {
+            if let Some(reset) = reset {
+                session::finish_when_drained(reset, handle).await;
+            }
+        }
     }
 
     /// Takes the function away from the guest: from now on its registers read all ones and take no writes. The future is
@@ -151,20 +177,11 @@ impl VirtioPci {
             // A register access that was admitted before the gate closed may have activated the device meanwhile.
             let transport = this.transport.get();
             let reset = transport.begin_reset(&mut lock(&transport.state));
-            if let Some(Reset { gate, session }) = reset {
-                gate.drained().await;
-                transport.finish_reset(session);
+            if let Some(reset) = reset {
+                reset.drained().await;
+                transport.finish_reset(&reset);
             }
         }
-    }
-}
-
-/// Waits for `reset`, if there is something to wait for, and completes it.
-async fn finished(reset: Option<Reset>, transport: Handle<Transport>) {
-    let Some(Reset { gate, session }) = reset else { return };
-    gate.drained().await;
-    if let Some(transport) = transport.enter(Entry::Io) {
-        transport.finish_reset(session);
     }
 }
 
@@ -179,7 +196,10 @@ impl Function for VirtioPci {
         {
             let value = self.transport.get().read(target.offset, target.size);
             let bytes = value.to_le_bytes();
-            self.config.set(self.window.data(), bytes.get(..usize::from(target.size)).unwrap_or_default());
+            self.config.set(
+                self.window.data(),
+                bytes.get(..usize::from(target.size)).unwrap_or_default(),
+            );
         }
         self.config.read(offset, size)
     }
@@ -190,7 +210,9 @@ impl Function for VirtioPci {
             && let Some(target) = self.window.target(|at, size| self.config.read(at, size))
         {
             let value = self.config.read(self.window.data(), target.size);
-            self.transport.get().write(target.offset, target.size, value.into());
+            self.transport
+                .get()
+                .write(target.offset, target.size, value.into());
         }
     }
 
@@ -211,11 +233,22 @@ impl Drop for VirtioPci {
 
 fn check_queues(name: &str, sizes: &[u16]) -> Result<u16, TransportError> {
     let max = layout::MAX_QUEUES;
-    let count = u16::try_from(sizes.len()).ok().filter(|&count| count > 0 && usize::from(count) <= max);
-    let count =
-        count.ok_or_else(|| TransportError::QueueCount { name: name.to_owned(), count: sizes.len(), max })?;
-    match sizes.iter().find(|size| !size.is_power_of_two() || **size > MAX_SIZE) {
-        Some(&size) => Err(TransportError::QueueSize { name: name.to_owned(), size }),
+    let count = u16::try_from(sizes.len())
+        .ok()
+        .filter(|&count| count > 0 && usize::from(count) <= max);
+    let count = count.ok_or_else(|| TransportError::QueueCount {
+        name: name.to_owned(),
+        count: sizes.len(),
+        max,
+    })?;
+    match sizes
+        .iter()
+        .find(|size| !size.is_power_of_two() || **size > MAX_SIZE)
+    {
+        Some(&size) => Err(TransportError::QueueSize {
+            name: name.to_owned(),
+            size,
+        }),
         None => Ok(count),
     }
 }
@@ -245,5 +278,7 @@ fn add_capabilities(config: &mut Config, queues: u16) -> Result<Window, PciError
         config.add_capability(VENDOR_SPECIFIC, structure, &[])?;
     }
     let window = layout::capability(Kind::PciConfig, 0..0, Some(0));
-    config.add_capability(VENDOR_SPECIFIC, &window, &Window::WRITABLE).map(Window::new)
+    config
+        .add_capability(VENDOR_SPECIFIC, &window, &Window::WRITABLE)
+        .map(Window::new)
 }

@@ -42,7 +42,11 @@ pub(super) enum Write {
     QueueVector(u16),
     QueueEnable(u16),
     /// A ring's address: which ring, and the bits that are written.
-    QueueRing { ring: RingField, mask: u64, value: u64 },
+    QueueRing {
+        ring: RingField,
+        mask: u64,
+        value: u64,
+    },
 }
 
 /// The three address fields of a queue.
@@ -122,7 +126,13 @@ pub(super) struct Shown {
 impl Registers {
     /// After a reset, for queues of at most these sizes.
     pub(super) fn new(sizes: &[u16]) -> Self {
-        let queue = |&size| QueueRegisters { config: QueueConfig { size, ..QueueConfig::default() }, enabled: false };
+        let queue = |&size| QueueRegisters {
+            config: QueueConfig {
+                size,
+                ..QueueConfig::default()
+            },
+            enabled: false,
+        };
         Self {
             device_feature_select: 0,
             driver_feature_select: 0,
@@ -140,7 +150,9 @@ impl Registers {
 
     /// The selected queue while it may be programmed: it exists and is not enabled.
     pub(super) fn programmable(&mut self) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(usize::from(self.queue_select)).filter(|queue| !queue.enabled)
+        self.queues
+            .get_mut(usize::from(self.queue_select))
+            .filter(|queue| !queue.enabled)
     }
 
     /// The driver writes the word of its features that it selected.
@@ -156,7 +168,9 @@ impl Registers {
 
     /// The driver writes (part of) an address of the selected queue.
     pub(super) fn set_ring(&mut self, ring: RingField, mask: u64, value: u64) {
-        let Some(queue) = self.programmable() else { return };
+        let Some(queue) = self.programmable() else {
+            return;
+        };
         let gpa = match ring {
             RingField::Desc => &mut queue.config.desc,
             RingField::Avail => &mut queue.config.avail,
@@ -169,23 +183,79 @@ impl Registers {
     pub(super) fn image(&self, shown: &Shown) -> [u8; COMMON.end as usize] {
         let mut image = [0; COMMON.end as usize];
         let queue = self.selected().copied().unwrap_or_default();
-        let notify_off = if self.selected().is_some() { self.queue_select } else { 0 };
-        put(&mut image, at::DEVICE_FEATURE_SELECT as usize, &self.device_feature_select.to_le_bytes());
-        put(&mut image, at::DEVICE_FEATURE, &word(shown.device_features, self.device_feature_select));
-        put(&mut image, at::DRIVER_FEATURE_SELECT as usize, &self.driver_feature_select.to_le_bytes());
-        put(&mut image, at::DRIVER_FEATURE as usize, &word(self.driver_features, self.driver_feature_select));
-        put(&mut image, at::CONFIG_VECTOR as usize, &shown.config_vector.to_le_bytes());
-        put(&mut image, at::NUM_QUEUES, &(self.queues.len() as u16).to_le_bytes());
+        let notify_off = if self.selected().is_some() {
+            self.queue_select
+        } else {
+            0
+        };
+        put(
+            &mut image,
+            at::DEVICE_FEATURE_SELECT as usize,
+            &self.device_feature_select.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::DEVICE_FEATURE,
+            &word(shown.device_features, self.device_feature_select),
+        );
+        put(
+            &mut image,
+            at::DRIVER_FEATURE_SELECT as usize,
+            &self.driver_feature_select.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::DRIVER_FEATURE as usize,
+            &word(self.driver_features, self.driver_feature_select),
+        );
+        put(
+            &mut image,
+            at::CONFIG_VECTOR as usize,
+            &shown.config_vector.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::NUM_QUEUES,
+            &(self.queues.len() as u16).to_le_bytes(),
+        );
         put(&mut image, at::STATUS as usize, &[shown.status]);
         put(&mut image, at::GENERATION, &[shown.generation]);
-        put(&mut image, at::QUEUE_SELECT as usize, &self.queue_select.to_le_bytes());
-        put(&mut image, at::QUEUE_SIZE as usize, &queue.config.size.to_le_bytes());
-        put(&mut image, at::QUEUE_VECTOR as usize, &shown.queue_vector.to_le_bytes());
-        put(&mut image, at::QUEUE_ENABLE as usize, &u16::from(queue.enabled).to_le_bytes());
+        put(
+            &mut image,
+            at::QUEUE_SELECT as usize,
+            &self.queue_select.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::QUEUE_SIZE as usize,
+            &queue.config.size.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::QUEUE_VECTOR as usize,
+            &shown.queue_vector.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::QUEUE_ENABLE as usize,
+            &u16::from(queue.enabled).to_le_bytes(),
+        );
         put(&mut image, at::QUEUE_NOTIFY_OFF, &notify_off.to_le_bytes());
-        put(&mut image, at::QUEUE_DESC as usize, &queue.config.desc.0.to_le_bytes());
-        put(&mut image, at::QUEUE_DRIVER as usize, &queue.config.avail.0.to_le_bytes());
-        put(&mut image, at::QUEUE_DEVICE as usize, &queue.config.used.0.to_le_bytes());
+        put(
+            &mut image,
+            at::QUEUE_DESC as usize,
+            &queue.config.desc.0.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::QUEUE_DRIVER as usize,
+            &queue.config.avail.0.to_le_bytes(),
+        );
+        put(
+            &mut image,
+            at::QUEUE_DEVICE as usize,
+            &queue.config.used.0.to_le_bytes(),
+        );
         image
     }
 }
@@ -200,7 +270,10 @@ fn word(features: u64, select: u32) -> [u8; 4] {
 }
 
 fn put(image: &mut [u8], offset: usize, bytes: &[u8]) {
-    if let Some(field) = image.get_mut(offset..).and_then(|rest| rest.get_mut(..bytes.len())) {
+    if let Some(field) = image
+        .get_mut(offset..)
+        .and_then(|rest| rest.get_mut(..bytes.len()))
+    {
         field.copy_from_slice(bytes);
     }
 }

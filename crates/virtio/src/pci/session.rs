@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use ebbtide_gate::{Entry, Gate};
+use ebbtide_gate::{Entry, Gate, Handle};
 use ebbtide_iothread::{Event, Notifier};
 use ebbtide_memory::Ioeventfd;
 
@@ -20,6 +20,7 @@ use super::transport::{State, Transport};
 use crate::device::{ActivateError, Activation, ActiveQueue};
 use crate::features;
 use crate::interrupt::QueueInterrupt;
+use crate::reset::Reset;
 use crate::status::{self, Session};
 use crate::sync::lock;
 use crate::virtq::Queue;
@@ -31,7 +32,11 @@ pub(super) enum Phase {
     /// It does.
     Active(Wires),
     /// It must not any more but has requests in flight; the driver waits for the status to read 0.
-    Resetting { wires: Wires, session: Session, awaited: bool },
+    Resetting {
+        wires: Wires,
+        reset: Reset,
+        awaited: bool,
+    },
 }
 
 /// What an activation set up and its reset takes down.
@@ -53,16 +58,14 @@ impl Phase {
     /// Wakes the device for a queue, if it serves that one.
     pub(super) fn kick(&self, queue: u64) {
         let Phase::Active(wires) = self else { return };
-        if let Some((_, kick)) = wires.kicks.iter().find(|(index, _)| u64::from(*index) == queue) {
+        if let Some((_, kick)) = wires
+            .kicks
+            .iter()
+            .find(|(index, _)| u64::from(*index) == queue)
+        {
             kick.notify();
         }
     }
-}
-
-/// A reset on its way.
-pub(super) struct Reset {
-    pub(super) gate: Arc<Gate>,
-    pub(super) session: Session,
 }
 
 impl Transport {
@@ -87,7 +90,9 @@ impl Transport {
             self.activate(state);
         } else {
             self.complain(|| format!("DRIVER_OK on status {before:#x}"));
-            self.link.control(Some(self.link.status().session())).needs_reset();
+            self.link
+                .control(Some(self.link.status().session()))
+                .needs_reset();
         }
     }
 
@@ -109,14 +114,16 @@ impl Transport {
     fn activate(&self, state: &mut State) {
         let session = self.link.driver_ok();
         let gate = Gate::new(self.name.clone());
-        let result = self.build(&state.registers, session, &gate).and_then(|(wires, activation)| {
-            let mut wires = wires;
-            if !self.add_ioeventfds(&wires.ioeventfds) {
-                wires.ioeventfds.clear();
-            }
-            state.phase = Phase::Active(wires);
-            self.device.activate(activation)
-        });
+        let result =
+            self.build(&state.registers, session, &gate)
+                .and_then(|(wires, activation)| {
+                    let mut wires = wires;
+                    if !self.add_ioeventfds(&wires.ioeventfds) {
+                        wires.ioeventfds.clear();
+                    }
+                    state.phase = Phase::Active(wires);
+                    self.device.activate(activation)
+                });
         if let Err(error) = result {
             self.complain(|| format!("cannot serve the driver: {error}"));
             gate.close();
@@ -132,7 +139,11 @@ impl Transport {
     ) -> Result<(Wires, Activation), ActivateError> {
         let features = registers.driver_features;
         let mut queues = Vec::new();
-        let mut wires = Wires { gate: Arc::clone(gate), kicks: Vec::new(), ioeventfds: Vec::new() };
+        let mut wires = Wires {
+            gate: Arc::clone(gate),
+            kicks: Vec::new(),
+            ioeventfds: Vec::new(),
+        };
         for (index, queue) in (0u16..).zip(&registers.queues) {
             if !queue.enabled {
                 continue;
@@ -157,9 +168,13 @@ impl Transport {
 
     /// Without them kicks arrive all the same, by way of the vCPU thread.
     fn add_ioeventfds(&self, ioeventfds: &[Ioeventfd]) -> bool {
-        let Some(wiring) = self.wiring.get() else { return false };
+        let Some(wiring) = self.wiring.get() else {
+            return false;
+        };
         let added = self.space.memory().update(|map| {
-            ioeventfds.iter().try_for_each(|it| map.add_ioeventfd(&wiring.region, it.clone()))
+            ioeventfds
+                .iter()
+                .try_for_each(|it| map.add_ioeventfd(&wiring.region, it.clone()))
         });
         if let Err(error) = &added {
             self.complain(|| format!("kicks take the long way: {error}"));
@@ -168,9 +183,13 @@ impl Transport {
     }
 
     fn remove_ioeventfds(&self, ioeventfds: &[Ioeventfd]) {
-        let Some(wiring) = self.wiring.get() else { return };
+        let Some(wiring) = self.wiring.get() else {
+            return;
+        };
         let removed = self.space.memory().update(|map| {
-            ioeventfds.iter().try_for_each(|it| map.remove_ioeventfd(&wiring.region, it))
+            ioeventfds
+                .iter()
+                .try_for_each(|it| map.remove_ioeventfd(&wiring.region, it))
         });
         if let Err(error) = removed {
             self.complain(|| format!("ioeventfds not removed: {error}"));
@@ -184,24 +203,28 @@ impl Transport {
 
     /// The driver wrote 0. It polls until the status reads 0.
     fn reset_for_driver(&self, state: &mut State) {
-        let Some(reset) = self.begin_reset(state) else { return };
-        if reset.gate.is_drained() {
-            self.end_reset(state, reset.session);
+        let Some(reset) = self.begin_reset(state) else {
+            return;
+        };
+        if reset.is_drained() {
+            self.end_reset(state, &reset);
             return;
         }
-        let (Phase::Resetting { awaited, .. }, Some(wiring)) = (&mut state.phase, self.wiring.get()) else { return };
+        let (Phase::Resetting { awaited, .. }, Some(wiring)) =
+            (&mut state.phase, self.wiring.get())
+        else {
+            return;
+        };
         if std::mem::replace(awaited, true) {
             return;
         }
         let handle = wiring.handle.clone();
-        let spawned = self.remote.spawn(move |_| async move {
-            reset.gate.drained().await;
-            if let Some(transport) = handle.enter(Entry::Io) {
-                transport.finish_reset(reset.session);
-            }
-        });
-        if spawned.is_err() {
-            // The machine is going down: whoever takes it down drains the gate itself.
+        if self
+            .remote
+            .spawn(move |_| finish_when_drained(reset, handle))
+            .is_err()
+        {
+            // The machine is going down: whoever takes it down waits for the gate itself.
             tracing::warn!(device = self.name, "reset during shutdown");
         }
     }
@@ -211,50 +234,74 @@ impl Transport {
         match std::mem::replace(&mut state.phase, Phase::Idle) {
             Phase::Idle => {
                 let session = self.link.begin_reset();
-                self.power_on(state, session);
+                self.power_on(state);
+                self.link.finish_reset(session);
                 None
             }
             Phase::Active(wires) => {
-                let session = self.link.begin_reset();
-                wires.gate.close();
-                let gate = Arc::clone(&wires.gate);
-                state.phase = Phase::Resetting { wires, session, awaited: false };
-                Some(Reset { gate, session })
+                let reset = Reset::begin(&self.link, &wires.gate);
+                state.phase = Phase::Resetting {
+                    wires,
+                    reset: reset.clone(),
+                    awaited: false,
+                };
+                Some(reset)
             }
-            Phase::Resetting { wires, session, awaited } => {
-                let gate = Arc::clone(&wires.gate);
-                state.phase = Phase::Resetting { wires, session, awaited };
-                Some(Reset { gate, session })
+            Phase::Resetting {
+                wires,
+                reset,
+                awaited,
+            } => {
+                state.phase = Phase::Resetting {
+                    wires,
+                    reset: reset.clone(),
+                    awaited,
+                };
+                Some(reset)
             }
         }
     }
 
-    /// The gate of the reset that began `session` is drained. Does nothing when it is complete already.
-    pub(super) fn finish_reset(&self, session: Session) {
-        self.end_reset(&mut lock(&self.state), session);
+    /// `reset` is drained. Does nothing when it is complete already.
+    pub(super) fn finish_reset(&self, reset: &Reset) {
+        self.end_reset(&mut lock(&self.state), reset);
     }
 
-    fn end_reset(&self, state: &mut State, ended: Session) {
+    fn end_reset(&self, state: &mut State, ended: &Reset) {
         match std::mem::replace(&mut state.phase, Phase::Idle) {
-            Phase::Resetting { wires, session, .. } if session == ended => {
+            Phase::Resetting { wires, reset, .. } if reset.is(ended) => {
                 self.remove_ioeventfds(&wires.ioeventfds);
-                self.power_on(state, session);
+                self.power_on(state);
+                // Last: it is what the driver waits for.
+                reset.finish();
             }
             other => state.phase = other,
         }
     }
 
-    /// All registers as at power-on; the status last, for the driver waits for it.
-    fn power_on(&self, state: &mut State, session: Session) {
+    /// All registers but the status as at power-on.
+    fn power_on(&self, state: &mut State) {
         state.registers = Registers::new(self.device.queue_sizes());
         self.vectors.reset();
-        self.link.finish_reset(session);
+    }
+}
+
+/// Waits for `reset` and completes it, unless the function is gone by then.
+pub(super) async fn finish_when_drained(reset: Reset, transport: Handle<Transport>) {
+    reset.drained().await;
+    if let Some(transport) = transport.enter(Entry::Io) {
+        transport.finish_reset(&reset);
     }
 }
 
 fn ioeventfd(queue: u16, kick: &Event) -> Ioeventfd {
     // Size 0: a write of any width, which the kernel can match without decoding the instruction.
-    Ioeventfd { offset: layout::notify_offset(queue), size: 0, datamatch: None, fd: Arc::clone(kick.fd()) }
+    Ioeventfd {
+        offset: layout::notify_offset(queue),
+        size: 0,
+        datamatch: None,
+        fd: Arc::clone(kick.fd()),
+    }
 }
 
 fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> ActivateError {

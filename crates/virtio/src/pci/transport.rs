@@ -54,12 +54,18 @@ impl Transport {
     /// Reads `size` bytes at `offset` of the BAR. What is not a register reads as zero.
     pub(super) fn read(&self, offset: u64, size: u8) -> u64 {
         let mut bytes = [0; 8];
-        let Some(wanted) = bytes.get_mut(..usize::from(size)) else { return 0 };
+        let Some(wanted) = bytes.get_mut(..usize::from(size)) else {
+            return 0;
+        };
         if DEVICE.contains(&offset) {
-            self.link.read_config(|| self.device.read_config(offset - DEVICE.start, wanted));
+            self.link
+                .read_config(|| self.device.read_config(offset - DEVICE.start, wanted));
         } else if ISR.contains(&offset) {
             wanted.fill(0);
-            wanted.iter_mut().take(1).for_each(|byte| *byte = self.vectors.take_isr());
+            wanted
+                .iter_mut()
+                .take(1)
+                .for_each(|byte| *byte = self.vectors.take_isr());
         } else if COMMON.contains(&offset) {
             self.read_common(offset as usize, wanted);
         }
@@ -86,13 +92,18 @@ impl Transport {
         if COMMON.contains(&offset) {
             match Write::decode(offset, size, value) {
                 Some(write) => self.write_common(write),
-                None => self.complain(|| format!("write of {size} bytes at {offset:#x} of the common configuration")),
+                None => self.complain(|| {
+                    format!("write of {size} bytes at {offset:#x} of the common configuration")
+                }),
             }
         } else if DEVICE.contains(&offset) {
             let bytes = value.to_le_bytes();
-            let Some(bytes) = bytes.get(..usize::from(size)) else { return };
+            let Some(bytes) = bytes.get(..usize::from(size)) else {
+                return;
+            };
             if !lock(&self.state).phase.is_resetting() {
-                self.link.write_config(|| self.device.write_config(offset - DEVICE.start, bytes));
+                self.link
+                    .write_config(|| self.device.write_config(offset - DEVICE.start, bytes));
             }
         } else if offset >= layout::NOTIFY {
             self.notify(offset - layout::NOTIFY);
@@ -128,7 +139,11 @@ impl Transport {
             Write::Status(status) => self.write_status(state, status),
             Write::QueueSelect(select) => registers.queue_select = select,
             Write::QueueSize(size) => {
-                let max = self.device.queue_sizes().get(usize::from(registers.queue_select)).copied();
+                let max = self
+                    .device
+                    .queue_sizes()
+                    .get(usize::from(registers.queue_select))
+                    .copied();
                 if let (Some(queue), Some(max)) = (registers.programmable(), max)
                     && size.is_power_of_two()
                     && size <= max
@@ -136,7 +151,9 @@ impl Transport {
                     queue.config.size = size;
                 }
             }
-            Write::QueueVector(vector) => self.vectors.set_queue_vector(registers.queue_select, vector),
+            Write::QueueVector(vector) => self
+                .vectors
+                .set_queue_vector(registers.queue_select, vector),
             Write::QueueEnable(enable) => {
                 if enable == 1 {
                     self.enable_queue(state);
@@ -155,12 +172,16 @@ impl Transport {
         }
         let features = state.registers.driver_features;
         let select = state.registers.queue_select;
-        let Some(queue) = state.registers.programmable() else { return };
+        let Some(queue) = state.registers.programmable() else {
+            return;
+        };
         match self.check_queue(queue, features) {
             Ok(()) => queue.enabled = true,
             Err(error) => {
                 self.complain(|| format!("queue {select} cannot be enabled: {error}"));
-                self.link.control(Some(self.link.status().session())).needs_reset();
+                self.link
+                    .control(Some(self.link.status().session()))
+                    .needs_reset();
             }
         }
     }

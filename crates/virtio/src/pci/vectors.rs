@@ -25,7 +25,9 @@ impl Vectors {
     /// For `queues` queues, none of which has a vector yet.
     pub(super) fn new(msix: &Arc<Msix>, queues: u16) -> Self {
         Self {
-            vectors: (0..msix.vector_count()).filter_map(|index| msix.vector(index)).collect(),
+            vectors: (0..msix.vector_count())
+                .filter_map(|index| msix.vector(index))
+                .collect(),
             config: AtomicU16::new(NO_VECTOR),
             queues: (0..queues).map(|_| AtomicU16::new(NO_VECTOR)).collect(),
             isr: AtomicU8::new(0),
@@ -44,7 +46,9 @@ impl Vectors {
 
     /// The vector of a queue; "no vector" for a queue that does not exist.
     pub(super) fn queue_vector(&self, queue: u16) -> u16 {
-        self.queues.get(usize::from(queue)).map_or(NO_VECTOR, |vector| vector.load(Ordering::Relaxed))
+        self.queues
+            .get(usize::from(queue))
+            .map_or(NO_VECTOR, |vector| vector.load(Ordering::Relaxed))
     }
 
     /// Sets the vector of a queue; one that does not exist reads back as "no vector".
@@ -61,7 +65,12 @@ impl Vectors {
 
     /// Back to power-on.
     pub(super) fn reset(&self) {
-        let Self { vectors: _, config, queues, isr } = self;
+        let Self {
+            vectors: _,
+            config,
+            queues,
+            isr,
+        } = self;
         config.store(NO_VECTOR, Ordering::Relaxed);
         for queue in queues {
             queue.store(NO_VECTOR, Ordering::Relaxed);
@@ -70,7 +79,11 @@ impl Vectors {
     }
 
     fn existing(&self, vector: u16) -> u16 {
-        if usize::from(vector) < self.vectors.len() { vector } else { NO_VECTOR }
+        if usize::from(vector) < self.vectors.len() {
+            vector
+        } else {
+            NO_VECTOR
+        }
     }
 
     fn set_isr(&self, bit: u8) {

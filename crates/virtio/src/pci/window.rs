@@ -22,7 +22,9 @@ impl Window {
     /// Bytes of the window's capability that the driver may write, from the third on: BAR, offset, length, data.
     pub(super) const WRITABLE: [u8; 18] = {
         const ALL: u8 = 0xff;
-        [0, 0, ALL, 0, 0, 0, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL]
+        [
+            0, 0, ALL, 0, 0, 0, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL, ALL,
+        ]
     };
 
     pub(super) fn new(at: u16) -> Self {
@@ -48,10 +50,16 @@ impl Window {
         let bar = read(at(field::BAR), 1);
         let offset = read(at(field::OFFSET), 4);
         let length = read(at(field::LENGTH), 4);
-        let size = u8::try_from(length).ok().filter(|size| matches!(size, 1 | 2 | 4))?;
+        let size = u8::try_from(length)
+            .ok()
+            .filter(|size| matches!(size, 1 | 2 | 4))?;
         let inside = u64::from(offset) + u64::from(length) <= layout::BAR_BYTES;
-        (bar == u32::from(layout::BAR) && offset.is_multiple_of(length) && inside)
-            .then_some(Target { offset: u64::from(offset), size })
+        (bar == u32::from(layout::BAR) && offset.is_multiple_of(length) && inside).then_some(
+            Target {
+                offset: u64::from(offset),
+                size,
+            },
+        )
     }
 }
 
@@ -71,12 +79,35 @@ mod tests {
     #[test]
     fn points_to_aligned_accesses_inside_the_bar_only() {
         let window = Window::new(0x50);
-        assert_eq!(window.target(config(0, 0x14, 1)), Some(Target { offset: 0x14, size: 1 }));
-        assert_eq!(window.target(config(0, 0x3ffc, 4)), Some(Target { offset: 0x3ffc, size: 4 }));
-        for (bar, offset, length) in
-            [(1, 0, 4), (0, 2, 4), (0, 0, 0), (0, 0, 3), (0, 0, 8), (0, 0x4000, 1), (0, u32::MAX - 3, 4), (0, 0, 0x101)]
-        {
-            assert_eq!(window.target(config(bar, offset, length)), None, "{bar} {offset:#x} {length}");
+        assert_eq!(
+            window.target(config(0, 0x14, 1)),
+            Some(Target {
+                offset: 0x14,
+                size: 1
+            })
+        );
+        assert_eq!(
+            window.target(config(0, 0x3ffc, 4)),
+            Some(Target {
+                offset: 0x3ffc,
+                size: 4
+            })
+        );
+        for (bar, offset, length) in [
+            (1, 0, 4),
+            (0, 2, 4),
+            (0, 0, 0),
+            (0, 0, 3),
+            (0, 0, 8),
+            (0, 0x4000, 1),
+            (0, u32::MAX - 3, 4),
+            (0, 0, 0x101),
+        ] {
+            assert_eq!(
+                window.target(config(bar, offset, length)),
+                None,
+                "{bar} {offset:#x} {length}"
+            );
         }
     }
 

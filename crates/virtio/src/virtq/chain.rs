@@ -25,7 +25,11 @@ pub struct Chain {
 
 impl Chain {
     pub(super) fn new(head: u16) -> Self {
-        Self { head, readable: Buffers::default(), writable: Buffers::default() }
+        Self {
+            head,
+            readable: Buffers::default(),
+            writable: Buffers::default(),
+        }
     }
 
     pub(super) fn push(&mut self, descriptor: &Descriptor) -> Result<(), QueueError> {
@@ -41,7 +45,11 @@ impl Chain {
         if length > rest {
             return Err(QueueError::LengthOverflow { head: self.head });
         }
-        let side = if descriptor.is_writable() { &mut self.writable } else { &mut self.readable };
+        let side = if descriptor.is_writable() {
+            &mut self.writable
+        } else {
+            &mut self.readable
+        };
         side.push(gpa, length);
         Ok(())
     }
@@ -79,8 +87,14 @@ impl Buffers {
         if length > self.total {
             return None;
         }
-        let mut front = Buffers { seen: true, ..Buffers::default() };
-        let mut back = Buffers { seen: self.seen, ..Buffers::default() };
+        let mut front = Buffers {
+            seen: true,
+            ..Buffers::default()
+        };
+        let mut back = Buffers {
+            seen: self.seen,
+            ..Buffers::default()
+        };
         for (gpa, part) in self.list.drain(..) {
             let here = part.min(length - front.total);
             front.push(gpa, here);
@@ -105,7 +119,10 @@ impl Buffers {
     pub fn copy_to(&self, guard: &ReadGuard<'_>, mut to: &mut [u8]) -> Result<usize, AccessError> {
         let mut copied = 0;
         for &(gpa, length) in &self.list {
-            let Some((here, rest)) = to.split_at_mut_checked((length as usize).min(to.len())) else { break };
+            let Some((here, rest)) = to.split_at_mut_checked((length as usize).min(to.len()))
+            else {
+                break;
+            };
             if here.is_empty() {
                 break;
             }
@@ -123,7 +140,10 @@ impl Buffers {
     pub fn copy_from(&self, guard: &ReadGuard<'_>, mut from: &[u8]) -> Result<usize, AccessError> {
         let mut copied = 0;
         for &(gpa, length) in &self.list {
-            let Some((here, rest)) = from.split_at_checked((length as usize).min(from.len())) else { break };
+            let Some((here, rest)) = from.split_at_checked((length as usize).min(from.len()))
+            else {
+                break;
+            };
             if here.is_empty() {
                 break;
             }

@@ -5,7 +5,19 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 /// One entry of a descriptor table, direct or indirect (2.7.5).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    Default,
+    PartialEq,
+    Eq,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+    Unaligned,
+)]
 #[repr(C)]
 pub struct Descriptor {
     address: U64,
@@ -26,7 +38,12 @@ impl Descriptor {
 
     /// A descriptor with these fields.
     pub fn new(address: u64, length: u32, flags: u16, next: u16) -> Self {
-        Self { address: address.into(), length: length.into(), flags: flags.into(), next: next.into() }
+        Self {
+            address: address.into(),
+            length: length.into(),
+            flags: flags.into(),
+            next: next.into(),
+        }
     }
 
     /// Guest-physical address of the buffer or table.

@@ -92,5 +92,13 @@ impl QueueConfig {
 }
 
 fn aligned(ring: Ring, gpa: Gpa, alignment: u64) -> Result<(), QueueError> {
-    if gpa.0.is_multiple_of(alignment) { Ok(()) } else { Err(QueueError::Misaligned { ring, gpa, alignment }) }
+    if gpa.0.is_multiple_of(alignment) {
+        Ok(())
+    } else {
+        Err(QueueError::Misaligned {
+            ring,
+            gpa,
+            alignment,
+        })
+    }
 }

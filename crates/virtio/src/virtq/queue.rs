@@ -31,7 +31,11 @@ struct Mapped {
 
 impl Mapped {
     fn new(space: &Arc<AddressSpace>, ring: Ring, gpa: Gpa, len: usize, access: Access) -> Self {
-        Self { ring, gpa, map: CachedMap::new(space, gpa, len, access) }
+        Self {
+            ring,
+            gpa,
+            map: CachedMap::new(space, gpa, len, access),
+        }
     }
 
     fn get<'g>(&self, guard: &'g ReadGuard<'_>) -> Result<GuestSlice<'g>, QueueError> {
@@ -39,7 +43,11 @@ impl Mapped {
     }
 
     fn error(&self, source: AccessError) -> QueueError {
-        QueueError::Access { ring: self.ring, gpa: self.gpa, source }
+        QueueError::Access {
+            ring: self.ring,
+            gpa: self.gpa,
+            source,
+        }
     }
 }
 
@@ -88,7 +96,11 @@ impl Queue {
     ///
     /// # Errors
     /// [`QueueError::Size`], [`QueueError::Misaligned`]; [`QueueError::PackedRing`] when that was negotiated.
-    pub fn new(space: &Arc<AddressSpace>, config: QueueConfig, features: u64) -> Result<Queue, QueueError> {
+    pub fn new(
+        space: &Arc<AddressSpace>,
+        config: QueueConfig,
+        features: u64,
+    ) -> Result<Queue, QueueError> {
         if features & features::RING_PACKED != 0 {
             return Err(QueueError::PackedRing);
         }
@@ -111,18 +123,39 @@ impl Queue {
     /// [`QueueError::Size`], [`QueueError::Misaligned`]; [`QueueError::State`] for indices that lie further apart than
     /// the queue is long.
     pub fn restore(space: &Arc<AddressSpace>, state: &QueueState) -> Result<Queue, QueueError> {
-        let QueueState { config, indirect, event_idx, next_avail, next_used, unsignalled } = *state;
+        let QueueState {
+            config,
+            indirect,
+            event_idx,
+            next_avail,
+            next_used,
+            unsignalled,
+        } = *state;
         config.validate()?;
         if next_avail.wrapping_sub(next_used) > config.size {
-            return Err(QueueError::State { next_avail, next_used, size: config.size });
+            return Err(QueueError::State {
+                next_avail,
+                next_used,
+                size: config.size,
+            });
         }
         let map = |ring, gpa, len, access| Mapped::new(space, ring, gpa, len, access);
         Ok(Queue {
             config,
             indirect,
             event_idx,
-            descriptors: map(Ring::Descriptors, config.desc, config.desc_len(), Access::Read),
-            avail: map(Ring::Available, config.avail, config.avail_len(), Access::Read),
+            descriptors: map(
+                Ring::Descriptors,
+                config.desc,
+                config.desc_len(),
+                Access::Read,
+            ),
+            avail: map(
+                Ring::Available,
+                config.avail,
+                config.avail_len(),
+                Access::Read,
+            ),
             used: map(Ring::Used, config.used, config.used_len(), Access::Write),
             next_avail,
             seen_avail: next_avail,
@@ -179,7 +212,12 @@ impl Queue {
     ///
     /// # Errors
     /// [`QueueError::NotInFlight`] for a chain the queue cannot have handed out; [`QueueError::Access`].
-    pub fn add_used(&mut self, guard: &ReadGuard<'_>, head: u16, written: u32) -> Result<(), QueueError> {
+    pub fn add_used(
+        &mut self,
+        guard: &ReadGuard<'_>,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
         self.guarded(|queue| queue.put(guard, head, written))
     }
 
@@ -195,7 +233,12 @@ impl Queue {
     ///
     /// # Errors
     /// As those two.
-    pub fn push_used(&mut self, guard: &ReadGuard<'_>, head: u16, written: u32) -> Result<(), QueueError> {
+    pub fn push_used(
+        &mut self,
+        guard: &ReadGuard<'_>,
+        head: u16,
+        written: u32,
+    ) -> Result<(), QueueError> {
         self.add_used(guard, head, written)?;
         self.publish_used(guard)
     }
@@ -229,7 +272,10 @@ impl Queue {
     }
 
     /// Runs `f` unless the queue is broken, and breaks it when `f` fails.
-    fn guarded<T>(&mut self, f: impl FnOnce(&mut Self) -> Result<T, QueueError>) -> Result<T, QueueError> {
+    fn guarded<T>(
+        &mut self,
+        f: impl FnOnce(&mut Self) -> Result<T, QueueError>,
+    ) -> Result<T, QueueError> {
         if self.broken {
             return Err(QueueError::Broken);
         }
@@ -282,9 +328,16 @@ impl Queue {
     fn put(&mut self, guard: &ReadGuard<'_>, head: u16, written: u32) -> Result<(), QueueError> {
         let (size, in_flight) = (self.config.size, self.in_flight());
         if head >= size || in_flight == 0 {
-            return Err(QueueError::NotInFlight { head, size, in_flight });
+            return Err(QueueError::NotInFlight {
+                head,
+                size,
+                in_flight,
+            });
         }
-        let element = UsedElement { id: u32::from(head).into(), len: written.into() };
+        let element = UsedElement {
+            id: u32::from(head).into(),
+            len: written.into(),
+        };
         self.used
             .get(guard)?
             .write(self.config.used_element(self.next_used), element)
@@ -314,18 +367,30 @@ impl Queue {
         // the two must see the other's (2.7.10).
         fence(Ordering::SeqCst);
         let avail = self.avail.get(guard)?;
-        let load = |offset| avail.load_u16(offset, Ordering::Relaxed).map_err(|e| self.avail.error(e));
+        let load = |offset| {
+            avail
+                .load_u16(offset, Ordering::Relaxed)
+                .map_err(|e| self.avail.error(e))
+        };
         if !self.event_idx {
             return Ok(load(FLAGS)? & NO_INTERRUPT == 0);
         }
         // The event is among the last `unsignalled` entries; with as many as there are indices, always.
-        let behind = self.published_used.wrapping_sub(load(self.config.used_event())?).wrapping_sub(1);
+        let behind = self
+            .published_used
+            .wrapping_sub(load(self.config.used_event())?)
+            .wrapping_sub(1);
         Ok(u32::from(behind) < unsignalled)
     }
 
     fn request_kick(&mut self, guard: &ReadGuard<'_>) -> Result<bool, QueueError> {
         if self.event_idx {
-            self.store_used_u16(guard, self.config.avail_event(), self.next_avail, Ordering::Relaxed)?;
+            self.store_used_u16(
+                guard,
+                self.config.avail_event(),
+                self.next_avail,
+                Ordering::Relaxed,
+            )?;
         } else {
             self.store_used_u16(guard, FLAGS, 0, Ordering::Relaxed)?;
         }
@@ -341,7 +406,10 @@ impl Queue {
         value: u16,
         order: Ordering,
     ) -> Result<(), QueueError> {
-        self.used.get(guard)?.store_u16(offset, value, order).map_err(|e| self.used.error(e))
+        self.used
+            .get(guard)?
+            .store_u16(offset, value, order)
+            .map_err(|e| self.used.error(e))
     }
 }
 

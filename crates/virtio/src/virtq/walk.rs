@@ -41,16 +41,26 @@ impl Table<'_> {
                 None => return Ok(chain),
             }
         }
-        Err(QueueError::ChainTooLong { head, limit: u32::from(self.size) })
+        Err(QueueError::ChainTooLong {
+            head,
+            limit: u32::from(self.size),
+        })
     }
 
     fn descriptor(&self, index: u16) -> Result<Descriptor, QueueError> {
         if index >= self.size {
-            return Err(QueueError::DescriptorIndex { index, entries: u32::from(self.size) });
+            return Err(QueueError::DescriptorIndex {
+                index,
+                entries: u32::from(self.size),
+            });
         }
         self.descriptors
             .read::<Descriptor>(usize::from(index) * Descriptor::SIZE_BYTES as usize)
-            .map_err(|source| QueueError::Access { ring: Ring::Descriptors, gpa: self.gpa, source })
+            .map_err(|source| QueueError::Access {
+                ring: Ring::Descriptors,
+                gpa: self.gpa,
+                source,
+            })
     }
 
     fn check_indirect(&self, descriptor: &Descriptor, head: u16) -> Result<(), QueueError> {
@@ -94,14 +104,34 @@ fn walk_indirect(
         index = match descriptor.next() {
             None => return Ok(()),
             Some(next) if u32::from(next) < entries => next,
-            Some(next) => return Err(QueueError::DescriptorIndex { index: next, entries }),
+            Some(next) => {
+                return Err(QueueError::DescriptorIndex {
+                    index: next,
+                    entries,
+                });
+            }
         };
     }
-    Err(QueueError::ChainTooLong { head, limit: entries.min(limit) })
+    Err(QueueError::ChainTooLong {
+        head,
+        limit: entries.min(limit),
+    })
 }
 
 /// Entry `index` of the table at `base`, which is known not to wrap.
-fn indirect_descriptor(guard: &ReadGuard<'_>, base: Gpa, index: u16) -> Result<Descriptor, QueueError> {
-    let gpa = Gpa(base.0.wrapping_add(u64::from(index) * u64::from(Descriptor::SIZE_BYTES)));
-    guard.read::<Descriptor>(gpa).map_err(|source: AccessError| QueueError::Access { ring: Ring::Indirect, gpa, source })
+fn indirect_descriptor(
+    guard: &ReadGuard<'_>,
+    base: Gpa,
+    index: u16,
+) -> Result<Descriptor, QueueError> {
+    let gpa = Gpa(base
+        .0
+        .wrapping_add(u64::from(index) * u64::from(Descriptor::SIZE_BYTES)));
+    guard
+        .read::<Descriptor>(gpa)
+        .map_err(|source: AccessError| QueueError::Access {
+            ring: Ring::Indirect,
+            gpa,
+            source,
+        })
 }
