@@ -10,20 +10,24 @@
 //! seeded: leave_relaxed breaks model_owner
 #![cfg(loom)]
 
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
 
 use ebbtide_gate::{Entry, Gate, Owned};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
 use loom::thread;
 
-/// Runs every schedule of `body` (with up to `preemptions` preemptions, all when `None`), then says so.
+/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
+/// LOOM_MAX_PREEMPTIONS sets another bound.
 fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
     let schedules = Arc::new(AtomicU64::new(0));
     let counter = Arc::clone(&schedules);
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = preemptions;
+    builder.preemption_bound = builder.preemption_bound.or(preemptions);
     builder.check(move || {
         counter.fetch_add(1, Ordering::Relaxed);
         body();
@@ -69,7 +73,7 @@ fn use_under_lease(gate: &Arc<Gate>, kind: Entry, guarded: &Guarded) {
 fn model_drain() {
     const INVARIANT: &str =
         "once drained, no lease exists and none will, and what was done under a lease is seen";
-    check("gate/drain", INVARIANT, Some(3), || {
+    check("gate/drain", INVARIANT, Some(4), || {
         let gate = Gate::new("modelled");
         let guarded = Arc::new(Guarded::new());
         let users = [Entry::Mmio, Entry::Io].map(|kind| {
@@ -90,19 +94,27 @@ fn model_drain() {
 
 #[test]
 fn model_wakeup() {
-    const INVARIANT: &str = "every drainer is woken, whether the last lease or the close comes last";
-    check("gate/wakeup", INVARIANT, Some(3), || {
+    const INVARIANT: &str =
+        "every drainer is woken, whether the last lease or the close comes last";
+    check("gate/wakeup", INVARIANT, Some(4), || {
         let gate = Gate::new("modelled");
         let lease = gate.enter(Entry::Io).expect("open");
         let leaver = thread::spawn(move || drop(lease));
         let closing = Arc::clone(&gate);
         let closer = thread::spawn(move || assert!(closing.close()));
-        // Two drainers in one task: a wake-up that reaches only one of them is found as well.
-        let (first, second) = (gate.drained(), gate.drained());
-        block_on(async {
-            first.await;
-            second.await;
-        });
+        // Two drainers, each with a waker of its own entry.
+        let (mut first, mut second) = (gate.drained(), gate.drained());
+        block_on(poll_fn(|cx| {
+            let (first, second) = (
+                Pin::new(&mut first).poll(cx),
+                Pin::new(&mut second).poll(cx),
+            );
+            if first.is_ready() && second.is_ready() {
+                Poll::Ready(())
+            } else {
+                Poll::Pending
+            }
+        }));
         assert!(gate.is_drained());
         leaver.join().unwrap();
         closer.join().unwrap();
@@ -113,7 +125,7 @@ fn model_wakeup() {
 fn model_owner() {
     const INVARIANT: &str =
         "the owner takes the value out exclusively, and a handle reaches it only before that";
-    check("gate/owner", INVARIANT, Some(3), || {
+    check("gate/owner", INVARIANT, Some(4), || {
         // The value itself is behind an Arc, so that a seeded bug is found by loom and not as a crash.
         let guarded = Arc::new(Guarded::new());
         let owned = Owned::new("modelled", Arc::clone(&guarded));

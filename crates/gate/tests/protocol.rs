@@ -51,9 +51,16 @@ fn a_closed_gate_never_admits_again() {
 fn an_open_gate_is_not_drained_even_when_empty() {
     let gate = Gate::new("vda");
     let stalled = gate.drain_blocking(Instant::now()).expect_err("open");
-    assert_eq!(stalled, Stalled { name: "vda".into(), held: Held::default() });
+    assert_eq!(
+        stalled,
+        Stalled {
+            name: "vda".into(),
+            held: Held::default()
+        }
+    );
     gate.close();
-    gate.drain_blocking(Instant::now()).expect("closed and empty, even with no time left");
+    gate.drain_blocking(Instant::now())
+        .expect("closed and empty, even with no time left");
 }
 
 #[test]
@@ -62,9 +69,14 @@ fn a_stalled_drain_says_who_is_inside_and_frees_nothing() {
     let leases = [Entry::Io, Entry::Io, Entry::Mmio].map(|kind| gate.enter(kind).expect("open"));
     gate.close();
     let began = Instant::now();
-    let stalled = gate.drain_blocking(began + Duration::from_millis(20)).expect_err("held");
+    let stalled = gate
+        .drain_blocking(began + Duration::from_millis(20))
+        .expect_err("held");
     assert!(began.elapsed() >= Duration::from_millis(20));
-    assert_eq!(stalled.to_string(), "gate `vda` is not drained: 1 mmio, 2 io still inside");
+    assert_eq!(
+        stalled.to_string(),
+        "gate `vda` is not drained: 1 mmio, 2 io still inside"
+    );
     drop(leases);
     gate.drain_blocking(soon()).expect("empty now");
 }
@@ -83,13 +95,21 @@ fn all_drainers_are_woken_once_and_a_withdrawn_one_is_not() {
         assert_eq!(pin!(drained).poll(&mut cx), Poll::Pending);
     }
     drop(drains.remove(1));
-    assert_eq!(Arc::strong_count(&counts[1]), 1, "its waker is gone with it");
+    assert_eq!(
+        Arc::strong_count(&counts[1]),
+        1,
+        "its waker is gone with it"
+    );
     gate.close();
     assert_eq!(counts.each_ref().map(|count| count.get()), [0, 0, 0]);
     drop(lease);
     assert_eq!(counts.each_ref().map(|count| count.get()), [1, 0, 1]);
     for drained in &mut drains {
-        assert!(pin!(drained).poll(&mut Context::from_waker(Waker::noop())).is_ready());
+        assert!(
+            pin!(drained)
+                .poll(&mut Context::from_waker(Waker::noop()))
+                .is_ready()
+        );
     }
 }
 
@@ -99,7 +119,11 @@ fn closing_an_empty_gate_wakes_who_waited_for_it() {
     let count = Arc::new(Count::default());
     let waker = Waker::from(Arc::clone(&count));
     let mut drained = gate.drained();
-    assert!(pin!(&mut drained).poll(&mut Context::from_waker(&waker)).is_pending());
+    assert!(
+        pin!(&mut drained)
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+    );
     gate.close();
     assert_eq!(count.get(), 1);
 }
@@ -110,7 +134,9 @@ fn a_waker_may_come_back_to_the_gate() {
     impl Wake for Reenter {
         fn wake(self: Arc<Self>) {
             let mut again = self.0.drained();
-            let ready = pin!(&mut again).poll(&mut Context::from_waker(Waker::noop())).is_ready();
+            let ready = pin!(&mut again)
+                .poll(&mut Context::from_waker(Waker::noop()))
+                .is_ready();
             self.1.store(ready, Ordering::SeqCst);
         }
     }
@@ -119,7 +145,11 @@ fn a_waker_may_come_back_to_the_gate() {
     let reenter = Arc::new(Reenter(Arc::clone(&gate), AtomicBool::new(false)));
     let waker = Waker::from(Arc::clone(&reenter));
     let mut drained = gate.drained();
-    assert!(pin!(&mut drained).poll(&mut Context::from_waker(&waker)).is_pending());
+    assert!(
+        pin!(&mut drained)
+            .poll(&mut Context::from_waker(&waker))
+            .is_pending()
+    );
     gate.close();
     drop(lease);
     assert!(reenter.1.load(Ordering::SeqCst));
@@ -130,7 +160,11 @@ struct Tracked(Arc<AtomicU32>, thread::ThreadId);
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        assert_eq!(thread::current().id(), self.1, "dropped by somebody who only used it");
+        assert_eq!(
+            thread::current().id(),
+            self.1,
+            "dropped by somebody who only used it"
+        );
         self.0.fetch_add(1, Ordering::SeqCst);
     }
 }
@@ -167,9 +201,17 @@ fn dropping_the_owner_frees_the_value_unless_somebody_is_inside() {
     let handle = owned.handle();
     let live = handle.enter(Entry::Io).expect("open");
     drop(owned);
-    assert_eq!(live.1, thread::current().id(), "leaked, so still readable under the lease");
+    assert_eq!(
+        live.1,
+        thread::current().id(),
+        "leaked, so still readable under the lease"
+    );
     drop(live);
-    assert_eq!(drops.load(Ordering::SeqCst), 1, "leaked, not freed late by the user");
+    assert_eq!(
+        drops.load(Ordering::SeqCst),
+        1,
+        "leaked, not freed late by the user"
+    );
     assert!(handle.enter(Entry::Io).is_none());
 }
 
@@ -184,7 +226,11 @@ fn stress_close_against_users() {
         let users: Vec<_> = (0..USERS)
             .map(|user| {
                 let (handle, gone) = (owned.handle(), Arc::clone(&gone));
-                let kind = if user % 2 == 0 { Entry::Mmio } else { Entry::Io };
+                let kind = if user % 2 == 0 {
+                    Entry::Mmio
+                } else {
+                    Entry::Io
+                };
                 thread::spawn(move || {
                     let mut entered = 0;
                     while let Some(live) = handle.enter(kind) {
@@ -202,7 +248,10 @@ fn stress_close_against_users() {
         owned.gate().drain_blocking(soon()).expect("users leave");
         gone.store(true, Ordering::SeqCst);
         let total = owned.try_into_inner().expect("drained").into_inner();
-        let entered: u64 = users.into_iter().map(|user| user.join().expect("no panic")).sum();
+        let entered: u64 = users
+            .into_iter()
+            .map(|user| user.join().expect("no panic"))
+            .sum();
         assert_eq!(total, entered);
     }
 }
