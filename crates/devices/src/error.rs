@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The crate's error type.
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a device or the host side of one could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a character device specification.
+    #[error("character device \"{0}\": expected stdio, file:PATH, unix:PATH or off")]
+    Spec(String),
+    /// A file could not be opened for output.
+    #[error("character device file {}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Somebody listens there already.
+    #[error("socket {} is in use by another process", .0.display())]
+    SocketInUse(PathBuf),
+    /// Something that is not a socket is there.
+    #[error("{} exists and is not a socket", .0.display())]
+    NotASocket(PathBuf),
+    /// The socket could not be made.
+    #[error("socket {}: {source}", path.display())]
+    Socket {
+        /// Its path.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// Standard input or output could not be used.
+    #[error("standard input and output: {0}")]
+    Stdio(io::Error),
+}
