@@ -12,12 +12,29 @@
     )
 )]
 
+#[cfg(not(loom))]
 mod error;
+mod kick;
+#[cfg(not(loom))]
+pub mod kvm;
+mod sync;
+#[cfg(not(loom))]
 mod vcpu;
+#[cfg(not(loom))]
 mod vm;
 
+#[cfg(not(loom))]
 pub use error::Error;
+#[cfg(not(loom))]
 pub use vcpu::{
     BOOT_CS, BOOT_DS, BOOT_TSS, BootState, Exit, FLAT_GDT, Kicker, SystemEventKind, Vcpu, VcpuState,
 };
+#[cfg(not(loom))]
 pub use vm::{ChipState, Limits, Vm};
+
+/// The protocols the concurrency models run.
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod models {
+    pub use crate::kick::{after_interruption, before_entry, kick};
+}

@@ -6,6 +6,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use ebbtide_bus::irq::{IrqLine, MsiController};
+use ebbtide_memory::Listener;
 
 use crate::{Error, Vcpu};
 
@@ -16,6 +17,13 @@ pub trait Vm: Send + Sync {
     /// # Errors
     /// The index is taken or too high, or the host is out of resources.
     fn create_vcpu(&self, index: u8, cpus: u8) -> Result<Box<dyn Vcpu>, Error>;
+
+    /// What turns the RAM of the memory address space into slots, and its ioeventfds into the hypervisor's. One per
+    /// machine.
+    fn memory_listener(&self) -> Box<dyn Listener>;
+
+    /// What turns the ioeventfds of the port address space into the hypervisor's. One per machine.
+    fn port_listener(&self) -> Box<dyn Listener>;
 
     /// The controller of message-signalled interrupts.
     fn msi(&self) -> Arc<dyn MsiController>;

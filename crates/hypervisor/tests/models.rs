@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Loom models of the kick protocol. Run by `cargo xtask models`; `models.toml` lists them.
+#![cfg(loom)]
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use ebbtide_hypervisor::models::{after_interruption, before_entry, kick};
+use loom::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
+use loom::sync::{Arc, Condvar, Mutex};
+use loom::thread;
+
+fn model(schedule: impl Fn() + Sync + Send + 'static) {
+    let schedules = std::sync::Arc::new(AtomicU64::new(0));
+    let counted = schedules.clone();
+    let mut builder = loom::model::Builder::new();
+    // Every lost kick known takes at most two preemptions; three keep the model to seconds.
+    builder.preemption_bound = Some(3);
+    builder.check(move || {
+        counted.fetch_add(1, Relaxed);
+        schedule();
+    });
+    println!("MODEL {{\"schedules\":{}}}", schedules.load(Relaxed));
+}
+
+/// What the kernel keeps for the thread: a pending signal, and the sleep that one ends.
+struct Kernel {
+    flag: AtomicU8,
+    pending: Mutex<bool>,
+    arrived: Condvar,
+}
+
+impl Kernel {
+    fn new() -> Arc<Self> {
+        Arc::new(Self {
+            flag: AtomicU8::new(0),
+            pending: Mutex::new(false),
+            arrived: Condvar::new(),
+        })
+    }
+
+    fn signal(&self) {
+        *self.pending.lock().unwrap() = true;
+        self.arrived.notify_all();
+    }
+
+    /// A signal that finds the thread in user mode runs the empty handler and is gone.
+    fn user_mode(&self) {
+        *self.pending.lock().unwrap() = false;
+    }
+
+    /// The thread's loop, around KVM_RUN of a guest that never leaves by itself, until there is nothing to look for.
+    fn vcpu_thread(&self, done: impl Fn() -> bool) {
+        loop {
+            self.user_mode();
+            if done() {
+                return;
+            }
+            self.user_mode();
+            before_entry(&self.flag);
+            if self.flag.load(SeqCst) == 0 {
+                let mut pending = self.pending.lock().unwrap();
+                while !*pending {
+                    pending = self.arrived.wait(pending).unwrap();
+                }
+            }
+            self.user_mode();
+            after_interruption(&self.flag);
+        }
+    }
+}
+
+// A lost kick is a thread that waits for ever, which loom reports as a deadlock.
+
+#[test]
+fn a_kick_is_never_lost() {
+    model(|| {
+        let kernel = Kernel::new();
+        let stop = Arc::new(AtomicBool::new(false));
+        let vcpu = {
+            let (kernel, stop) = (kernel.clone(), stop.clone());
+            thread::spawn(move || kernel.vcpu_thread(|| stop.load(SeqCst)))
+        };
+        stop.store(true, SeqCst);
+        kick(&kernel.flag, || kernel.signal());
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn two_kickers_are_both_served() {
+    model(|| {
+        let kernel = Kernel::new();
+        let work = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
+        let vcpu = {
+            let (kernel, work) = (kernel.clone(), work.clone());
+            thread::spawn(move || kernel.vcpu_thread(|| work.iter().all(|w| w.load(SeqCst))))
+        };
+        let second = {
+            let (kernel, work) = (kernel.clone(), work.clone());
+            thread::spawn(move || {
+                work[1].store(true, SeqCst);
+                kick(&kernel.flag, || kernel.signal());
+            })
+        };
+        work[0].store(true, SeqCst);
+        kick(&kernel.flag, || kernel.signal());
+        second.join().unwrap();
+        vcpu.join().unwrap();
+    });
+}
