@@ -164,3 +164,6 @@ impl Mmio for SerialPort {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -102,6 +102,11 @@ impl Wire {
         .await
     }
 
+    /// Whether bytes wait to be [taken](Self::take).
+    pub fn has_output(&self) -> bool {
+        !self.output().bytes.is_empty()
+    }
+
     /// Host: all bytes sent until now.
     pub fn take(&self) -> Vec<u8> {
         std::mem::take(&mut self.output().bytes).into()
