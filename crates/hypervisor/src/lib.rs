@@ -17,6 +17,8 @@ mod error;
 mod kick;
 #[cfg(not(loom))]
 pub mod kvm;
+#[cfg(not(loom))]
+pub mod probe;
 mod sync;
 #[cfg(not(loom))]
 mod vcpu;

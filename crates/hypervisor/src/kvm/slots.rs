@@ -47,7 +47,7 @@ impl SlotNumbers {
     }
 
     /// The lowest number that is free: KVM's tables are as long as the highest one needs.
-    fn take(&self) -> Option<u32> {
+    pub(super) fn take(&self) -> Option<u32> {
         let mut numbers = self.lock();
         if let Some(slot) = numbers.free.pop_first() {
             return Some(slot);

@@ -2,11 +2,15 @@
 //! A machine of KVM.
 
 use std::io;
+use std::ptr::NonNull;
 use std::sync::{Arc, OnceLock};
 
 use ebbtide_bus::irq::{IrqLine, MsiController};
-use ebbtide_memory::Listener;
-use kvm_bindings::{KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap};
+use ebbtide_memory::{FlatIoeventfd, Listener, ListenerError};
+use kvm_bindings::{
+    KVM_CAP_DISABLE_QUIRKS2, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+    kvm_userspace_memory_region,
+};
 use kvm_ioctls::VmFd;
 
 use super::cpuid::{self, Supported};
@@ -77,6 +81,35 @@ impl KvmVm {
             slots: SlotNumbers::new(limits.slots),
             machine,
         }))
+    }
+
+    /// Backs guest memory by hand, for a guest that has no memory core. Takes a slot number for good.
+    ///
+    /// # Safety
+    /// The host range must stay mapped as long as a vCPU of this machine may run.
+    pub(crate) unsafe fn back(
+        &self,
+        gpa: u64,
+        host: NonNull<u8>,
+        size_bytes: u64,
+    ) -> Result<(), Error> {
+        let region = kvm_userspace_memory_region {
+            slot: self.slots.take().ok_or(Error::Lacks {
+                capability: "a free memory slot",
+            })?,
+            guest_phys_addr: gpa,
+            memory_size: size_bytes,
+            userspace_addr: host.as_ptr() as u64,
+            flags: 0,
+        };
+        // SAFETY: as this function demands.
+        unsafe { self.machine.fd.set_user_memory_region(region) }
+            .map_err(|errno| Machine::refused("KVM_SET_USER_MEMORY_REGION", errno))
+    }
+
+    /// Watches an address of guest memory, for good.
+    pub(crate) fn add_doorbell(&self, ioeventfd: &FlatIoeventfd) -> Result<(), ListenerError> {
+        Bus::memory(Arc::clone(&self.machine)).add(ioeventfd)
     }
 
     /// Memory slots in use.
