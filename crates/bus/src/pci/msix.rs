@@ -346,3 +346,6 @@ impl VectorState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
