@@ -11,10 +11,16 @@ mod elf;
 
 pub mod agent;
 pub mod capsule;
+pub mod deny;
+pub mod guest;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;
 pub mod modules;
 pub mod packages;
 pub mod places;
+pub mod probe;
 pub mod process;
+pub mod qmp;
+pub mod selftest;
+pub mod vmm;

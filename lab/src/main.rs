@@ -8,8 +8,10 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use ebbtide_lab::capsule::{Capsule, Interrupted, Invocation};
-use ebbtide_lab::image;
 use ebbtide_lab::kernel::Series;
+use ebbtide_lab::probe::Place;
+use ebbtide_lab::vmm::Program;
+use ebbtide_lab::{image, probe, selftest};
 
 /// Where Ebbtide is tried out: guest images and the capsule.
 #[derive(Parser)]
@@ -32,6 +34,26 @@ enum Command {
         #[arg(long)]
         kernel: Series,
     },
+    /// Prove the lab itself: boot guests and use all it has
+    ///
+    /// Runs on this machine's KVM if EBBTIDE_KVM=host, else in the capsule.
+    Selftest(SelftestOptions),
+}
+
+#[derive(clap::Args)]
+struct SelftestOptions {
+    /// `qemu`, or the path of an ebbtide binary
+    #[arg(long, default_value = "qemu")]
+    vmm: String,
+    /// Guest kernels: 6.1, 6.12 or both
+    #[arg(long, value_delimiter = ',', default_value = "6.1,6.12")]
+    kernel: Vec<Series>,
+    /// How many processors the guests have, in turn
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    cpus: Vec<u32>,
+    /// How much guest memory to fill, in MiB
+    #[arg(long, default_value_t = 1024)]
+    fill: u64,
 }
 
 #[derive(clap::Args)]
@@ -88,7 +110,40 @@ fn run(options: Options) -> Result<ExitCode> {
             println!("{}\n{}", image.kernel.display(), image.initrd.display());
             Ok(ExitCode::SUCCESS)
         }
+        Command::Selftest(options) => selftest(&options),
     }
+}
+
+fn selftest(options: &SelftestOptions) -> Result<ExitCode> {
+    let (program, binary) = match options.vmm.as_str() {
+        "qemu" => (Program::Qemu, None),
+        path => {
+            let path = std::path::absolute(path).context("--vmm")?;
+            (Program::Ebbtide(path.clone()), Some(path))
+        }
+    };
+    let images = options
+        .kernel
+        .iter()
+        .map(|series| image::build(*series))
+        .collect::<Result<Vec<_>>>()?;
+    let choice = probe::choose(binary.as_deref())?;
+    if choice.place == Place::Capsule {
+        println!("running in the capsule: {}", choice.reason);
+        let itself = std::env::current_exe().context("own path")?;
+        let argv = std::iter::once(itself.into_os_string()).chain(std::env::args_os().skip(1));
+        let argv = argv
+            .map(|word| word.into_string().ok().context("not UTF-8"))
+            .collect::<Result<Vec<_>>>()?;
+        return run_and_pass_on(&Capsule::default(), argv, true);
+    }
+    for image in &images {
+        for cpus in &options.cpus {
+            selftest::run(&program, image, *cpus, options.fill << 20)
+                .with_context(|| format!("{} with {cpus} CPUs", image.version))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
@@ -106,9 +161,13 @@ fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
         console_log: options.console,
         ..default
     };
-    let invocation = Invocation::here(options.argv)?;
+    run_and_pass_on(&capsule, options.argv, options.verbose)
+}
+
+fn run_and_pass_on(capsule: &Capsule, argv: Vec<String>, verbose: bool) -> Result<ExitCode> {
+    let invocation = Invocation::here(argv)?;
     let outcome = capsule.run(&invocation, &mut std::io::stdout(), &mut std::io::stderr())?;
-    if options.verbose {
+    if verbose {
         eprintln!(
             "capsule: command started after {:.2?}, ended after {:.2?}",
             outcome.boot, outcome.total

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A virtio driver's dealings with the transport (virtio 1.3, 3.1 and 4.1).
 
-use std::time::{Duration, Instant};
-
 use anyhow::{Context, bail, ensure};
 use ebbtide_bus::irq::MsiMessage;
 use ebbtide_virtio::{features, status};
@@ -12,9 +10,8 @@ use crate::interrupts::Interrupts;
 use crate::pci::PciDevice;
 use crate::queue::{DriverQueue, Layout, Part, Used};
 use crate::ram::GuestRam;
+use crate::wait::{LIMIT, poll};
 
-/// How long a device may take for anything a test waits for.
-const LIMIT: Duration = Duration::from_secs(20);
 const VENDOR_SPECIFIC: u8 = 9;
 /// "No vector" in the vector registers.
 const NO_VECTOR: u16 = 0xffff;
@@ -382,16 +379,4 @@ impl VirtioDriver {
     pub fn write_config(&self, offset: u64, size: u8, value: u64) {
         self.pci.store(self.config.address + offset, size, value);
     }
-}
-
-/// Looks again and again until `done` or time is up.
-fn poll(mut done: impl FnMut() -> bool) -> bool {
-    let end = Instant::now() + LIMIT;
-    while !done() {
-        if Instant::now() > end {
-            return false;
-        }
-        std::thread::sleep(Duration::from_micros(50));
-    }
-    true
 }

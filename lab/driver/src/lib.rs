@@ -9,6 +9,7 @@ pub mod mem;
 mod pci;
 mod queue;
 mod ram;
+mod wait;
 
 pub use board::Board;
 pub use device::{Registers, VirtioDriver, common};
@@ -16,3 +17,4 @@ pub use interrupts::Interrupts;
 pub use pci::{Capability, PciDevice};
 pub use queue::{DriverQueue, Layout, Part, Used};
 pub use ram::GuestRam;
+pub use wait::{LIMIT, block_on, poll};

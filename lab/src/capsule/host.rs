@@ -17,7 +17,8 @@ use crate::places::find_program;
 /// warns at boot. Without `-erms,-fsrm` kernels clear and copy memory by single
 /// bytes, which TCG emulates one by one.
 pub(super) const PROCESSOR: &str = "max,+svm,+npt,-xsave,-erms,-fsrm";
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic mitigations=off no_timer_check";
+const COMMAND_LINE: &str =
+    "console=ttyS0 quiet panic=-1 oops=panic mitigations=off init_on_alloc=0 no_timer_check";
 
 /// Our ends of the virtio-serial ports, and QEMU's.
 pub(super) struct Ports {
