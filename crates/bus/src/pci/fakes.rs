@@ -4,6 +4,11 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use ebbtide_gate::Gate;
+use ebbtide_memory::{AddressSpace, Memory, MemoryConfig, Mmio, Region};
+
+use super::{BarKind, BarSpec, Config, Function, HostBridge, Ids, Msix, Windows};
+use crate::gated;
 use crate::irq::{IrqError, MsiController, MsiMessage, MsiRoute};
 
 /// Remembers what its routes delivered.
@@ -81,5 +86,130 @@ impl MsiRoute for FakeRoute {
         let mut state = self.state.lock().unwrap();
         let message = state.message;
         state.delivered.extend(message);
+    }
+}
+
+/// A machine with a PCI bus and nothing else: root, address space, bridge.
+pub(super) struct Machine {
+    pub(super) memory: Arc<Memory>,
+    pub(super) root: Arc<Region>,
+    pub(super) space: Arc<AddressSpace>,
+    pub(super) bridge: Arc<HostBridge>,
+    pub(super) ecam: Arc<dyn Mmio>,
+    pub(super) ports: Arc<dyn Mmio>,
+}
+
+pub(super) fn windows() -> Windows {
+    Windows {
+        mmio32: 0xc000_0000..0xe000_0000,
+        mmio64: 1 << 36..1 << 37,
+    }
+}
+
+impl Machine {
+    pub(super) fn new() -> Self {
+        let memory = Memory::new(MemoryConfig {
+            arena_bytes: 1 << 30,
+        })
+        .unwrap();
+        let root = Region::container("root", 1 << 64);
+        let bridge = HostBridge::new(&memory, windows()).unwrap();
+        memory
+            .update(|change| change.add(&root, bridge.container(), 0, HostBridge::PRIORITY))
+            .unwrap();
+        let space = memory.address_space("memory", &root).unwrap();
+        let (ecam, ports) = (bridge.ecam(), bridge.ports());
+        Self {
+            memory,
+            root,
+            space,
+            bridge,
+            ecam,
+            ports,
+        }
+    }
+
+    /// What a CPU reads at `address`.
+    pub(super) fn load(&self, address: u64, size: u8) -> u64 {
+        self.space.load(&self.memory.register(), address, size)
+    }
+
+    pub(super) fn store(&self, address: u64, size: u8, value: u64) {
+        self.space
+            .store(&self.memory.register(), address, size, value);
+    }
+
+    /// A configuration read through memory, function 0 of `slot`.
+    pub(super) fn config(&self, slot: u8, register: u64, size: u8) -> u32 {
+        self.ecam.read(u64::from(slot) << 15 | register, size) as u32
+    }
+
+    pub(super) fn set_config(&self, slot: u8, register: u64, size: u8, value: u32) {
+        self.ecam
+            .write(u64::from(slot) << 15 | register, size, value.into());
+    }
+}
+
+/// Registers that all read as the same value.
+pub(super) struct Signature(pub(super) u64);
+
+impl Mmio for Signature {
+    fn read(&self, _offset: u64, size: u8) -> u64 {
+        self.0 & crate::gated::all_ones(size)
+    }
+    fn write(&self, _offset: u64, _size: u8, _value: u64) {}
+}
+
+/// A function with BAR 0 (32 bits, 8 KiB, reads 0xb0), BAR 2 (64 bits prefetchable, 1 MiB, reads 0xb2) and MSI-X with 3
+/// vectors in BAR 1.
+pub(super) struct Device {
+    config: Config,
+}
+
+pub(super) const DEVICE_IDS: Ids = Ids {
+    vendor: 0x1234,
+    device: 0x5678,
+    revision: 9,
+    class: 0x01_02_03,
+    subsystem_vendor: 0xabcd,
+    subsystem: 0xef01,
+};
+
+impl Device {
+    pub(super) fn new(name: &str, controller: &FakeController) -> Arc<Self> {
+        let gate = Gate::new(name);
+        let mut config = Config::new(&gate, DEVICE_IDS);
+        let shows = |value, size| {
+            Region::mmio(
+                format!("{value:x}"),
+                size,
+                gated::behind(&gate, Arc::new(Signature(value))),
+            )
+        };
+        config
+            .add_bar(
+                0,
+                BarSpec {
+                    size_bytes: 8192,
+                    kind: BarKind::Mem32,
+                },
+                shows(0xb0, 8192),
+            )
+            .unwrap();
+        let large = BarSpec {
+            size_bytes: 1 << 20,
+            kind: BarKind::Mem64 { prefetchable: true },
+        };
+        config.add_bar(2, large, shows(0xb2, 1 << 20)).unwrap();
+        config
+            .add_msix(1, &Msix::new(3, controller).unwrap())
+            .unwrap();
+        Arc::new(Self { config })
+    }
+}
+
+impl Function for Device {
+    fn config(&self) -> &Config {
+        &self.config
     }
 }

@@ -20,6 +20,8 @@ mod registers;
 
 #[cfg(test)]
 mod fakes;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
