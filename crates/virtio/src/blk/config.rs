@@ -56,14 +56,19 @@ impl Config {
         let layout = self.layout(writeback);
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = layout.as_bytes().get(start..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest.iter().chain(std::iter::repeat(&0))) {
+        for (to, from) in data
+            .iter_mut()
+            .zip(rest.iter().chain(std::iter::repeat(&0)))
+        {
             *to = *from;
         }
     }
 
     fn layout(&self, writeback: bool) -> Layout {
         let logical = self.logical_block_bytes.max(1);
-        let physical_exp = (self.physical_block_bytes / logical).checked_ilog2().unwrap_or(0);
+        let physical_exp = (self.physical_block_bytes / logical)
+            .checked_ilog2()
+            .unwrap_or(0);
         let per_physical = u16::try_from(self.physical_block_bytes / logical).unwrap_or(0);
         // In sectors: what a discard of less than this has no effect on.
         let discard_alignment = (u64::from(self.physical_block_bytes) / SECTOR_BYTES).max(1);
@@ -141,7 +146,9 @@ mod tests {
             for width in [1, 2, 4, 8] {
                 let mut data = vec![0xaa; width];
                 CONFIG.read(true, offset as u64, &mut data);
-                let expected: Vec<_> = (offset..offset + width).map(|i| whole.get(i).copied().unwrap_or(0)).collect();
+                let expected: Vec<_> = (offset..offset + width)
+                    .map(|i| whole.get(i).copied().unwrap_or(0))
+                    .collect();
                 assert_eq!(data, expected);
             }
         }

@@ -106,7 +106,11 @@ impl Terms {
 
     /// What a write must pass besides its range (5.2.6.2: a read-only device fails it and writes nothing).
     pub(crate) fn writable(&self) -> Result<(), Status> {
-        if self.readonly { Err(Status::IoErr) } else { Ok(()) }
+        if self.readonly {
+            Err(Status::IoErr)
+        } else {
+            Ok(())
+        }
     }
 
     /// How many ranges a discard or write-zeroes request of `len` bytes behind its header has.
@@ -130,7 +134,10 @@ impl Terms {
     /// The ranges of a discard or write-zeroes request, from the bytes behind its header.
     pub(crate) fn segments(&self, kind: Kind, bytes: &[u8]) -> Result<Segments, Status> {
         let (segments, _) = bytes.as_chunks::<{ SEGMENT_BYTES as usize }>();
-        segments.iter().map(|bytes| self.segment(kind, bytes)).collect()
+        segments
+            .iter()
+            .map(|bytes| self.segment(kind, bytes))
+            .collect()
     }
 
     fn segment(&self, kind: Kind, bytes: &[u8; SEGMENT_BYTES as usize]) -> Result<Segment, Status> {
@@ -149,7 +156,9 @@ impl Terms {
             return Err(Status::IoErr);
         }
         let len = u64::from(sectors) * SECTOR_BYTES;
-        let offset = self.range(u64::from_le_bytes(sector), len).ok_or(Status::IoErr)?;
+        let offset = self
+            .range(u64::from_le_bytes(sector), len)
+            .ok_or(Status::IoErr)?;
         Ok(Segment {
             offset,
             len,
@@ -235,7 +244,11 @@ mod tests {
             (u64::MAX, 512),
             (u64::MAX / 512, 512),
         ] {
-            assert_eq!(TERMS.transfer_offset(sector, len), Err(Status::IoErr), "{sector} {len}");
+            assert_eq!(
+                TERMS.transfer_offset(sector, len),
+                Err(Status::IoErr),
+                "{sector} {len}"
+            );
         }
     }
 
@@ -247,15 +260,39 @@ mod tests {
             len: 1024,
             unmap: false,
         };
-        assert_eq!(parse(Kind::Discard, &segment(1, 2, 0)).unwrap().as_slice(), [plain]);
-        let unmap = Segment { unmap: true, ..plain };
+        assert_eq!(
+            parse(Kind::Discard, &segment(1, 2, 0)).unwrap().as_slice(),
+            [plain]
+        );
+        let unmap = Segment {
+            unmap: true,
+            ..plain
+        };
         let two = [segment(1, 2, 1), segment(1, 2, 0)].concat();
-        assert_eq!(parse(Kind::WriteZeroes, &two).unwrap().as_slice(), [unmap, plain]);
-        assert_eq!(parse(Kind::Discard, &segment(1, 2, 1)), Err(Status::Unsupported));
-        assert_eq!(parse(Kind::Discard, &segment(1, 2, 2)), Err(Status::Unsupported));
-        assert_eq!(parse(Kind::WriteZeroes, &segment(1, 2, 3)), Err(Status::Unsupported));
-        assert_eq!(parse(Kind::WriteZeroes, &segment(2047, 2, 0)), Err(Status::IoErr));
-        assert_eq!(parse(Kind::WriteZeroes, &segment(u64::MAX, 1, 0)), Err(Status::IoErr));
+        assert_eq!(
+            parse(Kind::WriteZeroes, &two).unwrap().as_slice(),
+            [unmap, plain]
+        );
+        assert_eq!(
+            parse(Kind::Discard, &segment(1, 2, 1)),
+            Err(Status::Unsupported)
+        );
+        assert_eq!(
+            parse(Kind::Discard, &segment(1, 2, 2)),
+            Err(Status::Unsupported)
+        );
+        assert_eq!(
+            parse(Kind::WriteZeroes, &segment(1, 2, 3)),
+            Err(Status::Unsupported)
+        );
+        assert_eq!(
+            parse(Kind::WriteZeroes, &segment(2047, 2, 0)),
+            Err(Status::IoErr)
+        );
+        assert_eq!(
+            parse(Kind::WriteZeroes, &segment(u64::MAX, 1, 0)),
+            Err(Status::IoErr)
+        );
         let big = Terms {
             capacity_bytes: u64::MAX,
             ..TERMS
@@ -271,26 +308,42 @@ mod tests {
         assert_eq!(TERMS.segment_count(Kind::Discard, 16), Ok(1));
         assert_eq!(TERMS.segment_count(Kind::Discard, 32 * 16), Ok(32));
         for len in [0, 8, 17, 33 * 16] {
-            assert_eq!(TERMS.segment_count(Kind::WriteZeroes, len), Err(Status::IoErr), "{len}");
+            assert_eq!(
+                TERMS.segment_count(Kind::WriteZeroes, len),
+                Err(Status::IoErr),
+                "{len}"
+            );
         }
         let plain = Terms {
             discard: false,
             write_zeroes: false,
             ..TERMS
         };
-        assert_eq!(plain.segment_count(Kind::Discard, 16), Err(Status::Unsupported));
-        assert_eq!(plain.segment_count(Kind::WriteZeroes, 16), Err(Status::Unsupported));
+        assert_eq!(
+            plain.segment_count(Kind::Discard, 16),
+            Err(Status::Unsupported)
+        );
+        assert_eq!(
+            plain.segment_count(Kind::WriteZeroes, 16),
+            Err(Status::Unsupported)
+        );
         let readonly = Terms {
             readonly: true,
             ..TERMS
         };
-        assert_eq!(readonly.segment_count(Kind::Discard, 16), Err(Status::IoErr));
+        assert_eq!(
+            readonly.segment_count(Kind::Discard, 16),
+            Err(Status::IoErr)
+        );
         assert_eq!(readonly.writable(), Err(Status::IoErr));
     }
 
     #[test]
     fn serials_are_cut_and_padded() {
         assert_eq!(&id_bytes("abc")[..5], b"abc\0\0");
-        assert_eq!(&id_bytes("0123456789abcdefghijKLM"), b"0123456789abcdefghij");
+        assert_eq!(
+            &id_bytes("0123456789abcdefghijKLM"),
+            b"0123456789abcdefghij"
+        );
     }
 }

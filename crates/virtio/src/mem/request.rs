@@ -158,7 +158,13 @@ mod tests {
         assert_eq!(Answer::Busy.to_bytes(), plain(2));
         assert_eq!(Answer::Error.to_bytes(), plain(3));
         assert_eq!(Answer::State(BlockState::Plugged).to_bytes(), plain(0));
-        assert_eq!(Answer::State(BlockState::Unplugged).to_bytes(), [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
-        assert_eq!(Answer::State(BlockState::Mixed).to_bytes(), [0, 0, 0, 0, 0, 0, 0, 0, 2, 0]);
+        assert_eq!(
+            Answer::State(BlockState::Unplugged).to_bytes(),
+            [0, 0, 0, 0, 0, 0, 0, 0, 1, 0]
+        );
+        assert_eq!(
+            Answer::State(BlockState::Mixed).to_bytes(),
+            [0, 0, 0, 0, 0, 0, 0, 0, 2, 0]
+        );
     }
 }

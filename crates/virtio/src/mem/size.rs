@@ -54,7 +54,11 @@ impl Region {
 
     /// The part of the region, as offsets, that `blocks` names; `None` when it is empty, not aligned or not in the
     /// usable part.
-    pub(crate) fn usable_range(&self, sizes: &Sizes, blocks: super::request::Blocks) -> Option<std::ops::Range<u64>> {
+    pub(crate) fn usable_range(
+        &self,
+        sizes: &Sizes,
+        blocks: super::request::Blocks,
+    ) -> Option<std::ops::Range<u64>> {
         let len = u64::from(blocks.count).checked_mul(self.block_bytes)?;
         let start = blocks.addr.checked_sub(self.addr)?;
         let end = start.checked_add(len)?;
@@ -76,7 +80,10 @@ impl Region {
         };
         let start = usize::try_from(offset).unwrap_or(usize::MAX);
         let rest = layout.as_bytes().get(start..).unwrap_or_default();
-        for (to, from) in data.iter_mut().zip(rest.iter().chain(std::iter::repeat(&0))) {
+        for (to, from) in data
+            .iter_mut()
+            .zip(rest.iter().chain(std::iter::repeat(&0)))
+        {
             *to = *from;
         }
     }
@@ -160,7 +167,10 @@ mod tests {
         let sizes = REGION.fresh(GIB); // usable: 4 GiB
         let range = |addr, count| REGION.usable_range(&sizes, Blocks { addr, count });
         assert_eq!(range(4 * GIB, 1), Some(0..2 * MIB));
-        assert_eq!(range(8 * GIB - 2 * MIB, 1), Some(4 * GIB - 2 * MIB..4 * GIB));
+        assert_eq!(
+            range(8 * GIB - 2 * MIB, 1),
+            Some(4 * GIB - 2 * MIB..4 * GIB)
+        );
         for (addr, count) in [
             (4 * GIB, 0),
             (4 * GIB + MIB, 1),

@@ -38,7 +38,9 @@ pub(crate) fn judge(
     const ERROR: Verdict = Verdict::Answer(Answer::Error);
     match request {
         Request::Plug(blocks) => {
-            let Some(range) = region.usable_range(sizes, blocks) else { return ERROR };
+            let Some(range) = region.usable_range(sizes, blocks) else {
+                return ERROR;
+            };
             if plugged(range.clone()) != Plugged::None {
                 return ERROR;
             }
@@ -48,7 +50,9 @@ pub(crate) fn judge(
             Verdict::Plug(range)
         }
         Request::Unplug(blocks) => {
-            let Some(range) = region.usable_range(sizes, blocks) else { return ERROR };
+            let Some(range) = region.usable_range(sizes, blocks) else {
+                return ERROR;
+            };
             if plugged(range.clone()) != Plugged::All {
                 return ERROR;
             }
@@ -56,7 +60,9 @@ pub(crate) fn judge(
         }
         Request::UnplugAll => Verdict::UnplugAll,
         Request::State(blocks) => {
-            let Some(range) = region.usable_range(sizes, blocks) else { return ERROR };
+            let Some(range) = region.usable_range(sizes, blocks) else {
+                return ERROR;
+            };
             Verdict::Answer(Answer::State(match plugged(range) {
                 Plugged::All => BlockState::Plugged,
                 Plugged::None => BlockState::Unplugged,
@@ -141,7 +147,11 @@ mod tests {
             },
         ];
         for range in bad {
-            for request in [Request::Plug(range), Request::Unplug(range), Request::State(range)] {
+            for request in [
+                Request::Plug(range),
+                Request::Unplug(range),
+                Request::State(range),
+            ] {
                 assert_eq!(verdict(request, 64, 32), ERROR, "{request:?}");
             }
         }
@@ -173,17 +183,32 @@ mod tests {
     fn unplugging_does_not_ask_for_the_target() {
         let unplug = Verdict::Unplug(2 * BLOCK..8 * BLOCK);
         for requested in [0, 4, 8, 64] {
-            assert_eq!(verdict(Request::Unplug(blocks(2, 6)), requested, 64), unplug);
-            assert_eq!(verdict(Request::UnplugAll, requested, 64), Verdict::UnplugAll);
+            assert_eq!(
+                verdict(Request::Unplug(blocks(2, 6)), requested, 64),
+                unplug
+            );
+            assert_eq!(
+                verdict(Request::UnplugAll, requested, 64),
+                Verdict::UnplugAll
+            );
         }
     }
 
     #[test]
     fn states() {
         let state = |state| Verdict::Answer(Answer::State(state));
-        assert_eq!(verdict(Request::State(blocks(0, 8)), 0, 64), state(BlockState::Plugged));
-        assert_eq!(verdict(Request::State(blocks(8, 8)), 0, 64), state(BlockState::Unplugged));
-        assert_eq!(verdict(Request::State(blocks(7, 2)), 0, 64), state(BlockState::Mixed));
+        assert_eq!(
+            verdict(Request::State(blocks(0, 8)), 0, 64),
+            state(BlockState::Plugged)
+        );
+        assert_eq!(
+            verdict(Request::State(blocks(8, 8)), 0, 64),
+            state(BlockState::Unplugged)
+        );
+        assert_eq!(
+            verdict(Request::State(blocks(7, 2)), 0, 64),
+            state(BlockState::Mixed)
+        );
     }
 
     #[test]

@@ -216,13 +216,21 @@ impl Resize {
             granule: 0,
             most: 0,
             // Before a driver came, that a target is not reached is no news.
-            reported: Some(if target == 0 { Progress::Reached } else { Progress::Working }),
+            reported: Some(if target == 0 {
+                Progress::Reached
+            } else {
+                Progress::Working
+            }),
             last_request: None,
         }
     }
 
     pub(crate) fn driver(&self) -> DriverState {
-        if self.erred { DriverState::Broken } else { self.driver }
+        if self.erred {
+            DriverState::Broken
+        } else {
+            self.driver
+        }
     }
 
     /// When the driver last sent a request.
@@ -296,7 +304,13 @@ impl Resize {
 
     /// It was answered.
     pub(crate) fn request_answered(&mut self, now: Instant, answered: &Answered) {
-        let Answered { kind, range, answer, setback, plugged } = answered;
+        let Answered {
+            kind,
+            range,
+            answer,
+            setback,
+            plugged,
+        } = answered;
         self.begun = None;
         self.quiet_from = now;
         let changes = matches!(kind, RequestKind::Plug | RequestKind::Unplug);
@@ -342,7 +356,10 @@ impl Resize {
 
     /// When to ask again, if nothing happens before.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        [self.stall_at(), self.kick_at()].into_iter().flatten().min()
+        [self.stall_at(), self.kick_at()]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     fn report(&mut self, progress: Progress) -> Option<Action> {
@@ -360,25 +377,38 @@ impl Resize {
     }
 
     fn pause(&self) -> Duration {
-        let first = if self.grows() { self.pacing.grow_pause } else { self.pacing.shrink_pause };
+        let first = if self.grows() {
+            self.pacing.grow_pause
+        } else {
+            self.pacing.shrink_pause
+        };
         let factor = 1_u32.checked_shl(self.fruitless).unwrap_or(u32::MAX);
         first.saturating_mul(factor).min(self.pacing.pause_max)
     }
 
     /// When the wait is to be called a stall; `None` when that has been said, or there is nothing to wait for.
     fn stall_at(&self) -> Option<Instant> {
-        if self.distance() == 0 || matches!(self.reported, Some(Progress::Partial(_) | Progress::Stalled(_))) {
+        if self.distance() == 0
+            || matches!(
+                self.reported,
+                Some(Progress::Partial(_) | Progress::Stalled(_))
+            )
+        {
             return None;
         }
         Some(match (self.driver(), self.begun) {
             (DriverState::Broken, _) => self.quiet_from,
             (DriverState::Absent, _) => self.hope + self.pacing.absent_patience,
             (DriverState::Ready, Some(begun)) => begun + self.pacing.patience,
-            // Told once more and still silent: what is certain by now needs no more waiting.
-            (DriverState::Ready, None) if self.fruitless > 0 && self.is_evident() => {
-                self.quiet_from + self.pacing.grow_pause
+            (DriverState::Ready, None) => {
+                let patience = self.hope + self.pacing.patience;
+                // Told twice more and still silent: what is evident needs less patience.
+                if self.fruitless > 1 && self.is_evident() {
+                    patience.min(self.quiet_from + self.pacing.shrink_pause)
+                } else {
+                    patience
+                }
             }
-            (DriverState::Ready, None) => self.hope + self.pacing.patience,
         })
     }
 
@@ -390,7 +420,10 @@ impl Resize {
     fn shortfall(&self) -> Progress {
         let reason = self.reason();
         let driverless = matches!(reason, Reason::NoDriver | Reason::DriverBroken);
-        if self.plugged.abs_diff(self.from) > 0 && self.distance() < self.target.abs_diff(self.from) && !driverless {
+        if self.plugged.abs_diff(self.from) > 0
+            && self.distance() < self.target.abs_diff(self.from)
+            && !driverless
+        {
             Progress::Partial(reason)
         } else {
             Progress::Stalled(reason)
@@ -410,12 +443,20 @@ impl Resize {
             None if self.begun.is_some() => return Reason::HostMemory,
             None => {}
         }
-        if self.grows() { self.reason_not_to_grow() } else { self.reason_not_to_shrink() }
+        if self.grows() {
+            self.reason_not_to_grow()
+        } else {
+            self.reason_not_to_shrink()
+        }
     }
 
     fn reason_not_to_grow(&self) -> Reason {
         let rest = self.distance();
-        let unit = if self.granule == 0 { MEMORY_BLOCK_BYTES } else { self.granule };
+        let unit = if self.granule == 0 {
+            MEMORY_BLOCK_BYTES
+        } else {
+            self.granule
+        };
         if rest < unit {
             return Reason::Granularity;
         }
@@ -423,14 +464,26 @@ impl Resize {
             let near = limit - MEMORY_BLOCK_BYTES..=limit + MEMORY_BLOCK_BYTES;
             near.contains(&self.plugged) && self.most <= *near.end()
         });
-        if waits_for_online { Reason::NotOnlined } else { Reason::DriverIdle }
+        if waits_for_online {
+            Reason::NotOnlined
+        } else {
+            Reason::DriverIdle
+        }
     }
 
     /// A driver that gives back only whole memory blocks and one that cannot free parts of the last one look alike;
     /// the latter is what happens.
     fn reason_not_to_shrink(&self) -> Reason {
-        let unit = if self.granule == 0 { SUB_BLOCK_MAX_BYTES } else { self.granule.min(SUB_BLOCK_MAX_BYTES) };
-        if self.distance() < unit { Reason::Granularity } else { Reason::Unmovable }
+        let unit = if self.granule == 0 {
+            SUB_BLOCK_MAX_BYTES
+        } else {
+            self.granule.min(SUB_BLOCK_MAX_BYTES)
+        };
+        if self.distance() < unit {
+            Reason::Granularity
+        } else {
+            Reason::Unmovable
+        }
     }
 
     fn grows(&self) -> bool {
@@ -448,7 +501,10 @@ impl Resize {
     }
 
     fn stall_over(&mut self) {
-        if matches!(self.reported, Some(Progress::Partial(_) | Progress::Stalled(_))) {
+        if matches!(
+            self.reported,
+            Some(Progress::Partial(_) | Progress::Stalled(_))
+        ) {
             self.reported = Some(Progress::Working);
         }
     }
@@ -471,3 +527,6 @@ fn gcd(mut a: u64, mut b: u64) -> u64 {
     }
     a
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The task that serves one queue of a disk from DRIVER_OK to the next reset.
+//!
+//! ```text
+//!            kick ──┐
+//!                   ▼
+//!   ┌──────────► turn: answers that are ready → used ring; chains → jobs; one interrupt for all
+//!   │               │
+//!   │               ├── a task per job: backend operation, status byte
+//!   │               ▼
+//!   └── wait for a kick, an answer or the end of the gate
+//! ```
+//!
+//! While chains keep coming the driver is told not to kick, and the queue is looked at again after the backend had its
+//! turn. A job holds its pins and a lease of the activation's gate from its pop until it is given back, or until its
+//! backend operation ends after the gate was closed; then nobody touches the queue any more.
+
+use std::cell::{Cell, RefCell};
+use std::future::poll_fn;
+use std::pin::pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
+use std::time::Instant;
+
+use ebbtide_gate::{Entry, Gate, Lease};
+use ebbtide_iothread::{Event, Local};
+use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
+
+use super::metrics::Counters;
+use super::prepare::{Preparation, Unanswerable};
+use super::request::{ID_BYTES, Terms};
+use super::run::{Answered, Runner};
+use crate::control::TransportControl;
+use crate::device::ActiveQueue;
+use crate::interrupt::QueueInterrupt;
+use crate::virtq::{Queue, QueueError};
+
+/// Everything a queue needs to be served.
+pub(super) struct Setup {
+    pub name: Arc<str>,
+    pub queue: ActiveQueue,
+    pub gate: Arc<Gate>,
+    pub space: Arc<AddressSpace>,
+    pub control: TransportControl,
+    pub terms: Terms,
+    pub id: [u8; ID_BYTES],
+    pub counters: Arc<Counters>,
+}
+
+/// Serves the queue until the gate closes or the driver breaks the queue.
+pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
+    let Setup {
+        name,
+        queue,
+        gate,
+        space,
+        control,
+        terms,
+        id,
+        counters,
+    } = setup;
+    let ActiveQueue {
+        index,
+        queue,
+        kick,
+        interrupt,
+        ..
+    } = queue;
+    let inbox = Rc::new(Inbox::default());
+    // Cancelled when this function returns.
+    let _doorbell = local.spawn(doorbell(local.clone(), kick, Rc::clone(&inbox)));
+    let reader = space.memory().register();
+    let service = Service {
+        local: local.clone(),
+        gate: Arc::clone(&gate),
+        space,
+        reader,
+        terms,
+        id,
+        counters,
+        runner,
+        inbox: Rc::clone(&inbox),
+    };
+    let mut rings = Rings {
+        queue,
+        interrupt,
+        kicks_on: true,
+    };
+    let mut drained = pin!(gate.drained());
+    loop {
+        let Some(lease) = gate.enter(Entry::Io) else {
+            break;
+        };
+        let turn = service.turn(&mut rings);
+        drop(lease);
+        match turn {
+            Ok(Turn::Busy) => local.yield_now().await,
+            Ok(Turn::Idle) => {
+                let ended = poll_fn(|cx| {
+                    if drained.as_mut().poll(cx).is_ready() {
+                        return Poll::Ready(true);
+                    }
+                    inbox.poll_news(cx.waker()).map(|()| false)
+                });
+                if ended.await {
+                    break;
+                }
+            }
+            Err(fault) => {
+                if let Some(_lease) = gate.enter(Entry::Io) {
+                    tracing::warn!(device = &*name, queue = index, %fault, "the driver's queue is unusable");
+                    control.needs_reset();
+                }
+                break;
+            }
+        }
+    }
+    inbox.close();
+}
+
+/// Why a queue is not served any further.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Queue(#[from] QueueError),
+    #[error(transparent)]
+    Request(#[from] Unanswerable),
+}
+
+/// What is to be done after a turn.
+enum Turn {
+    /// Look again as soon as the backend had its turn: chains were coming.
+    Busy,
+    /// Sleep: the driver kicks for the next chain.
+    Idle,
+}
+
+struct Rings {
+    queue: Queue,
+    interrupt: QueueInterrupt,
+    /// The driver was told to kick.
+    kicks_on: bool,
+}
+
+/// What the turns of one queue work with.
+struct Service {
+    local: Local,
+    gate: Arc<Gate>,
+    space: Arc<AddressSpace>,
+    reader: Reader,
+    terms: Terms,
+    id: [u8; ID_BYTES],
+    counters: Arc<Counters>,
+    runner: Runner,
+    inbox: Rc<Inbox>,
+}
+
+impl Service {
+    fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {
+        let guard = self.space.read(&self.reader);
+        self.inbox.kicked.set(false);
+        let popped = self.take_chains(&guard, rings)?;
+        self.give_back(&guard, rings)?;
+        if popped > 0 {
+            return Ok(Turn::Busy);
+        }
+        if !rings.kicks_on {
+            rings.kicks_on = true;
+            if rings.queue.enable_kick(&guard)? {
+                // They came while kicks were off.
+                return Ok(Turn::Busy);
+            }
+        }
+        Ok(Turn::Idle)
+    }
+
+    /// Starts everything that is available; returns how much that was.
+    fn take_chains(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<usize, Fault> {
+        let mut popped = 0;
+        while let Some(chain) = rings.queue.pop(guard)? {
+            if std::mem::take(&mut rings.kicks_on) {
+                rings.queue.disable_kick(guard)?;
+            }
+            popped += 1;
+            let Some(lease) = self.gate.enter(Entry::Io) else {
+                break;
+            };
+            let preparation = Preparation {
+                terms: &self.terms,
+                id: &self.id,
+                guard,
+            };
+            let prepared = preparation
+                .prepare(chain)
+                .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
+            if prepared.bad_memory {
+                self.counters.count(&self.counters.bad_memory);
+            }
+            self.start(prepared.job, lease);
+        }
+        Ok(popped)
+    }
+
+    fn start(&self, job: super::prepare::Job, lease: Lease) {
+        self.counters.begin();
+        let started = Instant::now();
+        let inbox = Rc::clone(&self.inbox);
+        let counters = Arc::clone(&self.counters);
+        match self.runner.run(job) {
+            Ok(answered) => inbox.put(Done { answered, lease }, &counters, started),
+            Err(running) => {
+                let task = async move {
+                    let answered = running.await;
+                    inbox.put(Done { answered, lease }, &counters, started);
+                };
+                self.local.spawn(task).detach();
+            }
+        }
+    }
+
+    /// Publishes all answers there are, with one interrupt.
+    fn give_back(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<(), Fault> {
+        let done = self.inbox.done.take();
+        if done.is_empty() {
+            return Ok(());
+        }
+        for Done { answered, .. } in &done {
+            rings
+                .queue
+                .add_used(guard, answered.head, answered.written)?;
+        }
+        rings.queue.publish_used(guard)?;
+        let interrupt = rings.queue.needs_interrupt(guard)?;
+        // The driver may give back memory it has its answer for: pins go before it is told.
+        drop(done);
+        if interrupt {
+            rings.interrupt.signal();
+        }
+        Ok(())
+    }
+}
+
+/// A job that is answered but not yet given back.
+struct Done {
+    answered: Answered,
+    /// Held to the end.
+    #[expect(dead_code, reason = "its drop is what matters")]
+    lease: Lease,
+}
+
+/// What wakes the queue's task.
+#[derive(Default)]
+struct Inbox {
+    kicked: Cell<bool>,
+    done: RefCell<Vec<Done>>,
+    waker: RefCell<Option<Waker>>,
+    /// Nobody will give anything back any more.
+    closed: Cell<bool>,
+}
+
+impl Inbox {
+    fn put(&self, done: Done, counters: &Counters, started: Instant) {
+        counters.end();
+        done.answered.count(counters, started.elapsed());
+        if !self.closed.get() {
+            self.done.borrow_mut().push(done);
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        let waker = self.waker.take();
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    fn poll_news(&self, waker: &Waker) -> Poll<()> {
+        if self.kicked.get() || !self.done.borrow().is_empty() {
+            return Poll::Ready(());
+        }
+        *self.waker.borrow_mut() = Some(waker.clone());
+        Poll::Pending
+    }
+
+    fn close(&self) {
+        self.closed.set(true);
+        let leftovers = self.done.take();
+        drop(leftovers);
+    }
+}
+
+/// Turns kicks into news.
+async fn doorbell(local: Local, mut kick: Event, inbox: Rc<Inbox>) {
+    loop {
+        if let Err(error) = kick.wait(&local).await {
+            tracing::error!(%error, "waiting for kicks failed");
+            return;
+        }
+        inbox.kicked.set(true);
+        inbox.wake();
+    }
+}
