@@ -52,6 +52,12 @@ pub enum Error {
         /// The value refused.
         value: u64,
     },
+    /// The state was asked for while the guest waits for the answer to an exit.
+    #[error("vcpu {vcpu}: its guest is in the middle of an instruction")]
+    AnswerDue {
+        /// The vCPU.
+        vcpu: u8,
+    },
     /// A state was handed to a vCPU or machine of another kind than the one that saved it.
     #[error("the saved state of {object} is of another kind of hypervisor")]
     ForeignState {

@@ -19,6 +19,8 @@ mod kick;
 pub mod kvm;
 #[cfg(not(loom))]
 pub mod probe;
+#[cfg(not(loom))]
+pub mod sim;
 mod sync;
 #[cfg(not(loom))]
 mod vcpu;

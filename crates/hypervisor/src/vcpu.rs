@@ -46,7 +46,8 @@ pub trait Vcpu: Send {
     /// value after power-on; restored, it joins the counters of the machine's other processors instead of jumping back.
     ///
     /// # Errors
-    /// The hypervisor refused to tell.
+    /// The hypervisor refused to tell, or the guest is in the middle of an instruction: after the exit of an access,
+    /// only when [`run`](Self::run) has returned [`Exit::Interrupted`] is it not.
     fn save(&self) -> Result<VcpuState, Error>;
 
     /// Goes back to a saved state. What was pending (an unanswered exit, an interrupt, an exception) is forgotten.

@@ -41,7 +41,7 @@ pub trait Vm: Send + Sync {
     /// The hypervisor refused to tell.
     fn save_chips(&self) -> Result<ChipState, Error>;
 
-    /// Goes back to a saved state. Lines keep their level.
+    /// Goes back to a saved state. A line that is high afterwards must be driven low and high again to be seen.
     ///
     /// # Errors
     /// The state is another hypervisor's, or was refused.

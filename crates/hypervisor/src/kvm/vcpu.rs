@@ -316,6 +316,9 @@ impl Vcpu for KvmVcpu {
     }
 
     fn save(&self) -> Result<VcpuState, Error> {
+        if self.answer_due {
+            return Err(Error::AnswerDue { vcpu: self.index });
+        }
         let msrs = &self.machine.msrs;
         let state = state::save(&self.machine, &self.fd, self.index, msrs, self.ran)?;
         Ok(VcpuState(Box::new(state)))

@@ -4,7 +4,8 @@
 use std::path::Path;
 
 /// The kernel module behind a KVM.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Flavour {
     /// AMD's processor extension.
     Svm,

@@ -32,7 +32,7 @@ const SLOWEST_RATIO: f64 = 32.0;
 const REGISTER_VALUE: u32 = 0x5eed_0001;
 
 /// What the probe found.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
 pub struct ProbeReport {
     /// The device node exists.
     pub present: bool,
@@ -48,8 +48,8 @@ pub struct ProbeReport {
     pub guest_ns_per_loop: Option<f64>,
     /// Nanoseconds per round of the same loop outside.
     pub host_ns_per_loop: Option<f64>,
-    /// How long the probe took.
-    pub elapsed: Duration,
+    /// How long the probe took, in milliseconds.
+    pub elapsed_ms: u64,
 }
 
 /// Probes the KVM at `path`; takes no longer than about `limit` (2 s are plenty).
@@ -64,7 +64,7 @@ pub fn run(path: impl AsRef<Path>, limit: Duration) -> ProbeReport {
         reason: String::new(),
         guest_ns_per_loop: None,
         host_ns_per_loop: None,
-        elapsed: Duration::ZERO,
+        elapsed_ms: 0,
     };
     let verdict = if report.present {
         attempt(path, limit, &mut report)
@@ -73,7 +73,7 @@ pub fn run(path: impl AsRef<Path>, limit: Duration) -> ProbeReport {
     };
     report.can_run_guest = verdict.is_ok();
     report.reason = verdict.unwrap_or_else(|reason| reason);
-    report.elapsed = began.elapsed();
+    report.elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
     report
 }
 
