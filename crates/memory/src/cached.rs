@@ -1,32 +1,102 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Long-lived translations.
+//! Long-lived translations: virtqueue rings, event rings.
 
 use std::cell::Cell;
+use std::fmt;
+use std::ptr;
 use std::sync::Arc;
 
 use crate::{Access, AccessError, AddressSpace, Gpa, GuestSlice, ReadGuard};
 
-/// A translation kept across read sections: not a pin, revalidated by one compare.
+/// A translation kept across read sections. Not a pin: it never holds up an unplug. Each use is
+/// checked by one compare with a number that every change of the map and every seal raises.
 pub struct CachedMap {
-    _cached: Cell<u64>,
+    space: Arc<AddressSpace>,
+    gpa: Gpa,
+    len: usize,
+    access: Access,
+    /// Generation the pointer is good for; 0 for none.
+    generation: Cell<u64>,
+    host: Cell<*mut u8>,
 }
 
+// SAFETY: the pointer is only used after the generation was compared inside a read section,
+// whichever thread does it (I9).
+unsafe impl Send for CachedMap {}
+
 impl CachedMap {
-    /// A translation of `len` bytes at `gpa`, made at the first use.
-    pub fn new(_space: &Arc<AddressSpace>, _gpa: Gpa, _len: usize, _access: Access) -> CachedMap {
-        todo!()
+    /// A translation of `len` bytes at `gpa`, made at its first use.
+    pub fn new(space: &Arc<AddressSpace>, gpa: Gpa, len: usize, access: Access) -> CachedMap {
+        let space = Arc::clone(space);
+        CachedMap {
+            space,
+            gpa,
+            len,
+            access,
+            generation: Cell::new(0),
+            host: Cell::new(ptr::null_mut()),
+        }
     }
+
     /// Bytes.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
-        todo!()
+        self.len
     }
-    /// Address.
+
+    /// The guest address.
     pub fn gpa(&self) -> Gpa {
-        todo!()
+        self.gpa
     }
-    /// The bytes, for as long as the guard lives.
-    pub fn get<'g>(&self, _guard: &'g ReadGuard<'_>) -> Result<GuestSlice<'g>, AccessError> {
-        todo!()
+
+    /// The address space.
+    pub fn space(&self) -> &Arc<AddressSpace> {
+        &self.space
+    }
+
+    /// The memory, for as long as the section is open.
+    ///
+    /// # Errors
+    /// As [`ReadGuard::pin`]: the range must be one piece of one region.
+    ///
+    /// # Panics
+    /// When the section is one of another address space.
+    #[inline(always)]
+    pub fn get<'g>(&self, guard: &'g ReadGuard<'_>) -> Result<GuestSlice<'g>, AccessError> {
+        assert!(
+            guard.is_of(&self.space),
+            "a section of another address space"
+        );
+        if guard.reader().hub().generation() != self.generation.get() {
+            self.refresh(guard)?;
+        }
+        // SAFETY: the generation has not changed since the translation was made, inside a section
+        // (I9).
+        Ok(unsafe { GuestSlice::new(self.host.get(), self.len, self.access.writes(), self.gpa) })
+    }
+
+    #[cold]
+    fn refresh(&self, guard: &ReadGuard<'_>) -> Result<(), AccessError> {
+        self.generation.set(0);
+        // Before the bitmap and the view are looked at: a change that comes later raises it.
+        let generation = guard.reader().hub().generation();
+        // A pin finds what is in the way; it is let go at once.
+        let host = guard.pin(self.gpa, self.len, self.access)?.as_ptr();
+        self.host.set(host);
+        // The section may be older than the newest view: good for this section only.
+        if self.space.is_current(guard.view()) {
+            self.generation.set(generation);
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for CachedMap {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "CachedMap({} + {:#x}, {:?})",
+            self.gpa, self.len, self.access
+        )
     }
 }

@@ -3,9 +3,13 @@
 
 mod access;
 mod cached;
+mod copy;
 mod error;
 mod flat;
 mod gpa;
+mod grace;
+mod guard;
+mod index;
 mod listener;
 mod memory;
 mod pin;
@@ -13,6 +17,8 @@ mod ram;
 mod reader;
 mod slice;
 mod space;
+mod sweeper;
+mod sync;
 mod ticket;
 mod tree;
 
@@ -21,12 +27,15 @@ pub use cached::CachedMap;
 pub use error::Error;
 pub use flat::{FlatIoeventfd, FlatSection, RegionHold, SectionKind};
 pub use gpa::Gpa;
+pub use guard::{ReadGuard, Section};
 pub use listener::{Listener, ListenerError, ListenerId};
 pub use memory::{Memory, MemoryConfig};
 pub use pin::{Pin, PinList};
-pub use ram::{Backing, NotifierId, Plugged, RamBlock, RamList, RamNotifier, RamSpec, Seal};
+pub use ram::{
+    Backing, HostMemory, NotifierId, Plugged, RamBlock, RamList, RamNotifier, RamSpec, Seal,
+};
 pub use reader::Reader;
 pub use slice::GuestSlice;
-pub use space::{AddressSpace, ReadGuard, Section};
+pub use space::AddressSpace;
 pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{Ioeventfd, Mmio, Region, Transaction};

@@ -1,20 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The core object.
+//! The core object: readers, grace worker, RAM list, region tree, address spaces.
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::thread::{self, JoinHandle};
 
-use crate::{AddressSpace, Error, RamList, Reader, Region, Transaction};
+use crate::grace::{Grace, Job, Worker};
+use crate::index::View;
+use crate::ram::arena::Arena;
+use crate::reader::row::make_token;
+use crate::reader::wake::Level;
+use crate::sweeper::Sweeper;
+use crate::tree::Tree;
+use crate::{AddressSpace, Error, RamBlock, RamList, Reader, Region, Transaction};
 
 /// How a [`Memory`] is made.
 #[derive(Clone, Debug)]
 pub struct MemoryConfig {
-    /// Address space reserved for RAM blocks, in bytes. Costs nothing but address space, and is
-    /// never reused within one `Memory`: take several times what will ever be plugged.
+    /// Address space reserved for RAM blocks, in bytes. It costs nothing but address space and is
+    /// never used twice: take several times what will ever be plugged at once.
     pub arena_bytes: u64,
 }
 
 impl Default for MemoryConfig {
+    /// 8 TiB: a sixteenth of what a process has.
     fn default() -> MemoryConfig {
         MemoryConfig {
             arena_bytes: 8 << 40,
@@ -22,47 +32,276 @@ impl Default for MemoryConfig {
     }
 }
 
-/// The memory core of one virtual machine.
-pub struct Memory {}
+/// The memory of one virtual machine.
+///
+/// Dropping it ends the grace worker; should pins still be out then, their memory and the worker
+/// stay until the last one is gone.
+pub struct Memory {
+    id: u64,
+    grace: Arc<Grace>,
+    ram: RamList,
+    tree: Mutex<Tree>,
+    /// Token of the thread that holds `tree`, or 0.
+    writer: AtomicU64,
+    /// Address spaces that were dropped, with their last views; forgotten with the next change.
+    dropped: Mutex<Vec<(u64, Box<View>)>>,
+    sweeper: Arc<Sweeper>,
+    worker: Option<JoinHandle<()>>,
+}
 
 impl Memory {
-    /// Makes an empty memory.
-    pub fn new(_config: MemoryConfig) -> Result<Arc<Memory>, Error> {
-        todo!()
+    /// Makes an empty memory and starts its grace worker.
+    ///
+    /// # Errors
+    /// `Reserve` when the address space cannot be had, `Thread`.
+    pub fn new(config: MemoryConfig) -> Result<Arc<Memory>, Error> {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        let arena = Arc::new(Arena::new(config.arena_bytes)?);
+        let grace = Grace::new();
+        let worker = Worker::new(Arc::clone(&grace));
+        let keep = Arc::clone(&arena);
+        let run = move || {
+            worker.run();
+            // Until here pins may have pointed into it.
+            drop(keep);
+        };
+        let name = "memory-grace";
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
+        let worker = thread.map_err(|source| Error::Thread { name, source })?;
+        Ok(Arc::new(Memory {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            ram: RamList::new(&grace, arena),
+            grace,
+            tree: Mutex::default(),
+            writer: AtomicU64::new(0),
+            dropped: Mutex::default(),
+            sweeper: Arc::default(),
+            worker: Some(worker),
+        }))
     }
-    /// This thread's reader.
+
+    /// This thread's reader. Every call on one thread gives the same row; keep one reader for as
+    /// long as the thread uses the memory.
     pub fn register(self: &Arc<Self>) -> Reader {
-        todo!()
+        Reader::new(Arc::clone(self), self.grace.hub())
     }
+
     /// The RAM blocks.
     pub fn ram(&self) -> &RamList {
-        todo!()
+        &self.ram
     }
-    /// Makes an address space that shows `root`.
+
+    /// Makes an address space that shows `root` and what is put below it.
+    ///
+    /// # Errors
+    /// `Foreign` when `root` belongs to another memory, `Reentrant` from a listener.
     pub fn address_space(
         self: &Arc<Self>,
-        _name: &str,
-        _root: &Arc<Region>,
+        name: &str,
+        root: &Arc<Region>,
     ) -> Result<Arc<AddressSpace>, Error> {
-        todo!()
+        self.bind(root)?;
+        let mut tree = self.lock_tree()?;
+        let id = tree.tree.add_space(name, root);
+        let Some(state) = tree.tree.space(id) else {
+            return Err(Error::Foreign(name.to_owned()));
+        };
+        let space = AddressSpace::new(Arc::clone(self), id, name, state.view());
+        state.set_space(&space);
+        Ok(space)
     }
-    /// Changes the tree: all or nothing.
+
+    /// Changes the tree: `f` makes the changes, which are then rendered, told to the listeners
+    /// and published as one. Readers see the old views or the new ones. Never waits for readers.
+    ///
+    /// Calls are serialised; `f` and the listeners run under the writer's lock and must make no
+    /// blocking call.
+    ///
+    /// # Errors
+    /// What `f` returns; `Listener` when a listener refuses; `StillMapped` when RAM that was
+    /// unplugged is still shown; `Reentrant` from within a change. Nothing has changed then.
     pub fn update<T>(
         &self,
-        _f: impl FnOnce(&mut Transaction<'_>) -> Result<T, Error>,
+        f: impl FnOnce(&mut Transaction<'_>) -> Result<T, Error>,
     ) -> Result<T, Error> {
-        todo!()
+        let mut guard = self.lock_tree()?;
+        let mut transaction = Change {
+            inner: Transaction::new(self, &mut guard.tree),
+            done: false,
+        };
+        let value = f(&mut transaction.inner)?;
+        transaction.inner.commit()?;
+        transaction.done = true;
+        Ok(value)
     }
-    /// A grace period.
+
+    /// Ready once every read section that is open now has ended.
     pub fn grace(&self) -> impl Future<Output = ()> + Send + 'static {
-        async { todo!() }
+        let level = Level::new(0);
+        self.grace.submit(Job::Grace(Arc::clone(&level)));
+        level.reached(1)
     }
-    /// A grace period, waited for on this thread.
-    pub fn synchronize(&self) {
-        todo!()
+
+    /// Waits on this thread until every read section that is open now has ended.
+    ///
+    /// # Panics
+    /// Inside a read section of this thread: it would wait for itself.
+    pub fn synchronize(self: &Arc<Self>) {
+        assert!(
+            !self.register().in_section(),
+            "a read section waits for itself"
+        );
+        let level = Level::new(0);
+        self.grace.submit(Job::Grace(Arc::clone(&level)));
+        level.wait(1);
     }
+
     /// The tree, or the flat views, as text.
-    pub fn mtree(&self, _flat: bool) -> String {
-        todo!()
+    pub fn mtree(&self, flat: bool) -> String {
+        match self.lock_tree() {
+            Ok(guard) => guard.tree.text(flat),
+            Err(error) => format!("{error}\n"),
+        }
+    }
+
+    // --- for the crate ----------------------------------------------------------------------
+
+    pub(crate) fn grace_worker(&self) -> &Arc<Grace> {
+        &self.grace
+    }
+
+    pub(crate) fn sweeper(&self) -> &Arc<Sweeper> {
+        &self.sweeper
+    }
+
+    /// Makes `region` part of this memory, or refuses when it is part of another.
+    pub(crate) fn bind(&self, region: &Region) -> Result<(), Error> {
+        if let Some(block) = region.ram_block() {
+            self.check_block(block)?;
+        }
+        region.bind(self.id)
+    }
+
+    pub(crate) fn check_block(&self, block: &RamBlock) -> Result<(), Error> {
+        if Arc::ptr_eq(block.grace(), &self.grace) {
+            return Ok(());
+        }
+        Err(Error::Foreign(format!("RAM block {}", block.name())))
+    }
+
+    /// The writer's lock, with the address spaces that were dropped meanwhile forgotten.
+    pub(crate) fn lock_tree(&self) -> Result<TreeGuard<'_>, Error> {
+        let token = make_token();
+        if self.writer.load(Ordering::Relaxed) == token {
+            return Err(Error::Reentrant);
+        }
+        let tree = self
+            .tree
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        self.writer.store(token, Ordering::Relaxed);
+        let mut guard = TreeGuard {
+            tree,
+            writer: &self.writer,
+        };
+        self.forget_dropped(&mut guard.tree);
+        Ok(guard)
+    }
+
+    /// Takes note that an address space is gone.
+    pub(crate) fn space_dropped(&self, id: u64, view: Box<View>) {
+        self.dropped
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .push((id, view));
+        // Whoever holds the lock, perhaps this thread, is followed by somebody who does it.
+        let tree = match self.tree.try_lock() {
+            Ok(tree) => tree,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        self.writer.store(make_token(), Ordering::Relaxed);
+        let mut guard = TreeGuard {
+            tree,
+            writer: &self.writer,
+        };
+        self.forget_dropped(&mut guard.tree);
+    }
+
+    fn forget_dropped(&self, tree: &mut Tree) {
+        let dropped = std::mem::take(
+            &mut *self
+                .dropped
+                .lock()
+                .unwrap_or_else(|poisoned| poisoned.into_inner()),
+        );
+        for (id, view) in dropped {
+            let Some(space) = tree.remove_space(id) else {
+                continue;
+            };
+            let sweeper = Arc::clone(&self.sweeper);
+            let (flats, index) = space.into_old();
+            self.grace.submit(Job::Retire(Box::new(move || {
+                drop((view, index));
+                flats
+                    .into_iter()
+                    .for_each(|flat| sweeper.drop_section(flat));
+            })));
+        }
+    }
+}
+
+/// A transaction that is taken back unless it was committed, also when `f` panics.
+struct Change<'a> {
+    inner: Transaction<'a>,
+    done: bool,
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        if !self.done {
+            self.inner.roll_back();
+        }
+    }
+}
+
+/// The held writer's lock.
+pub(crate) struct TreeGuard<'a> {
+    pub(crate) tree: MutexGuard<'a, Tree>,
+    writer: &'a AtomicU64,
+}
+
+impl Drop for TreeGuard<'_> {
+    fn drop(&mut self) {
+        self.writer.store(0, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Every address space holds the memory: they are all dropped, some perhaps not forgotten.
+        if let Ok(mut guard) = self.lock_tree() {
+            self.forget_dropped(&mut guard.tree);
+        }
+        let hub = self.grace.hub();
+        let pinned: Vec<u32> = (0..hub.slots())
+            .filter(|slot| hub.outstanding(*slot, &[0, 1]) != 0)
+            .collect();
+        self.grace.close();
+        let Some(worker) = self.worker.take() else {
+            return;
+        };
+        if !pinned.is_empty() {
+            let holders: Vec<_> = pinned.iter().flat_map(|slot| hub.holders(*slot)).collect();
+            tracing::warn!(
+                ?holders,
+                "memory dropped with pins out: it stays until they are gone"
+            );
+            return;
+        }
+        // A future or a device may have owned the last handle on the memory.
+        if worker.thread().id() != thread::current().id() && worker.join().is_err() {
+            tracing::error!("the grace worker panicked");
+        }
     }
 }

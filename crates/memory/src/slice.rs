@@ -1,73 +1,211 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Guest memory as seen inside a read section.
 
+use std::fmt;
 use std::marker::PhantomData;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::AccessError;
+use crate::{AccessError, Gpa, copy};
 
-/// Guest memory inside a read section. Offsets are in bytes; an offset outside, or a misaligned
-/// atomic, gives `Overflow`.
+/// A contiguous piece of guest memory inside a read section. Offsets are in bytes. The guest may
+/// change the bytes at any time.
 #[derive(Clone, Copy)]
 pub struct GuestSlice<'g> {
+    host: *mut u8,
+    len: usize,
+    writable: bool,
+    gpa: Gpa,
     _guard: PhantomData<&'g ()>,
 }
 
-macro_rules! atomics {
-    ($load:ident, $store:ident, $int:ty) => {
-        /// Atomic load; little-endian values are the caller's to convert.
-        pub fn $load(&self, _offset: usize, _order: Ordering) -> Result<$int, AccessError> {
-            todo!()
+macro_rules! atomic_access {
+    ($load:ident, $store:ident, $int:ty, $atomic:ty) => {
+        /// Loads a value of the host's byte order atomically.
+        ///
+        /// # Errors
+        /// `Overflow` outside the slice or when the address is not aligned.
+        ///
+        /// # Panics
+        /// When `order` is not one for loads.
+        #[inline(always)]
+        pub fn $load(&self, offset: usize, order: Ordering) -> Result<$int, AccessError> {
+            let at = self.aligned::<$int>(offset)?;
+            // SAFETY: inside the slice, aligned; the guest's accesses are atomic as the
+            // hardware's are.
+            Ok(unsafe { <$atomic>::from_ptr(at) }.load(order))
         }
-        /// Atomic store.
+
+        /// Stores a value in the host's byte order atomically.
+        ///
+        /// # Errors
+        /// `Overflow` outside the slice or when the address is not aligned; `ReadOnly`.
+        ///
+        /// # Panics
+        /// When `order` is not one for stores.
+        #[inline(always)]
         pub fn $store(
             &self,
-            _offset: usize,
-            _value: $int,
-            _order: Ordering,
+            offset: usize,
+            value: $int,
+            order: Ordering,
         ) -> Result<(), AccessError> {
-            todo!()
+            let at = self.aligned::<$int>(offset)?;
+            self.check_writable(offset, size_of::<$int>())?;
+            // SAFETY: as above, and writable.
+            unsafe { <$atomic>::from_ptr(at) }.store(value, order);
+            Ok(())
         }
     };
 }
 
 impl<'g> GuestSlice<'g> {
-    /// Bytes.
-    pub fn len(&self) -> usize {
-        todo!()
+    /// # Safety
+    /// `host` must be valid for `len` bytes of guest memory for `'g`, for writes if `writable`.
+    #[inline(always)]
+    pub(crate) unsafe fn new(
+        host: *mut u8,
+        len: usize,
+        writable: bool,
+        gpa: Gpa,
+    ) -> GuestSlice<'g> {
+        GuestSlice {
+            host,
+            len,
+            writable,
+            gpa,
+            _guard: PhantomData,
+        }
     }
+
+    /// Bytes.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
-    atomics!(load_u8, store_u8, u8);
-    atomics!(load_u16, store_u16, u16);
-    atomics!(load_u32, store_u32, u32);
-    atomics!(load_u64, store_u64, u64);
-    /// Reads a value.
-    pub fn read<T: FromBytes>(&self, _offset: usize) -> Result<T, AccessError> {
-        todo!()
+
+    /// The guest address of the first byte.
+    pub fn gpa(&self) -> Gpa {
+        self.gpa
     }
-    /// Writes a value.
+
+    atomic_access!(load_u8, store_u8, u8, AtomicU8);
+    atomic_access!(load_u16, store_u16, u16, AtomicU16);
+    atomic_access!(load_u32, store_u32, u32, AtomicU32);
+    atomic_access!(load_u64, store_u64, u64, AtomicU64);
+
+    /// Reads a value of any alignment; not atomic.
+    ///
+    /// # Errors
+    /// `Overflow` outside the slice.
+    #[inline]
+    pub fn read<T: FromBytes>(&self, offset: usize) -> Result<T, AccessError> {
+        let at = self.at(offset, size_of::<T>())?;
+        // SAFETY: inside the slice.
+        Ok(unsafe { copy::read(at) })
+    }
+
+    /// Writes a value of any alignment; not atomic.
+    ///
+    /// # Errors
+    /// `Overflow` outside the slice; `ReadOnly`.
+    #[inline]
     pub fn write<T: IntoBytes + Immutable>(
         &self,
-        _offset: usize,
-        _value: T,
+        offset: usize,
+        value: T,
     ) -> Result<(), AccessError> {
-        todo!()
+        let at = self.at(offset, size_of::<T>())?;
+        self.check_writable(offset, size_of::<T>())?;
+        // SAFETY: inside the slice, and writable.
+        unsafe { copy::write(at, &value) };
+        Ok(())
     }
+
     /// Copies out.
-    pub fn copy_to(&self, _offset: usize, _bytes: &mut [u8]) -> Result<(), AccessError> {
-        todo!()
+    ///
+    /// # Errors
+    /// `Overflow` outside the slice.
+    pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
+        let at = self.at(offset, bytes.len())?;
+        // SAFETY: inside the slice.
+        unsafe { copy::from_guest(at, bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
     }
+
     /// Copies in.
-    pub fn copy_from(&self, _offset: usize, _bytes: &[u8]) -> Result<(), AccessError> {
-        todo!()
+    ///
+    /// # Errors
+    /// `Overflow` outside the slice; `ReadOnly`.
+    pub fn copy_from(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
+        let at = self.at(offset, bytes.len())?;
+        self.check_writable(offset, bytes.len())?;
+        // SAFETY: inside the slice, and writable.
+        unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
+        Ok(())
     }
-    /// A part.
-    pub fn subslice(&self, _offset: usize, _len: usize) -> Result<GuestSlice<'g>, AccessError> {
-        todo!()
+
+    /// A part of it.
+    ///
+    /// # Errors
+    /// `Overflow` outside the slice.
+    pub fn subslice(&self, offset: usize, len: usize) -> Result<GuestSlice<'g>, AccessError> {
+        let host = self.at(offset, len)?;
+        let gpa = Gpa(self.gpa.0.wrapping_add(offset as u64));
+        Ok(GuestSlice {
+            host,
+            len,
+            gpa,
+            ..*self
+        })
+    }
+
+    #[inline(always)]
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8, AccessError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(self.host.wrapping_add(offset)),
+            _ => Err(self.outside(offset, len)),
+        }
+    }
+
+    #[inline(always)]
+    fn aligned<T>(&self, offset: usize) -> Result<*mut T, AccessError> {
+        let at = self.at(offset, size_of::<T>())?.cast::<T>();
+        if at.is_aligned() {
+            Ok(at)
+        } else {
+            Err(self.outside(offset, size_of::<T>()))
+        }
+    }
+
+    #[inline(always)]
+    fn check_writable(&self, offset: usize, len: usize) -> Result<(), AccessError> {
+        if self.writable {
+            return Ok(());
+        }
+        Err(AccessError::ReadOnly {
+            gpa: Gpa(self.gpa.0.wrapping_add(offset as u64)),
+            len: len as u64,
+        })
+    }
+
+    #[cold]
+    fn outside(&self, offset: usize, len: usize) -> AccessError {
+        AccessError::Overflow {
+            gpa: Gpa(self.gpa.0.wrapping_add(offset as u64)),
+            len: len as u64,
+        }
+    }
+}
+
+impl fmt::Debug for GuestSlice<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "GuestSlice({} + {:#x})", self.gpa, self.len)
     }
 }

@@ -1,125 +1,268 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Address spaces and read sections.
+//! Address spaces, and what a CPU's loads and stores do in them.
 
-use std::marker::PhantomData;
-use std::ops::Range;
-use std::ptr::NonNull;
+use std::fmt;
+use std::ptr;
 use std::sync::Arc;
+use std::sync::atomic::AtomicPtr;
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use crate::guard::ReadGuard;
+use crate::index::{RAM, READONLY, View};
+use crate::reader::hub::Hub;
+use crate::tree::RegionKind;
+use crate::{Error, Gpa, Listener, ListenerId, Memory, Mmio, Reader, copy};
 
-use crate::{
-    Access, AccessError, Error, Gpa, Listener, ListenerId, Memory, Pin, PinList, Reader, Region,
-    SectionKind,
-};
+/// A root region as CPUs and devices see it: memory, port I/O, a device's bus-master view.
+pub struct AddressSpace {
+    /// Never null; replaced with every change, freed after a grace period (I2).
+    view: AtomicPtr<View>,
+    hub: &'static Hub,
+    id: u64,
+    name: String,
+    memory: Arc<Memory>,
+}
 
-/// A root region as devices and CPUs see it.
-pub struct AddressSpace {}
+/// Where one piece of a CPU's access goes.
+enum Target {
+    Ram {
+        host: *mut u8,
+        bytes: usize,
+        writable: bool,
+    },
+    Mmio {
+        ops: Arc<dyn Mmio>,
+        offset: u64,
+        bytes: usize,
+    },
+    Nothing,
+}
 
 impl AddressSpace {
+    pub(crate) fn new(
+        memory: Arc<Memory>,
+        id: u64,
+        name: &str,
+        view: Box<View>,
+    ) -> Arc<AddressSpace> {
+        let view = AtomicPtr::new(Box::into_raw(view));
+        let hub = memory.grace_worker().hub();
+        Arc::new(AddressSpace {
+            view,
+            hub,
+            id,
+            name: name.to_owned(),
+            memory,
+        })
+    }
+
     /// The name.
     pub fn name(&self) -> &str {
-        todo!()
+        &self.name
     }
+
     /// The memory it belongs to.
     pub fn memory(&self) -> &Arc<Memory> {
-        todo!()
+        &self.memory
     }
-    /// Opens a read section on the current view.
-    pub fn read<'r>(&self, _reader: &'r Reader) -> ReadGuard<'r> {
-        todo!()
+
+    /// Opens a read section on the current view. Close it, by dropping the guard, before anything
+    /// that can block: every grace period waits for it.
+    ///
+    /// # Panics
+    /// When `reader` is registered with another memory.
+    #[inline(always)]
+    pub fn read<'r>(&self, reader: &'r Reader) -> ReadGuard<'r> {
+        assert!(
+            ptr::eq(reader.hub(), self.hub),
+            "a reader of another memory"
+        );
+        reader.enter();
+        // SAFETY: loaded inside the section just opened: the view is freed after a grace period
+        // that waits for it (I2).
+        let view = unsafe { &*self.view.load(Acquire) };
+        ReadGuard::new(reader, view, self)
     }
-    /// Adds a listener and shows it the current view.
+
+    /// The current view's address, to tell whether a section sees the newest.
+    pub(crate) fn is_current(&self, view: &View) -> bool {
+        ptr::eq(self.view.load(Acquire), view)
+    }
+
+    /// Replaces the view; the old one must live until after a grace period.
+    pub(crate) fn publish(&self, view: Box<View>) -> Box<View> {
+        let old = self.view.swap(Box::into_raw(view), AcqRel);
+        // SAFETY: made by `Box::into_raw` here or in `new`, and no longer reachable from here.
+        unsafe { Box::from_raw(old) }
+    }
+
+    /// Adds a listener and shows it the current view. Listeners of lower priority hear of
+    /// additions first, and of removals last.
+    ///
+    /// # Errors
+    /// `Listener` when it refuses a part of the view; it has then seen everything taken back.
+    /// `Reentrant` from within a change.
     pub fn add_listener(
         &self,
-        _listener: Box<dyn Listener>,
-        _priority: i32,
+        listener: Box<dyn Listener>,
+        priority: i32,
     ) -> Result<ListenerId, Error> {
-        todo!()
+        let mut guard = self.memory.lock_tree()?;
+        let id = guard.tree.new_listener_id();
+        let Some(state) = guard.tree.space(self.id) else {
+            return Err(Error::Foreign(self.name.clone()));
+        };
+        let added = state.add_listener(id, listener, priority);
+        added.map_err(|source| Error::Listener {
+            space: self.name.clone(),
+            source,
+        })?;
+        Ok(id)
     }
-    /// Removes a listener: it is shown the removal of everything.
-    pub fn remove_listener(&self, _id: ListenerId) {
-        todo!()
+
+    /// Removes a listener: it sees everything go. `None` when there is no such listener, or from
+    /// within a change.
+    pub fn remove_listener(&self, id: ListenerId) -> Option<Box<dyn Listener>> {
+        let mut guard = self.memory.lock_tree().ok()?;
+        guard.tree.space(self.id)?.remove_listener(id)
     }
-    /// What a CPU's load gives.
-    pub fn load(&self, _reader: &Reader, _addr: u64, _size: u8) -> u64 {
-        todo!()
+
+    /// What a CPU's load of `size` bytes (1 to 8) gives: RAM, or device registers, called outside
+    /// the section in naturally aligned pieces; all ones where nothing answers.
+    pub fn load(&self, reader: &Reader, addr: u64, size: u8) -> u64 {
+        let size = usize::from(size.min(8));
+        let mut bytes = [0xffu8; 8];
+        let mut done = 0;
+        while done < size {
+            let Some(at) = addr.checked_add(done as u64) else {
+                break;
+            };
+            let guard = self.read(reader);
+            match target(&guard, at, size - done) {
+                Target::Ram {
+                    host, bytes: count, ..
+                } => {
+                    // SAFETY: `target` found this many bytes of RAM in the open section.
+                    unsafe { copy::from_guest(host, bytes[done..].as_mut_ptr(), count) };
+                    done += count;
+                }
+                Target::Mmio {
+                    ops,
+                    offset,
+                    bytes: count,
+                } => {
+                    drop(guard);
+                    let value = ops.read(offset, count as u8).to_le_bytes();
+                    bytes[done..done + count].copy_from_slice(&value[..count]);
+                    done += count;
+                }
+                Target::Nothing => done += 1,
+            }
+        }
+        let mask = if size == 8 {
+            u64::MAX
+        } else {
+            (1 << (8 * size)) - 1
+        };
+        u64::from_le_bytes(bytes) & mask
     }
-    /// What a CPU's store does.
-    pub fn store(&self, _reader: &Reader, _addr: u64, _size: u8, _value: u64) {
-        todo!()
+
+    /// What a CPU's store of `size` bytes (1 to 8) does; dropped by ROM and where nothing
+    /// answers.
+    pub fn store(&self, reader: &Reader, addr: u64, size: u8, value: u64) {
+        let size = usize::from(size.min(8));
+        let bytes = value.to_le_bytes();
+        let mut done = 0;
+        while done < size {
+            let Some(at) = addr.checked_add(done as u64) else {
+                break;
+            };
+            let guard = self.read(reader);
+            match target(&guard, at, size - done) {
+                Target::Ram {
+                    host,
+                    bytes: count,
+                    writable,
+                } => {
+                    if writable {
+                        // SAFETY: `target` found this many bytes of RAM in the open section.
+                        unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
+                    }
+                    done += count;
+                }
+                Target::Mmio {
+                    ops,
+                    offset,
+                    bytes: count,
+                } => {
+                    drop(guard);
+                    let mut part = [0; 8];
+                    part[..count].copy_from_slice(&bytes[done..done + count]);
+                    ops.write(offset, count as u8, u64::from_le_bytes(part));
+                    done += count;
+                }
+                Target::Nothing => done += 1,
+            }
+        }
     }
 }
 
-/// One read section on one view.
-pub struct ReadGuard<'r> {
-    _reader: &'r Reader,
-}
-
-impl<'r> ReadGuard<'r> {
-    /// What is at an address.
-    pub fn lookup(&self, _gpa: Gpa) -> Option<Section<'_>> {
-        todo!()
+/// Where the first piece of an access of at most `len` bytes at `addr` goes.
+fn target(guard: &ReadGuard<'_>, addr: u64, len: usize) -> Target {
+    let Some(entry) = guard.entry(addr) else {
+        return Target::Nothing;
+    };
+    let here = (entry.last - addr).saturating_add(1).min(len as u64);
+    if entry.kind & RAM != 0 {
+        let host = entry.host(addr);
+        let bytes = guard.plugged_prefix(entry, host, here);
+        if bytes == 0 {
+            return Target::Nothing;
+        }
+        let writable = entry.kind & READONLY == 0;
+        return Target::Ram {
+            host: host as *mut u8,
+            bytes: bytes as usize,
+            writable,
+        };
     }
-    /// Copies from guest memory.
-    pub fn read_bytes(&self, _gpa: Gpa, _bytes: &mut [u8]) -> Result<(), AccessError> {
-        todo!()
+    let section = &entry.flat().section;
+    let RegionKind::Mmio(ops) = section.region.kind() else {
+        return Target::Nothing;
+    };
+    let offset = section.offset_in_region + (addr - section.range.start);
+    let mut bytes = 8;
+    while bytes as u64 > here || !offset.is_multiple_of(bytes as u64) {
+        bytes /= 2;
     }
-    /// Copies to guest memory.
-    pub fn write_bytes(&self, _gpa: Gpa, _bytes: &[u8]) -> Result<(), AccessError> {
-        todo!()
-    }
-    /// Reads a value.
-    pub fn read<T: FromBytes>(&self, _gpa: Gpa) -> Result<T, AccessError> {
-        todo!()
-    }
-    /// Writes a value.
-    pub fn write<T: IntoBytes + Immutable>(&self, _gpa: Gpa, _value: T) -> Result<(), AccessError> {
-        todo!()
-    }
-    /// Pins `len` bytes within one region.
-    pub fn pin(&self, _gpa: Gpa, _len: usize, _access: Access) -> Result<Pin, AccessError> {
-        todo!()
-    }
-    /// Pins a list of ranges.
-    pub fn pin_list(
-        &self,
-        _ranges: &[(Gpa, u32)],
-        _access: Access,
-        _list: &mut PinList,
-    ) -> Result<(), AccessError> {
-        todo!()
+    Target::Mmio {
+        ops: Arc::clone(ops),
+        offset,
+        bytes,
     }
 }
 
-/// What answers at an address.
-pub struct Section<'g> {
-    _guard: PhantomData<&'g ()>,
+impl Drop for AddressSpace {
+    fn drop(&mut self) {
+        let view = *self.view.get_mut();
+        // SAFETY: made by `Box::into_raw`; sections may still use it, so it is handed on to be
+        // freed after a grace period.
+        self.memory
+            .space_dropped(self.id, unsafe { Box::from_raw(view) });
+    }
 }
 
-impl Section<'_> {
-    /// The addresses of the whole section.
-    pub fn range(&self) -> Range<u64> {
-        todo!()
+impl fmt::Debug for AddressSpace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AddressSpace")
+            .field("name", &self.name)
+            .finish_non_exhaustive()
     }
-    /// Bytes from the address looked up to the end of the section.
-    pub fn remaining(&self) -> u64 {
-        todo!()
-    }
-    /// Host address of the address looked up, for RAM. Valid inside the read section only.
-    pub fn host(&self) -> Option<NonNull<u8>> {
-        todo!()
-    }
-    /// What answers.
-    pub fn kind(&self) -> &SectionKind {
-        todo!()
-    }
-    /// The region.
-    pub fn region(&self) -> &Arc<Region> {
-        todo!()
-    }
-    /// Offset in the region of the address looked up.
-    pub fn offset_in_region(&self) -> u64 {
-        todo!()
+}
+
+impl Gpa {
+    /// The address as a plain number.
+    pub(crate) fn raw(self) -> u64 {
+        self.0
     }
 }

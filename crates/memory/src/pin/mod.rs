@@ -1,80 +1,161 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Pins.
+//! Pins: an I/O's right to guest memory, across threads and system calls.
 
-use crate::{AccessError, Gpa};
+mod list;
 
-/// An I/O's right to a piece of guest memory.
+pub use list::PinList;
+
+use std::fmt;
+
+use crate::reader::row::Row;
+use crate::{Access, AccessError, Gpa, Reader, copy};
+
+/// One count in the row of the thread that took it; lets go when dropped, on any thread.
+pub(crate) struct Token {
+    row: &'static Row,
+    slot: u32,
+    bank: u32,
+}
+
+impl Token {
+    /// Takes a pin. The reader is in a section whose view shows the block of `slot`, and for a
+    /// sparse block `bank` comes from the admission in that section (I3).
+    #[inline(always)]
+    pub(crate) fn take(reader: &Reader, slot: u32, bank: usize) -> Token {
+        Token::count(reader.row(), slot, bank)
+    }
+
+    /// As [`Token::take`], by the row of the calling thread.
+    #[inline(always)]
+    pub(crate) fn count(row: &'static Row, slot: u32, bank: usize) -> Token {
+        row.acquire_home(slot, bank);
+        Token {
+            row,
+            slot,
+            bank: bank as u32,
+        }
+    }
+
+    fn is(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
+        std::ptr::eq(self.row, row) && self.slot == slot && self.bank as usize == bank
+    }
+}
+
+impl Clone for Token {
+    fn clone(&self) -> Token {
+        self.row.acquire_clone(self.slot, self.bank as usize);
+        Token {
+            row: self.row,
+            slot: self.slot,
+            bank: self.bank,
+        }
+    }
+}
+
+impl Drop for Token {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.row.release(self.slot, self.bank as usize);
+    }
+}
+
+/// The right of one I/O to a contiguous piece of guest memory.
+///
+/// As long as it exists the memory stays mapped at the same place with its contents, whatever
+/// becomes of the map. The guest may change the bytes at any time. Its owner is the request;
+/// it is dropped when the I/O is over, on whatever thread.
+#[derive(Clone)]
 pub struct Pin {
+    /// Keeps the memory.
+    _token: Token,
     ptr: *mut u8,
     len: usize,
     gpa: Gpa,
+    access: Access,
 }
 
-// SAFETY: skeleton.
+// SAFETY: the pointer stays valid on every thread until the token is dropped (I3), and a token
+// may be dropped and cloned on any thread.
 unsafe impl Send for Pin {}
+// SAFETY: shared use gives the pointer and copies through it, as several pins of the same memory
+// would.
+unsafe impl Sync for Pin {}
 
 impl Pin {
-    /// Host address.
+    #[inline(always)]
+    pub(crate) fn new(token: Token, ptr: *mut u8, len: usize, gpa: Gpa, access: Access) -> Pin {
+        Pin {
+            _token: token,
+            ptr,
+            len,
+            gpa,
+            access,
+        }
+    }
+
+    /// The host address, valid for [`Pin::len`] bytes until the pin is dropped; writable if it
+    /// was pinned for writing.
     pub fn as_ptr(&self) -> *mut u8 {
         self.ptr
     }
-    /// Bytes.
+
+    /// Bytes, at least 1.
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
     }
-    /// Guest address.
+
+    /// The guest address of the first byte.
     pub fn gpa(&self) -> Gpa {
         self.gpa
     }
-    /// Copies out.
-    pub fn read_at(&self, _offset: usize, _bytes: &mut [u8]) -> Result<(), AccessError> {
-        todo!()
+
+    /// What it was taken for.
+    pub fn access(&self) -> Access {
+        self.access
     }
-    /// Copies in; `ReadOnly` unless pinned for writing.
-    pub fn write_at(&self, _offset: usize, _bytes: &[u8]) -> Result<(), AccessError> {
-        todo!()
+
+    /// Copies out of the memory, from `offset` on.
+    ///
+    /// # Errors
+    /// `Overflow` outside of it.
+    pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
+        self.check(offset, bytes.len())?;
+        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        unsafe { copy::from_guest(self.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
+    }
+
+    /// Copies into the memory, from `offset` on.
+    ///
+    /// # Errors
+    /// `Overflow` outside of it; `ReadOnly` unless pinned for writing.
+    pub fn write_at(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
+        self.check(offset, bytes.len())?;
+        if !self.access.writes() {
+            return Err(AccessError::ReadOnly {
+                gpa: self.gpa,
+                len: bytes.len() as u64,
+            });
+        }
+        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        unsafe { copy::to_guest(bytes.as_ptr(), self.ptr.add(offset), bytes.len()) };
+        Ok(())
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.len => Ok(()),
+            _ => Err(AccessError::Overflow {
+                gpa: Gpa(self.gpa.0.wrapping_add(offset as u64)),
+                len: len as u64,
+            }),
+        }
     }
 }
 
-impl Clone for Pin {
-    fn clone(&self) -> Pin {
-        todo!()
-    }
-}
-
-/// The pins and iovecs of one request.
-#[derive(Default)]
-pub struct PinList {
-    iovecs: Vec<libc::iovec>,
-}
-
-// SAFETY: skeleton.
-unsafe impl Send for PinList {}
-
-impl PinList {
-    /// An empty list.
-    pub fn new() -> PinList {
-        PinList::default()
-    }
-    /// The pieces in order.
-    pub fn iovecs(&self) -> &[libc::iovec] {
-        &self.iovecs
-    }
-    /// Bytes in all.
-    pub fn total_len(&self) -> usize {
-        todo!()
-    }
-    /// Copies out of the pinned memory, from byte `offset` of the list on.
-    pub fn copy_to(&self, _offset: usize, _bytes: &mut [u8]) -> Result<(), AccessError> {
-        todo!()
-    }
-    /// Copies into the pinned memory, from byte `offset` of the list on.
-    pub fn copy_from(&self, _offset: usize, _bytes: &[u8]) -> Result<(), AccessError> {
-        todo!()
-    }
-    /// Releases all pins.
-    pub fn clear(&mut self) {
-        todo!()
+impl fmt::Debug for Pin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Pin({} + {:#x}, {:?})", self.gpa, self.len, self.access)
     }
 }

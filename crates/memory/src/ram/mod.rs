@@ -1,14 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! RAM blocks.
+//! RAM blocks: where guest memory comes from, and how parts of it are plugged and unplugged.
 
-use std::future::Future;
-use std::ops::Range;
-use std::os::fd::BorrowedFd;
+pub(crate) mod arena;
+mod backing;
+mod block;
+pub(crate) mod fence;
+mod host;
+mod list;
+mod seal;
+
+pub use block::RamBlock;
+pub use host::HostMemory;
+pub(crate) use list::ListShared;
+pub use list::RamList;
+pub use seal::Seal;
+
 use std::path::PathBuf;
 use std::ptr::NonNull;
-use std::sync::Arc;
-
-use crate::Error;
 
 /// Where a block's memory comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,125 +86,3 @@ pub trait RamNotifier: Send {
 /// Names a notifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct NotifierId(pub(crate) u64);
-
-/// The RAM blocks of a memory.
-pub struct RamList {}
-
-impl RamList {
-    /// Makes a block. May block when it prefaults.
-    pub fn add(&self, _spec: RamSpec) -> Result<Arc<RamBlock>, Error> {
-        todo!()
-    }
-    /// All blocks, largest first.
-    pub fn blocks(&self) -> Vec<Arc<RamBlock>> {
-        todo!()
-    }
-    /// By name.
-    pub fn by_name(&self, _name: &str) -> Option<Arc<RamBlock>> {
-        todo!()
-    }
-    /// By host address: the block and the offset in it.
-    pub fn by_host(&self, _host: *const u8) -> Option<(Arc<RamBlock>, u64)> {
-        todo!()
-    }
-    /// By RAM offset: the block and the offset in it.
-    pub fn by_ram_offset(&self, _ram_offset: u64) -> Option<(Arc<RamBlock>, u64)> {
-        todo!()
-    }
-    /// Counts the changes of the list.
-    pub fn version(&self) -> u64 {
-        todo!()
-    }
-    /// The list as text.
-    pub fn dump(&self) -> String {
-        todo!()
-    }
-    /// Adds a notifier, which is shown the blocks that exist.
-    pub fn add_notifier(&self, _notifier: Box<dyn RamNotifier>) -> NotifierId {
-        todo!()
-    }
-    /// Removes a notifier.
-    pub fn remove_notifier(&self, _id: NotifierId) {
-        todo!()
-    }
-}
-
-/// A block of RAM.
-pub struct RamBlock {}
-
-impl RamBlock {
-    /// Name.
-    pub fn name(&self) -> &str {
-        todo!()
-    }
-    /// Where it is in the RAM offset space.
-    pub fn ram_offset(&self) -> u64 {
-        todo!()
-    }
-    /// Host address.
-    pub fn host(&self) -> NonNull<u8> {
-        todo!()
-    }
-    /// Bytes used.
-    pub fn size_bytes(&self) -> u64 {
-        todo!()
-    }
-    /// Bytes it may grow to.
-    pub fn max_size_bytes(&self) -> u64 {
-        todo!()
-    }
-    /// Bytes of a page of its backing.
-    pub fn page_size_bytes(&self) -> u64 {
-        todo!()
-    }
-    /// The descriptor behind it.
-    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
-        todo!()
-    }
-    /// Bytes of a block, when sparse.
-    pub fn block_size_bytes(&self) -> Option<u64> {
-        todo!()
-    }
-    /// The state of a range.
-    pub fn plugged(&self, _range: Range<u64>) -> Plugged {
-        todo!()
-    }
-    /// Bytes plugged.
-    pub fn plugged_bytes(&self) -> u64 {
-        todo!()
-    }
-    /// Plugs whole unplugged blocks: all or nothing.
-    pub fn plug(&self, _range: Range<u64>, _populate: bool) -> Result<(), Error> {
-        todo!()
-    }
-    /// Begins to unplug whole plugged blocks.
-    pub fn seal(self: &Arc<Self>, _range: Range<u64>) -> Result<Seal, Error> {
-        todo!()
-    }
-}
-
-/// A range of a sparse block on its way out.
-pub struct Seal {}
-
-impl Seal {
-    /// The range.
-    pub fn range(&self) -> Range<u64> {
-        todo!()
-    }
-    /// Whether nobody uses it any more.
-    pub fn is_drained(&self) -> bool {
-        todo!()
-    }
-    /// Ready when nobody uses it any more.
-    pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
-        async { todo!() }
-    }
-    /// Makes it plugged again, with its contents.
-    pub fn undo(self) {
-        todo!()
-    }
-    /// Frees its pages and makes it inaccessible.
-    pub fn discard(self) -> Result<(), (Seal, Error)> {
-        todo!()
-    }
-}

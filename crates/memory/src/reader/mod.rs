@@ -1,9 +1,75 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Registered readers.
+//! Registered readers: read sections that cost two plain stores, and grace periods that wait
+//! for them.
+
+mod barrier;
+pub(crate) mod hub;
+pub(crate) mod row;
+pub(crate) mod wake;
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
-/// A thread's right to open read sections. One row per thread; neither `Send` nor `Sync`.
+use crate::Memory;
+use hub::Hub;
+use row::Row;
+
+/// A thread's right to open read sections of one [`Memory`].
+///
+/// Neither `Send` nor `Sync`: it names the row of the thread that registered it. Keep it for as
+/// long as the thread uses the memory; [`Memory::register`] again gives the same row.
 pub struct Reader {
-    _not_send: PhantomData<*const ()>,
+    memory: Arc<Memory>,
+    hub: &'static Hub,
+    row: &'static Row,
+    _thread: PhantomData<*const ()>,
+}
+
+impl Reader {
+    pub(crate) fn new(memory: Arc<Memory>, hub: &'static Hub) -> Reader {
+        let thread = std::thread::current();
+        let row = hub.adopt(row::make_token(), thread.name().unwrap_or("unnamed thread"));
+        Reader {
+            memory,
+            hub,
+            row,
+            _thread: PhantomData,
+        }
+    }
+
+    /// The memory it reads.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Whether a read section is open on this thread.
+    pub fn in_section(&self) -> bool {
+        self.row.depth() != 0
+    }
+
+    #[inline(always)]
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.hub
+    }
+
+    #[inline(always)]
+    pub(crate) fn row(&self) -> &'static Row {
+        self.row
+    }
+
+    #[inline(always)]
+    pub(crate) fn enter(&self) {
+        self.row.enter(self.hub);
+    }
+
+    #[inline(always)]
+    pub(crate) fn leave(&self) {
+        self.row.leave();
+    }
+}
+
+impl Drop for Reader {
+    fn drop(&mut self) {
+        self.hub.disown(self.row);
+    }
 }

@@ -1,0 +1,332 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The grace worker: one thread per memory that does what must wait for readers and for pins.
+//!
+//! ```text
+//!   submit ──► queued ──(begin grace)──► in grace ──(readers gone)──► retired: dropped
+//!                                                                 ├─► graces: told
+//!                                                                 ├─► drains: wait for pins of both banks
+//!                                                                 └─► fences: wait for pins of the old bank
+//! ```
+//!
+//! Everything queued when a grace period begins shares it. The worker sleeps on one wake-up
+//! only: submissions, section ends and unpins it waits for all signal it, and no step blocks.
+
+use std::sync::Arc;
+#[cfg(not(loom))]
+use std::time::{Duration, Instant};
+
+use crate::ram::fence::Fence;
+use crate::reader::hub::Hub;
+use crate::reader::wake::Level;
+use crate::sync::{Mutex, lock};
+use crate::ticket::Drain;
+
+/// How long retired views may wait for company before they get a grace period of their own.
+#[cfg(not(loom))]
+const LINGER: Duration = Duration::from_millis(5);
+/// A read section that is open for longer is reported.
+#[cfg(not(loom))]
+const LATE: Duration = Duration::from_secs(1);
+/// Retired views after which they no longer wait.
+const LINGER_COUNT: usize = 128;
+
+/// Something to be done after a grace period.
+pub(crate) enum Job {
+    /// Drop what readers may still see. Not urgent.
+    Retire(Box<dyn FnOnce() + Send>),
+    /// Tell that the grace period is over.
+    Grace(Arc<Level>),
+    /// Then wait for the pins of an unplugged block.
+    Drain(Arc<Drain>),
+    /// Then wait for the pins on the sealed ranges of a block.
+    Fence(Arc<Fence>),
+}
+
+/// The worker's mailbox, and the readers it works for.
+pub(crate) struct Grace {
+    hub: &'static Hub,
+    inbox: Mutex<Inbox>,
+}
+
+#[derive(Default)]
+struct Inbox {
+    jobs: Vec<Job>,
+    /// The memory is gone: end when nothing is left to do.
+    closing: bool,
+    /// The worker has ended, and with it all readers and pins.
+    closed: bool,
+}
+
+impl Grace {
+    pub(crate) fn new() -> Arc<Grace> {
+        Arc::new(Grace {
+            hub: Hub::take(),
+            inbox: Mutex::new(Inbox::default()),
+        })
+    }
+
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.hub
+    }
+
+    /// Hands a job to the worker. Never waits.
+    pub(crate) fn submit(&self, job: Job) {
+        self.submit_all([job]);
+    }
+
+    /// Hands jobs to the worker as one batch. Never waits.
+    pub(crate) fn submit_all(&self, jobs: impl IntoIterator<Item = Job>) {
+        let mut inbox = lock(&self.inbox);
+        if inbox.closed {
+            drop(inbox);
+            jobs.into_iter().for_each(Job::finish_without_readers);
+            return;
+        }
+        let was_empty = inbox.jobs.is_empty();
+        let before = inbox.jobs.len();
+        inbox.jobs.extend(jobs);
+        let urgent = inbox.jobs.iter().skip(before).any(Job::is_urgent);
+        let wake =
+            urgent || (was_empty && !inbox.jobs.is_empty()) || inbox.jobs.len() == LINGER_COUNT;
+        drop(inbox);
+        if wake {
+            self.hub.wake().signal();
+        }
+    }
+
+    /// Tells the worker to end once nothing is left to do.
+    pub(crate) fn close(&self) {
+        lock(&self.inbox).closing = true;
+        self.hub.wake().signal();
+    }
+}
+
+impl Drop for Grace {
+    fn drop(&mut self) {
+        // Whoever uses the hub holds this object: readers and blocks by the memory, the worker
+        // itself until the last pin is gone.
+        self.hub.give_back();
+    }
+}
+
+impl Job {
+    fn is_urgent(&self) -> bool {
+        !matches!(self, Job::Retire(_))
+    }
+
+    /// There are no readers and no pins any more: nothing to wait for.
+    fn finish_without_readers(self) {
+        match self {
+            Job::Retire(retire) => retire(),
+            Job::Grace(level) => level.raise(1),
+            Job::Drain(drain) => drain.finish(),
+            Job::Fence(fence) => {
+                fence.begin();
+                while fence.finish() {
+                    fence.begin();
+                }
+            }
+        }
+    }
+}
+
+/// The worker's state.
+pub(crate) struct Worker {
+    grace: Arc<Grace>,
+    queued: Vec<Job>,
+    #[cfg(not(loom))]
+    lingering_since: Option<Instant>,
+    in_grace: Option<(u64, Vec<Job>)>,
+    drains: Vec<Arc<Drain>>,
+    fences: Vec<Arc<Fence>>,
+    /// Slots armed while closing.
+    closing_slots: Option<u32>,
+}
+
+/// What the worker does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Sleep until signalled.
+    Sleep,
+    /// Sleep until signalled, no longer than `LINGER`.
+    #[cfg(not(loom))]
+    Linger,
+    /// All is done and the memory is gone.
+    End,
+}
+
+impl Worker {
+    pub(crate) fn new(grace: Arc<Grace>) -> Worker {
+        Worker {
+            grace,
+            queued: Vec::new(),
+            #[cfg(not(loom))]
+            lingering_since: None,
+            in_grace: None,
+            drains: Vec::new(),
+            fences: Vec::new(),
+            closing_slots: None,
+        }
+    }
+
+    /// Runs until the memory is gone and nothing is left to do.
+    #[cfg(not(loom))]
+    pub(crate) fn run(mut self) {
+        let mut reported = 0;
+        loop {
+            let next = self.turn();
+            let wake = self.grace.hub.wake();
+            match (next, &self.in_grace) {
+                (Next::End, _) => break,
+                (Next::Linger, _) => {
+                    wake.wait(Some(LINGER));
+                }
+                (Next::Sleep, Some((target, _))) if *target != reported => {
+                    if !wake.wait(Some(LATE)) {
+                        reported = *target;
+                        let readers = self.grace.hub.late_readers(*target);
+                        tracing::warn!(?readers, "a read section is open for long: unplugs wait");
+                    }
+                }
+                (Next::Sleep, _) => {
+                    wake.wait(None);
+                }
+            }
+        }
+    }
+
+    /// Does all that can be done now.
+    pub(crate) fn turn(&mut self) -> Next {
+        let closing = {
+            let mut inbox = lock(&self.grace.inbox);
+            self.queued.append(&mut inbox.jobs);
+            inbox.closing
+        };
+        loop {
+            if let Some((target, jobs)) = self.in_grace.take() {
+                if !self.grace.hub.grace_passed(target) {
+                    self.in_grace = Some((target, jobs));
+                    break;
+                }
+                self.after_grace(jobs);
+            }
+            if !self.should_begin(closing) {
+                break;
+            }
+            let jobs = std::mem::take(&mut self.queued);
+            for job in &jobs {
+                if let Job::Fence(fence) = job {
+                    fence.begin();
+                }
+            }
+            let target = self.grace.hub.begin_grace();
+            self.in_grace = Some((target, jobs));
+        }
+        self.check_drains();
+        self.check_fences();
+        self.next(closing)
+    }
+
+    #[cfg(not(loom))]
+    fn should_begin(&mut self, closing: bool) -> bool {
+        if self.queued.is_empty() {
+            self.lingering_since = None;
+            return false;
+        }
+        let now = Instant::now();
+        let since = *self.lingering_since.get_or_insert(now);
+        let ready = closing
+            || self.queued.len() >= LINGER_COUNT
+            || self.queued.iter().any(Job::is_urgent)
+            || now.duration_since(since) >= LINGER;
+        if ready {
+            self.lingering_since = None;
+        }
+        ready
+    }
+
+    #[cfg(loom)]
+    fn should_begin(&mut self, _closing: bool) -> bool {
+        !self.queued.is_empty()
+    }
+
+    fn after_grace(&mut self, jobs: Vec<Job>) {
+        for job in jobs {
+            match job {
+                Job::Retire(retire) => retire(),
+                Job::Grace(level) => level.raise(1),
+                Job::Drain(drain) => {
+                    drain.begin();
+                    self.grace.hub.arm(drain.slot());
+                    self.drains.push(drain);
+                }
+                Job::Fence(fence) => {
+                    self.grace.hub.arm(fence.slot());
+                    self.fences.push(fence);
+                }
+            }
+        }
+    }
+
+    fn check_drains(&mut self) {
+        let hub = self.grace.hub;
+        self.drains.retain(|drain| {
+            if drain.has_holds() || hub.outstanding(drain.slot(), &[0, 1]) != 0 {
+                return true;
+            }
+            hub.disarm(drain.slot());
+            drain.finish();
+            false
+        });
+    }
+
+    fn check_fences(&mut self) {
+        let hub = self.grace.hub;
+        let queued = &mut self.queued;
+        let before = queued.len();
+        self.fences.retain(|fence| {
+            if hub.outstanding(fence.slot(), &[fence.old_bank()]) != 0 {
+                return true;
+            }
+            hub.disarm(fence.slot());
+            if fence.finish() {
+                queued.push(Job::Fence(Arc::clone(fence)));
+            }
+            false
+        });
+        if queued.len() > before {
+            // Seals that came meanwhile need a flip and a grace period of their own.
+            hub.wake().signal();
+        }
+    }
+
+    fn next(&mut self, closing: bool) -> Next {
+        let idle = self.in_grace.is_none()
+            && self.queued.is_empty()
+            && self.drains.is_empty()
+            && self.fences.is_empty();
+        if closing && idle && self.all_pins_gone() {
+            let mut inbox = lock(&self.grace.inbox);
+            if inbox.jobs.is_empty() {
+                inbox.closed = true;
+                return Next::End;
+            }
+            self.grace.hub.wake().signal();
+        }
+        #[cfg(not(loom))]
+        if self.in_grace.is_none() && !self.queued.is_empty() {
+            return Next::Linger;
+        }
+        Next::Sleep
+    }
+
+    fn all_pins_gone(&mut self) -> bool {
+        let hub = self.grace.hub;
+        let slots = hub.slots();
+        let armed = self.closing_slots.get_or_insert(0);
+        (*armed..slots).for_each(|slot| hub.arm(slot));
+        *armed = slots.max(*armed);
+        // Slots that are free count nothing, so all can be asked.
+        (0..slots).all(|slot| hub.outstanding(slot, &[0, 1]) == 0)
+    }
+}

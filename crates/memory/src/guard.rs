@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Read sections: look-ups, copies, pins.
+
+use std::marker::PhantomData;
+use std::ops::Range;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::index::{Entry, RAM, READONLY, SPARSE, View};
+use crate::pin::Token;
+use crate::{
+    Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
+};
+
+/// A read section on one view of an address space. What it finds stays where it is until it is
+/// dropped; drop it before anything that can block.
+pub struct ReadGuard<'r> {
+    reader: &'r Reader,
+    view: &'r View,
+    space: *const AddressSpace,
+}
+
+impl<'r> ReadGuard<'r> {
+    #[inline(always)]
+    pub(crate) fn new(
+        reader: &'r Reader,
+        view: &'r View,
+        space: *const AddressSpace,
+    ) -> ReadGuard<'r> {
+        ReadGuard {
+            reader,
+            view,
+            space,
+        }
+    }
+
+    /// The reader whose section it is.
+    pub fn reader(&self) -> &'r Reader {
+        self.reader
+    }
+
+    pub(crate) fn view(&self) -> &View {
+        self.view
+    }
+
+    /// Whether the section is one of `space`.
+    #[inline(always)]
+    pub(crate) fn is_of(&self, space: &AddressSpace) -> bool {
+        ptr::eq(self.space, space)
+    }
+
+    #[inline(always)]
+    pub(crate) fn entry(&self, address: u64) -> Option<&Entry> {
+        self.view.lookup(address)
+    }
+
+    /// What answers at an address.
+    #[inline(always)]
+    pub fn lookup(&self, gpa: Gpa) -> Option<Section<'_>> {
+        let entry = self.entry(gpa.raw())?;
+        Some(Section {
+            entry,
+            gpa: gpa.raw(),
+            _guard: PhantomData,
+        })
+    }
+
+    /// Of `len` bytes of RAM at host address `host`, those up to the first unplugged one.
+    pub(crate) fn plugged_prefix(&self, entry: &Entry, host: u64, len: u64) -> u64 {
+        if entry.kind & SPARSE == 0 {
+            len
+        } else {
+            entry.flat().admitted(host, len)
+        }
+    }
+
+    /// Copies from RAM or ROM, across regions.
+    ///
+    /// # Errors
+    /// When any part is not readable RAM. What lies before that part has been copied.
+    pub fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
+        let mut rest = bytes;
+        self.walk(gpa, rest.len(), Access::Read, |host, count| {
+            let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
+            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
+            unsafe { copy::from_guest(host, part.as_mut_ptr(), count) };
+            rest = tail;
+        })
+    }
+
+    /// Copies to RAM, across regions.
+    ///
+    /// # Errors
+    /// When any part is not writable RAM. What lies before that part has been copied.
+    pub fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
+        let mut rest = bytes;
+        self.walk(gpa, bytes.len(), Access::Write, |host, count| {
+            let (part, tail) = rest.split_at(count);
+            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
+            unsafe { copy::to_guest(part.as_ptr(), host, count) };
+            rest = tail;
+        })
+    }
+
+    /// Reads a value; little-endian fields are the type's business.
+    ///
+    /// # Errors
+    /// As [`ReadGuard::read_bytes`].
+    pub fn read<T: FromBytes>(&self, gpa: Gpa) -> Result<T, AccessError> {
+        let size = size_of::<T>();
+        if size > 0 {
+            let (entry, host, admitted) = self.ram(gpa.raw(), size as u64, Access::Read)?;
+            if entry.last - gpa.raw() >= size as u64 - 1 && admitted == size as u64 {
+                // SAFETY: RAM in this section, as many bytes as the value has.
+                return Ok(unsafe { copy::read(host) });
+            }
+        }
+        let mut value = T::new_zeroed();
+        let bytes = ptr::from_mut(&mut value).cast::<u8>();
+        // SAFETY: `T` has this many bytes, all initialised, and any bytes are a valid `T`.
+        self.read_bytes(gpa, unsafe { std::slice::from_raw_parts_mut(bytes, size) })?;
+        Ok(value)
+    }
+
+    /// Writes a value.
+    ///
+    /// # Errors
+    /// As [`ReadGuard::write_bytes`].
+    pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
+        self.write_bytes(gpa, value.as_bytes())
+    }
+
+    /// Takes the right to `len` bytes of RAM for an I/O: they stay where they are, whatever
+    /// becomes of the map, until the pin is dropped. They lie in one region.
+    ///
+    /// # Errors
+    /// `SpansRegions` when they do not; `Overflow` when `len` is 0 or the end is past 2^64;
+    /// otherwise what is in the way.
+    #[inline]
+    pub fn pin(&self, gpa: Gpa, len: usize, access: Access) -> Result<Pin, AccessError> {
+        let addr = gpa.raw();
+        let entry = match self.entry(addr) {
+            Some(entry) if entry.kind & RAM != 0 => entry,
+            _ => return Err(self.refusal(gpa, len as u64, access)),
+        };
+        let readonly = entry.kind & READONLY != 0 && access.writes();
+        if len == 0 || readonly || (len as u64 - 1) > entry.last - addr {
+            return Err(self.refusal(gpa, len as u64, access));
+        }
+        let host = entry.host(addr);
+        let mut bank = 0;
+        if entry.kind & SPARSE != 0 {
+            match entry.flat().admit(host, len as u64) {
+                Some(current) => bank = current,
+                None => return Err(self.refusal(gpa, len as u64, access)),
+            }
+        }
+        let token = Token::take(self.reader, entry.slot, bank);
+        Ok(Pin::new(token, host as *mut u8, len, gpa, access))
+    }
+
+    /// Pins several ranges for one request: splits them at region borders, takes one pin per
+    /// region, and appends the pieces to `list`. Ranges of length 0 are left out.
+    ///
+    /// # Errors
+    /// What is in the way; `list` is then as it was.
+    pub fn pin_list(
+        &self,
+        ranges: &[(Gpa, u32)],
+        access: Access,
+        list: &mut PinList,
+    ) -> Result<(), AccessError> {
+        let mark = list.mark();
+        for (gpa, len) in ranges {
+            if let Err(error) = self.pin_range(*gpa, u64::from(*len), access, list) {
+                list.truncate(mark);
+                return Err(error);
+            }
+        }
+        list.limit_access(access);
+        Ok(())
+    }
+
+    fn pin_range(
+        &self,
+        gpa: Gpa,
+        len: u64,
+        access: Access,
+        list: &mut PinList,
+    ) -> Result<(), AccessError> {
+        let mut done = 0;
+        while done < len {
+            let at = gpa
+                .raw()
+                .checked_add(done)
+                .ok_or(AccessError::Overflow { gpa, len })?;
+            let (entry, host, _) = self.ram(at, 1, access)?;
+            let count = (entry.last - at).saturating_add(1).min(len - done);
+            let mut bank = 0;
+            if entry.kind & SPARSE != 0 {
+                let admitted = entry.flat().admit(host as u64, count);
+                bank = admitted.ok_or_else(|| self.refusal(Gpa(at), count, access))?;
+            }
+            if !list.holds(self.reader.row(), entry.slot, bank) {
+                list.hold(Token::take(self.reader, entry.slot, bank));
+            }
+            list.push(host, count as usize);
+            done += count;
+        }
+        Ok(())
+    }
+
+    /// The RAM at `address`: its entry, host address, and how many of `len` bytes are there and
+    /// plugged; at least one.
+    fn ram(
+        &self,
+        address: u64,
+        len: u64,
+        access: Access,
+    ) -> Result<(&Entry, *mut u8, u64), AccessError> {
+        let entry = match self.entry(address) {
+            Some(entry) if entry.kind & RAM != 0 => entry,
+            _ => return Err(self.refusal(Gpa(address), len, access)),
+        };
+        if entry.kind & READONLY != 0 && access.writes() {
+            return Err(AccessError::ReadOnly {
+                gpa: Gpa(address),
+                len,
+            });
+        }
+        let host = entry.host(address);
+        let here = (entry.last - address).saturating_add(1).min(len);
+        let count = self.plugged_prefix(entry, host, here);
+        if count == 0 {
+            return Err(AccessError::Unplugged {
+                gpa: Gpa(address),
+                len,
+            });
+        }
+        Ok((entry, host as *mut u8, count))
+    }
+
+    /// Calls `f` for each contiguous piece of a range.
+    fn walk(
+        &self,
+        gpa: Gpa,
+        len: usize,
+        access: Access,
+        mut f: impl FnMut(*mut u8, usize),
+    ) -> Result<(), AccessError> {
+        let mut done = 0;
+        while done < len {
+            let rest = (len - done) as u64;
+            let overflow = AccessError::Overflow {
+                gpa,
+                len: len as u64,
+            };
+            let at = gpa.raw().checked_add(done as u64).ok_or(overflow)?;
+            let (_, host, count) = self.ram(at, rest, access)?;
+            f(host, count as usize);
+            done += count as usize;
+        }
+        Ok(())
+    }
+
+    /// Why `len` bytes at `gpa` cannot be had in one piece.
+    #[cold]
+    #[inline(never)]
+    fn refusal(&self, gpa: Gpa, len: u64, access: Access) -> AccessError {
+        if len == 0 || gpa.raw().checked_add(len - 1).is_none() {
+            return AccessError::Overflow { gpa, len };
+        }
+        let Some(entry) = self.entry(gpa.raw()) else {
+            return AccessError::Unmapped { gpa, len };
+        };
+        if entry.kind & RAM == 0 {
+            return AccessError::NotRam { gpa, len };
+        }
+        if entry.kind & READONLY != 0 && access.writes() {
+            return AccessError::ReadOnly { gpa, len };
+        }
+        let rest = entry.last - gpa.raw();
+        if rest < len - 1 {
+            let next = Gpa(entry.last.saturating_add(1));
+            return match self.entry(next.raw()) {
+                None => AccessError::Unmapped {
+                    gpa: next,
+                    len: len - 1 - rest,
+                },
+                Some(_) => AccessError::SpansRegions { gpa, len },
+            };
+        }
+        AccessError::Unplugged { gpa, len }
+    }
+}
+
+impl Drop for ReadGuard<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.reader.leave();
+    }
+}
+
+/// What answers at an address that was looked up, for as long as the section is open.
+#[derive(Clone, Copy)]
+pub struct Section<'g> {
+    entry: &'g Entry,
+    gpa: u64,
+    _guard: PhantomData<&'g ()>,
+}
+
+impl<'g> Section<'g> {
+    /// The addresses of the whole section.
+    pub fn range(&self) -> Range<u64> {
+        self.entry.flat().section.range.clone()
+    }
+
+    /// Bytes from the address that was looked up to the end of the section.
+    #[inline(always)]
+    pub fn remaining(&self) -> u64 {
+        (self.entry.last - self.gpa).saturating_add(1)
+    }
+
+    /// Whether it is RAM or ROM. Parts of RAM may be unplugged.
+    #[inline(always)]
+    pub fn is_ram(&self) -> bool {
+        self.entry.kind & RAM != 0
+    }
+
+    /// The host address of the address that was looked up, for RAM. It may be unplugged; it is
+    /// valid inside the read section only. To keep it, pin.
+    #[inline(always)]
+    pub fn host(&self) -> Option<NonNull<u8>> {
+        if self.is_ram() {
+            NonNull::new(self.entry.host(self.gpa) as *mut u8)
+        } else {
+            None
+        }
+    }
+
+    /// What answers.
+    pub fn kind(&self) -> &'g SectionKind {
+        &self.entry.flat().section.kind
+    }
+
+    /// The region.
+    pub fn region(&self) -> &'g Arc<Region> {
+        &self.entry.flat().section.region
+    }
+
+    /// Offset in the region of the address that was looked up, in bytes.
+    pub fn offset_in_region(&self) -> u64 {
+        let section = &self.entry.flat().section;
+        section.offset_in_region + (self.gpa - section.range.start)
+    }
+}

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! One RAM block.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::ptr::NonNull;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+use super::arena::Arena;
+use super::backing::{Mapping, Source};
+use super::fence::Fence;
+use super::{Plugged, RamSpec, Seal};
+use crate::Error;
+use crate::grace::{Grace, Job};
+use crate::reader::wake::Level;
+use crate::ticket::Holds;
+
+const LIVE: u8 = 0;
+const UNPLUGGED: u8 = 1;
+const GONE: u8 = 2;
+
+/// A block of RAM at a fixed place of the arena.
+///
+/// A *sparse* block is made of equal blocks that are plugged and unplugged one by one. What is
+/// not plugged is inaccessible and holds no memory of the host. The bitmap of plugged blocks is
+/// the only truth: every pin and every guarded access reads it inside its read section.
+pub struct RamBlock {
+    name: String,
+    ram_offset: u64,
+    host: NonNull<u8>,
+    size: AtomicU64,
+    max_bytes: u64,
+    slot: u32,
+    life: AtomicU8,
+    sparse: Option<Sparse>,
+    holds: Arc<Holds>,
+    mapping: Mapping,
+    grace: Arc<Grace>,
+    /// Last: the addresses stay reserved for as long as somebody knows the block.
+    _arena: Arc<Arena>,
+}
+
+// SAFETY: `host` is an address; it is used through system calls here and through pins and
+// sections elsewhere, which have their own rules. Everything else is `Send`.
+unsafe impl Send for RamBlock {}
+// SAFETY: as above; state is in atomics and locks.
+unsafe impl Sync for RamBlock {}
+
+struct Sparse {
+    block_bytes: u64,
+    fence: Arc<Fence>,
+    plugged_bytes: AtomicU64,
+    /// One bit per block that is being plugged or is sealed.
+    busy: Mutex<Vec<u64>>,
+}
+
+impl RamBlock {
+    pub(super) fn new(
+        spec: &RamSpec,
+        ram_offset: u64,
+        grace: &Arc<Grace>,
+        arena: &Arc<Arena>,
+        slot: u32,
+    ) -> Result<RamBlock, Error> {
+        let source = Source::open(spec)?;
+        spec.check_against(&source)?;
+        let host = arena.place(&spec.name, spec.max_size_bytes)?;
+        let mapping = Mapping::new(spec, host, source)?;
+        if spec.prefault
+            && spec.block_size_bytes.is_none()
+            && spec.size_bytes > 0
+            && let Err(error) = mapping.populate(0..spec.size_bytes)
+        {
+            mapping.destroy()?;
+            return Err(error);
+        }
+        let sparse = spec.block_size_bytes.map(|block_bytes| {
+            let blocks = spec.max_size_bytes / block_bytes;
+            Sparse {
+                block_bytes,
+                fence: Fence::new(slot, blocks),
+                plugged_bytes: AtomicU64::new(0),
+                busy: Mutex::new(vec![0; blocks.div_ceil(64) as usize]),
+            }
+        });
+        Ok(RamBlock {
+            name: spec.name.clone(),
+            ram_offset,
+            host,
+            size: AtomicU64::new(spec.size_bytes),
+            max_bytes: spec.max_size_bytes,
+            slot,
+            life: AtomicU8::new(LIVE),
+            sparse,
+            holds: Holds::new(grace.hub()),
+            mapping,
+            grace: Arc::clone(grace),
+            _arena: Arc::clone(arena),
+        })
+    }
+
+    /// The name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Where the block starts in the space of RAM offsets, in bytes.
+    pub fn ram_offset(&self) -> u64 {
+        self.ram_offset
+    }
+
+    /// Where the block starts in this process. For system calls that describe memory (KVM slots,
+    /// `/proc` look-ups); access to its contents goes through sections and pins.
+    pub fn host(&self) -> NonNull<u8> {
+        self.host
+    }
+
+    /// Bytes in use.
+    pub fn size_bytes(&self) -> u64 {
+        self.size.load(Acquire)
+    }
+
+    /// Bytes it may grow to.
+    pub fn max_size_bytes(&self) -> u64 {
+        self.max_bytes
+    }
+
+    /// Bytes of a page of its backing.
+    pub fn page_size_bytes(&self) -> u64 {
+        self.mapping.page_size_bytes()
+    }
+
+    /// The descriptor behind it, if other processes can map it.
+    pub fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.mapping.fd().map(AsFd::as_fd)
+    }
+
+    /// Bytes of the blocks of a sparse block.
+    pub fn block_size_bytes(&self) -> Option<u64> {
+        self.sparse.as_ref().map(|sparse| sparse.block_bytes)
+    }
+
+    /// Whether the blocks that `range` (bytes) touches are plugged. What lies outside the block
+    /// is not; a block that is not sparse is.
+    pub fn plugged(&self, range: Range<u64>) -> Plugged {
+        let size = self.size_bytes();
+        let Some(sparse) = &self.sparse else {
+            return match (range.start < size, range.end <= size) {
+                (true, true) => Plugged::All,
+                (true, false) => Plugged::Mixed,
+                (false, _) => Plugged::None,
+            };
+        };
+        let first = range.start / sparse.block_bytes;
+        let last = range.end.div_ceil(sparse.block_bytes).max(first);
+        let inside = (size / sparse.block_bytes).min(last);
+        let plugged = sparse.fence.map().count(first.min(inside)..inside);
+        match plugged {
+            0 => Plugged::None,
+            n if n == last - first => Plugged::All,
+            _ => Plugged::Mixed,
+        }
+    }
+
+    /// Bytes plugged; all of a block that is not sparse.
+    pub fn plugged_bytes(&self) -> u64 {
+        self.sparse.as_ref().map_or_else(
+            || self.size_bytes(),
+            |sparse| sparse.plugged_bytes.load(Relaxed),
+        )
+    }
+
+    /// Plugs unplugged blocks: makes `range` (bytes, whole blocks) accessible, all zeroes, and
+    /// with `populate` allocates its memory now. All or nothing.
+    ///
+    /// With `populate` it takes as long as the host takes to find and clear the pages.
+    ///
+    /// # Errors
+    /// `NotSparse`, `BadRange`; `BadState` when some of it is plugged, sealed or being plugged;
+    /// `NoHostMemory` with the host's figures; `Unplugged`; `Host`.
+    pub fn plug(&self, range: Range<u64>, populate: bool) -> Result<(), Error> {
+        let sparse = self.sparse()?;
+        let blocks = self.whole_blocks(sparse, &range)?;
+        {
+            let mut busy = lock(&sparse.busy);
+            if self.life.load(Acquire) != LIVE {
+                return Err(Error::Unplugged(self.name.clone()));
+            }
+            if sparse.fence.map().count(blocks.clone()) != 0 {
+                return Err(self.bad_state(&range, "is plugged, at least in part"));
+            }
+            if bits(&busy, blocks.clone()) != 0 {
+                return Err(
+                    self.bad_state(&range, "is being plugged or unplugged, at least in part")
+                );
+            }
+            set_bits(&mut busy, blocks.clone(), true);
+        }
+        let result = self.make_accessible(&range, populate);
+        let mut busy = lock(&sparse.busy);
+        if result.is_ok() {
+            sparse
+                .plugged_bytes
+                .fetch_add(range.end - range.start, Relaxed);
+            sparse.fence.map().set(blocks.clone());
+        }
+        set_bits(&mut busy, blocks, false);
+        result
+    }
+
+    fn make_accessible(&self, range: &Range<u64>, populate: bool) -> Result<(), Error> {
+        self.mapping.protect(range.clone(), true)?;
+        if !populate {
+            return Ok(());
+        }
+        self.mapping.populate(range.clone()).inspect_err(|_| {
+            // Inaccessible first, so that no guest can bring pages back after the freeing.
+            let undone = self.mapping.protect(range.clone(), false);
+            if let Err(error) = undone.and(self.mapping.free_pages(range.clone())) {
+                tracing::error!(block = self.name, %error, "cannot take a failed plug back");
+            }
+        })
+    }
+
+    /// Begins to unplug plugged blocks: `range` (bytes, whole blocks) is unplugged for every pin
+    /// and every guarded access from now on. Never waits.
+    ///
+    /// The seal is drained when all sections and pins that began before are gone. Vcpus are not
+    /// fenced: their guest has been told, or is on its own.
+    ///
+    /// # Errors
+    /// `NotSparse`, `BadRange`; `BadState` when some of it is not plugged.
+    pub fn seal(self: &Arc<Self>, range: Range<u64>) -> Result<Seal, Error> {
+        let sparse = self.sparse()?;
+        let blocks = self.whole_blocks(sparse, &range)?;
+        let level = Level::new(0);
+        let submit = {
+            let mut busy = lock(&sparse.busy);
+            if sparse.fence.map().count(blocks.clone()) != blocks.end - blocks.start {
+                return Err(self.bad_state(&range, "is not plugged, at least in part"));
+            }
+            set_bits(&mut busy, blocks.clone(), true);
+            sparse
+                .plugged_bytes
+                .fetch_sub(range.end - range.start, Relaxed);
+            sparse
+                .fence
+                .seal(blocks, Arc::clone(&level), self.grace.hub())
+        };
+        if submit {
+            self.grace.submit(Job::Fence(Arc::clone(&sparse.fence)));
+        }
+        Ok(Seal::new(Arc::clone(self), range, level))
+    }
+
+    /// Frees the pages of a drained seal.
+    pub(super) fn discard_sealed(&self, range: &Range<u64>) -> Result<(), Error> {
+        let sparse = self.sparse()?;
+        let blocks = self.whole_blocks(sparse, range)?;
+        // Inaccessible first, so that no guest can bring pages back after the freeing.
+        self.mapping.protect(range.clone(), false)?;
+        if let Err(error) = self.mapping.free_pages(range.clone()) {
+            self.mapping.protect(range.clone(), true)?;
+            return Err(error);
+        }
+        set_bits(&mut lock(&sparse.busy), blocks, false);
+        Ok(())
+    }
+
+    /// Takes a seal back.
+    pub(super) fn unseal(&self, range: &Range<u64>) {
+        let Some(sparse) = &self.sparse else { return };
+        let Ok(blocks) = self.whole_blocks(sparse, range) else {
+            return;
+        };
+        let mut busy = lock(&sparse.busy);
+        if self.life.load(Acquire) != GONE {
+            sparse
+                .plugged_bytes
+                .fetch_add(range.end - range.start, Relaxed);
+            sparse.fence.map().set(blocks.clone());
+        }
+        set_bits(&mut busy, blocks, false);
+    }
+
+    fn sparse(&self) -> Result<&Sparse, Error> {
+        self.sparse
+            .as_ref()
+            .ok_or_else(|| Error::NotSparse(self.name.clone()))
+    }
+
+    fn whole_blocks(&self, sparse: &Sparse, range: &Range<u64>) -> Result<Range<u64>, Error> {
+        let size = sparse.block_bytes;
+        let whole = range.start.is_multiple_of(size) && range.end.is_multiple_of(size);
+        if !whole || range.start >= range.end || range.end > self.size_bytes() {
+            let (start, end) = (range.start, range.end);
+            return Err(Error::BadRange {
+                name: self.name.clone(),
+                start,
+                end,
+                block_size: size,
+            });
+        }
+        Ok(range.start / size..range.end / size)
+    }
+
+    fn bad_state(&self, range: &Range<u64>, state: &'static str) -> Error {
+        Error::BadState {
+            name: self.name.clone(),
+            start: range.start,
+            end: range.end,
+            state,
+        }
+    }
+
+    // --- for the crate ----------------------------------------------------------------------
+
+    pub(crate) fn slot(&self) -> u32 {
+        self.slot
+    }
+
+    pub(crate) fn holds(&self) -> &Arc<Holds> {
+        &self.holds
+    }
+
+    pub(crate) fn grace(&self) -> &Arc<Grace> {
+        &self.grace
+    }
+
+    /// Pins by the thread that took them.
+    pub(crate) fn pin_holders(&self) -> Vec<(String, u64)> {
+        self.grace.hub().holders(self.slot)
+    }
+
+    /// The fence and the shift from offsets to blocks, for the hot path.
+    pub(crate) fn fence(&self) -> Option<(&Fence, u32)> {
+        self.sparse
+            .as_ref()
+            .map(|sparse| (&*sparse.fence, sparse.block_bytes.trailing_zeros()))
+    }
+
+    pub(crate) fn is_live(&self) -> bool {
+        self.life.load(Acquire) == LIVE
+    }
+
+    /// Marks the block as unplugged, or takes that back with the rest of a failed change.
+    pub(crate) fn set_unplugged(&self, unplugged: bool) {
+        self.life
+            .store(if unplugged { UNPLUGGED } else { LIVE }, Release);
+    }
+
+    pub(super) fn grow(&self, new: u64) -> Result<u64, Error> {
+        let old = self.size_bytes();
+        self.mapping.grow(old, new)?;
+        self.size.store(new, Release);
+        Ok(old)
+    }
+
+    /// Makes the whole block inaccessible for good. Nobody uses it any more.
+    pub(super) fn destroy(&self) -> Result<(), Error> {
+        if let Some(sparse) = &self.sparse {
+            let busy = lock(&sparse.busy);
+            if busy.iter().any(|word| *word != 0) {
+                let what = format!("RAM block {}", self.name);
+                return Err(Error::NotDrained {
+                    what,
+                    holders: "a range is sealed or being plugged".to_owned(),
+                });
+            }
+            self.life.store(GONE, Release);
+        }
+        let first = self.life.swap(GONE, AcqRel);
+        debug_assert_ne!(first, LIVE, "destroyed without an unplug");
+        self.mapping.destroy()
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+fn bits(words: &[u64], blocks: Range<u64>) -> u64 {
+    blocks
+        .filter(|b| words[(b / 64) as usize] >> (b % 64) & 1 == 1)
+        .count() as u64
+}
+
+fn set_bits(words: &mut [u64], blocks: Range<u64>, on: bool) {
+    for block in blocks {
+        let mask = 1 << (block % 64);
+        let word = &mut words[(block / 64) as usize];
+        *word = if on { *word | mask } else { *word & !mask };
+    }
+}
+
+impl fmt::Debug for RamBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RamBlock")
+            .field("name", &self.name)
+            .field("host", &self.host)
+            .field("size_bytes", &self.size_bytes())
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the readers of one memory share: the grace number, the rows, the pin slots.
+
+use std::sync::atomic::Ordering::{AcqRel, Acquire};
+
+use super::barrier::Barrier;
+use super::row::{CHUNK_SLOTS, CHUNKS, Line, Row};
+use super::wake::Wake;
+use crate::sync::{AtomicU64, Mutex, lock};
+
+/// Pin slots a memory can have, and with that RAM blocks.
+pub(crate) const MAX_SLOTS: usize = CHUNK_SLOTS * CHUNKS;
+
+/// Shared by the readers of one memory. Never freed, only used again (I6).
+pub(crate) struct Hub {
+    /// Counts grace periods; readers load it at the start of a section.
+    grace: Line<AtomicU64>,
+    /// Counts published views and seals; a [`crate::CachedMap`] compares it.
+    generation: Line<AtomicU64>,
+    wake: Wake,
+    registry: Mutex<Registry>,
+}
+
+struct Registry {
+    barrier: Barrier,
+    rows: Vec<&'static Row>,
+    /// Slots handed out so far, the free ones included.
+    slots: u32,
+    free: Vec<u32>,
+    /// Slots whose pins the worker waits for.
+    armed: Vec<u32>,
+}
+
+/// Rows and hubs that no memory uses. The only global: they outlive their memories (I6).
+#[cfg(not(loom))]
+static SPARE: Mutex<(Vec<&'static Hub>, Vec<&'static Row>)> = Mutex::new((Vec::new(), Vec::new()));
+
+impl Hub {
+    pub(crate) fn take() -> &'static Hub {
+        #[cfg(not(loom))]
+        if let Some(hub) = lock(&SPARE).0.pop() {
+            lock(&hub.registry).barrier = Barrier::choose();
+            return hub;
+        }
+        let registry = Registry {
+            barrier: Barrier::choose(),
+            rows: Vec::new(),
+            slots: 0,
+            free: Vec::new(),
+            armed: Vec::new(),
+        };
+        Box::leak(Box::new(Hub {
+            grace: Line(AtomicU64::new(1)),
+            generation: Line(AtomicU64::new(1)),
+            wake: Wake::new(),
+            registry: Mutex::new(registry),
+        }))
+    }
+
+    /// Makes hub and rows available to the next memory. The caller knows that there are no
+    /// readers, no pins and no worker left.
+    #[cfg(not(loom))]
+    pub(crate) fn give_back(&'static self) {
+        let mut registry = lock(&self.registry);
+        let mut rows = std::mem::take(&mut registry.rows);
+        // A row whose owner forgot a guard stays in its section for ever.
+        rows.retain(|row| row.owner() == 0);
+        registry.slots = 0;
+        registry.free.clear();
+        registry.armed.clear();
+        drop(registry);
+        let mut spare = lock(&SPARE);
+        spare.0.push(self);
+        spare.1.extend(rows);
+    }
+
+    /// Frees hub and rows; the models have joined every thread.
+    #[cfg(loom)]
+    pub(crate) fn give_back(&'static self) {
+        for row in std::mem::take(&mut lock(&self.registry).rows) {
+            Row::free(row);
+        }
+        // SAFETY: made by `Box::leak` in `take`; nobody knows it any more.
+        drop(unsafe { Box::from_raw(std::ptr::from_ref(self).cast_mut()) });
+    }
+
+    pub(crate) fn wake(&self) -> &Wake {
+        &self.wake
+    }
+
+    #[inline(always)]
+    pub(crate) fn grace_number(&self) -> u64 {
+        self.grace.0.load(Acquire)
+    }
+
+    #[inline(always)]
+    pub(crate) fn generation(&self) -> u64 {
+        self.generation.0.load(Acquire)
+    }
+
+    /// Makes every cached translation stale. Call after the change is visible.
+    pub(crate) fn bump_generation(&self) {
+        self.generation.0.fetch_add(1, AcqRel);
+    }
+
+    // --- rows -------------------------------------------------------------------------------
+
+    /// The row of the thread `token` names; a free or new one at its first call.
+    pub(crate) fn adopt(&'static self, token: u64, name: &str) -> &'static Row {
+        let mut registry = lock(&self.registry);
+        if let Some(row) = registry.rows.iter().find(|row| row.owner() == token) {
+            row.set_handles(row.handles() + 1);
+            return row;
+        }
+        // A free row keeps its counters: the pins still out are counted where they were taken,
+        // and the new owner goes on counting from there. The lock orders the two owners.
+        let row = match registry.rows.iter().find(|row| row.owner() == 0) {
+            Some(row) => row,
+            None => registry.add_row(self),
+        };
+        row.set_owner(token, name);
+        row.set_handles(1);
+        row
+    }
+
+    /// Gives up one handle on a row; the last frees it for adoption.
+    pub(crate) fn disown(&self, row: &'static Row) {
+        let _registry = lock(&self.registry);
+        let handles = row.handles() - 1;
+        row.set_handles(handles);
+        // A forgotten guard keeps its section open for ever; nobody may inherit that.
+        if handles == 0 && row.depth() == 0 {
+            row.set_owner(0, "");
+        }
+    }
+
+    // --- grace periods ----------------------------------------------------------------------
+
+    /// Begins a grace period; it has passed when [`Hub::grace_passed`] says so.
+    pub(crate) fn begin_grace(&self) -> u64 {
+        let barrier = lock(&self.registry).barrier;
+        let target = self.grace.0.fetch_add(1, AcqRel) + 1;
+        barrier.heavy();
+        target
+    }
+
+    /// Whether every section that could have begun before the grace period has ended. If not,
+    /// the end of one that remains signals the hub's wake.
+    pub(crate) fn grace_passed(&self, target: u64) -> bool {
+        let registry = lock(&self.registry);
+        if cfg!(seeded = "no_grace") {
+            return true;
+        }
+        let mut late = registry
+            .rows
+            .iter()
+            .filter(|row| row.is_before(target))
+            .peekable();
+        if late.peek().is_none() {
+            return true;
+        }
+        late.for_each(|row| row.watch_section());
+        registry.barrier.heavy();
+        !registry.rows.iter().any(|row| row.is_before(target))
+    }
+
+    /// Names of the threads whose sections hold up the grace period.
+    pub(crate) fn late_readers(&self, target: u64) -> Vec<String> {
+        let registry = lock(&self.registry);
+        registry
+            .rows
+            .iter()
+            .filter(|row| row.is_before(target))
+            .map(|row| row.name())
+            .collect()
+    }
+
+    // --- pin slots --------------------------------------------------------------------------
+
+    /// A slot for the pins of one RAM block, or `None` when all are taken.
+    pub(crate) fn allocate_slot(&self) -> Option<u32> {
+        let mut registry = lock(&self.registry);
+        if let Some(slot) = registry.free.pop() {
+            return Some(slot);
+        }
+        let slot = registry.slots;
+        if slot as usize >= MAX_SLOTS {
+            return None;
+        }
+        registry.slots += 1;
+        let chunks = registry.chunks();
+        for row in &registry.rows {
+            row.grow(chunks);
+        }
+        Some(slot)
+    }
+
+    /// Takes a slot back. The caller knows that no view shows it and no pin is out.
+    pub(crate) fn free_slot(&self, slot: u32) {
+        lock(&self.registry).free.push(slot);
+    }
+
+    /// Makes the release of pins of `slot` signal the wake. Nests.
+    pub(crate) fn arm(&self, slot: u32) {
+        let mut registry = lock(&self.registry);
+        registry.armed.push(slot);
+        for row in &registry.rows {
+            row.watch_pins(slot, true, true);
+        }
+        // The caller sums next, and `outstanding` begins with a heavy barrier.
+    }
+
+    /// Undoes one [`Hub::arm`].
+    pub(crate) fn disarm(&self, slot: u32) {
+        let mut registry = lock(&self.registry);
+        if let Some(at) = registry.armed.iter().position(|s| *s == slot) {
+            registry.armed.swap_remove(at);
+        }
+        let still = registry.armed.contains(&slot);
+        let any = !registry.armed.is_empty();
+        for row in &registry.rows {
+            row.watch_pins(slot, still, any);
+        }
+    }
+
+    /// Pins of `slot` that are out, summed over `banks`. An upper bound while pins come and go;
+    /// 0 is the truth, once no read section can take new ones (I4).
+    pub(crate) fn outstanding(&self, slot: u32, banks: &[usize]) -> u64 {
+        let registry = lock(&self.registry);
+        registry.barrier.heavy();
+        let sum = |count: fn(&Row, u32, usize) -> u64| {
+            let counts = registry
+                .rows
+                .iter()
+                .flat_map(|row| banks.iter().map(|b| count(row, slot, *b)));
+            counts.fold(0, u64::wrapping_add)
+        };
+        if cfg!(seeded = "acquired_first") {
+            let acquired = sum(Row::acquired);
+            return acquired.wrapping_sub(sum(Row::released));
+        }
+        // Released first: whoever is seen to have let go is then seen to have taken, and a clone
+        // made before its original was let go is not missed.
+        let released = sum(Row::released);
+        registry.barrier.heavy();
+        sum(Row::acquired).wrapping_sub(released)
+    }
+
+    /// Pins of `slot` by the thread that took them.
+    pub(crate) fn holders(&self, slot: u32) -> Vec<(String, u64)> {
+        let registry = lock(&self.registry);
+        let mut holders = Vec::new();
+        for row in &registry.rows {
+            let both = |count: fn(&Row, u32, usize) -> u64| {
+                count(row, slot, 0).wrapping_add(count(row, slot, 1))
+            };
+            let released = both(Row::released);
+            let count = both(Row::acquired).wrapping_sub(released);
+            if count != 0 {
+                holders.push((row.name(), count));
+            }
+        }
+        holders
+    }
+
+    /// Slots handed out, the free ones included.
+    pub(crate) fn slots(&self) -> u32 {
+        lock(&self.registry).slots
+    }
+}
+
+impl Registry {
+    fn chunks(&self) -> usize {
+        (self.slots as usize).div_ceil(CHUNK_SLOTS)
+    }
+
+    fn add_row(&mut self, hub: &'static Hub) -> &'static Row {
+        #[cfg(not(loom))]
+        let spare = lock(&SPARE).1.pop();
+        #[cfg(loom)]
+        let spare: Option<&'static Row> = None;
+        let row = spare.unwrap_or_else(|| Box::leak(Row::new()));
+        row.attach(hub, self.barrier == Barrier::Fence, self.chunks());
+        for slot in &self.armed {
+            row.watch_pins(*slot, true, true);
+        }
+        self.rows.push(row);
+        row
+    }
+}

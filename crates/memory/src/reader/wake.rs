@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Wake-ups: of the grace worker, and of those who wait for a phase.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::sync::{Condvar, Mutex, lock};
+
+/// A flag one thread sleeps on. A signal is never lost: it stays set until it is taken.
+pub(crate) struct Wake {
+    set: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Wake {
+    pub(crate) fn new() -> Wake {
+        Wake {
+            set: Mutex::new(false),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Wakes the sleeper, now or when it next goes to sleep.
+    pub(crate) fn signal(&self) {
+        let mut set = lock(&self.set);
+        if !*set {
+            *set = true;
+            self.changed.notify_one();
+        }
+    }
+
+    /// Sleeps until signalled, or for `limit`; takes the signal and returns whether there was one.
+    pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
+        let mut set = lock(&self.set);
+        while !*set {
+            match limit {
+                None => set = self.changed.wait(set).unwrap_or_else(|p| p.into_inner()),
+                Some(limit) => {
+                    let (guard, timeout) = self
+                        .changed
+                        .wait_timeout(set, limit)
+                        .unwrap_or_else(|p| p.into_inner());
+                    set = guard;
+                    if timeout.timed_out() {
+                        break;
+                    }
+                }
+            }
+        }
+        std::mem::replace(&mut *set, false)
+    }
+}
+
+/// A number that only grows, and those who wait for it to reach a value.
+pub(crate) struct Level {
+    state: Mutex<LevelState>,
+    changed: Condvar,
+}
+
+struct LevelState {
+    level: u8,
+    next_key: u64,
+    waiting: Vec<Waiting>,
+}
+
+struct Waiting {
+    key: u64,
+    wanted: u8,
+    waker: Waker,
+}
+
+impl Level {
+    pub(crate) fn new(level: u8) -> Arc<Level> {
+        let state = LevelState {
+            level,
+            next_key: 0,
+            waiting: Vec::new(),
+        };
+        Arc::new(Level {
+            state: Mutex::new(state),
+            changed: Condvar::new(),
+        })
+    }
+
+    pub(crate) fn get(&self) -> u8 {
+        lock(&self.state).level
+    }
+
+    /// Raises the level and wakes those who wait for it. Lowering is ignored.
+    pub(crate) fn raise(&self, level: u8) {
+        let mut state = lock(&self.state);
+        if level <= state.level {
+            return;
+        }
+        state.level = level;
+        let ready: Vec<Waiting> = state
+            .waiting
+            .extract_if(.., |w| w.wanted <= level)
+            .collect();
+        self.changed.notify_all();
+        drop(state);
+        for waiting in ready {
+            waiting.waker.wake();
+        }
+    }
+
+    /// Blocks this thread until the level is reached.
+    pub(crate) fn wait(&self, wanted: u8) {
+        let mut state = lock(&self.state);
+        while state.level < wanted {
+            state = self.changed.wait(state).unwrap_or_else(|p| p.into_inner());
+        }
+    }
+
+    /// Ready once the level is reached.
+    pub(crate) fn reached(self: &Arc<Self>, wanted: u8) -> Reached {
+        Reached {
+            level: Arc::clone(self),
+            wanted,
+            key: None,
+        }
+    }
+}
+
+/// The future of [`Level::reached`].
+pub(crate) struct Reached {
+    level: Arc<Level>,
+    wanted: u8,
+    key: Option<u64>,
+}
+
+impl Future for Reached {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let level = Arc::clone(&self.level);
+        let mut state = lock(&level.state);
+        if state.level >= self.wanted {
+            self.key = None;
+            return Poll::Ready(());
+        }
+        match self.key {
+            Some(key) => {
+                if let Some(waiting) = state.waiting.iter_mut().find(|w| w.key == key) {
+                    waiting.waker.clone_from(cx.waker());
+                }
+            }
+            None => {
+                let key = state.next_key;
+                state.next_key += 1;
+                self.key = Some(key);
+                let waker = cx.waker().clone();
+                state.waiting.push(Waiting {
+                    key,
+                    wanted: self.wanted,
+                    waker,
+                });
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl Drop for Reached {
+    fn drop(&mut self) {
+        if let Some(key) = self.key {
+            lock(&self.level.state).waiting.retain(|w| w.key != key);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Drops what might block, away from the grace worker.
+//!
+//! A view can be the last to know a device's registers; dropping those runs the device's
+//! destructor, which may close files. The thread starts when that first happens.
+
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
+
+use crate::Region;
+use crate::flat::Flat;
+use crate::tree::RegionKind;
+
+#[derive(Default)]
+pub(crate) struct Sweeper {
+    thread: Mutex<Option<Running>>,
+}
+
+struct Running {
+    regions: Sender<Arc<Region>>,
+    handle: JoinHandle<()>,
+}
+
+impl Sweeper {
+    /// Drops a section of an old view.
+    pub(crate) fn drop_section(&self, flat: Arc<Flat>) {
+        let Some(flat) = Arc::into_inner(flat) else {
+            return;
+        };
+        let region = Arc::clone(&flat.section.region);
+        drop(flat);
+        let last = Arc::strong_count(&region) == 1;
+        if last && matches!(region.kind(), RegionKind::Mmio(_)) {
+            self.drop_elsewhere(region);
+        }
+    }
+
+    fn drop_elsewhere(&self, region: Arc<Region>) {
+        let mut thread = self
+            .thread
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        if thread.is_none() {
+            let (regions, received) = channel::<Arc<Region>>();
+            let spawned = thread::Builder::new().name("memory-sweeper".to_owned());
+            match spawned.spawn(move || received.into_iter().for_each(drop)) {
+                Ok(handle) => *thread = Some(Running { regions, handle }),
+                Err(error) => {
+                    tracing::error!(%error, "no sweeper thread: a device's end may hold up unplugs")
+                }
+            }
+        }
+        if let Some(running) = &*thread {
+            // The thread ends only with the sender.
+            let _ = running.regions.send(region);
+        }
+    }
+}
+
+impl Drop for Sweeper {
+    fn drop(&mut self) {
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .take();
+        if let Some(Running { regions, handle }) = thread {
+            drop(regions);
+            // A device may own the last handle on the memory that owns this sweeper.
+            if handle.thread().id() != thread::current().id() && handle.join().is_err() {
+                tracing::error!("the sweeper thread panicked");
+            }
+        }
+    }
+}

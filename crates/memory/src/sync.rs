@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The primitives the protocols are written with: std's, or loom's when they are model-checked.
+
+#[cfg(loom)]
+pub(crate) use loom::{
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence},
+    sync::{Condvar, Mutex, MutexGuard},
+    thread_local,
+};
+// std's `thread_local` is in scope everywhere.
+#[cfg(not(loom))]
+pub(crate) use std::{
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence},
+    sync::{Condvar, Mutex, MutexGuard},
+};
+
+/// Locks, also after a panic elsewhere: every critical section here leaves its data consistent
+/// before it runs code that can panic.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
