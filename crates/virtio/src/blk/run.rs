@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Carrying out one job on the backend.
 
-use std::future::Future;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -40,6 +39,25 @@ pub(super) struct Answered {
 }
 
 impl Answered {
+    /// The answer to a request that needs no backend.
+    pub(super) fn at_once(
+        head: u16,
+        kind: Option<Kind>,
+        answer: AnswerPlace,
+        status: Status,
+        written: u32,
+    ) -> Answered {
+        let moved = (status == Status::Ok).then_some(u64::from(written));
+        let written = answer.give(status, written);
+        Answered {
+            head,
+            written,
+            kind,
+            moved,
+            _memory: (answer, PinList::new()),
+        }
+    }
+
     pub(super) fn count(&self, counters: &Counters, latency: Duration) {
         match self.kind {
             Some(kind) => counters.answered(kind, self.moved, latency),
@@ -63,11 +81,8 @@ impl Runner {
         }
     }
 
-    /// `Ok`: answered at once. `Err`: it takes the backend.
-    pub(super) fn run(
-        &self,
-        job: Job,
-    ) -> Result<Answered, impl Future<Output = Answered> + 'static> {
+    /// Carries a job out and answers it.
+    pub(super) async fn run(self, job: Job) -> Answered {
         let Job {
             head,
             kind,
@@ -75,40 +90,26 @@ impl Runner {
             work,
             answer,
         } = job;
-        if let Work::Answer { status, written } = work {
-            let moved = (status == Status::Ok).then_some(u64::from(written));
-            let written = answer.give(status, written);
-            return Ok(Answered {
-                head,
-                written,
-                kind,
-                moved,
-                _memory: (answer, PinList::new()),
-            });
+        let reads = matches!(work, Work::Read { .. });
+        let (result, data) = self.perform(work).await;
+        let status = match &result {
+            Ok(()) => Status::Ok,
+            Err(error) => status_of(error),
+        };
+        let data_written = if reads && result.is_ok() {
+            data_bytes
+        } else {
+            0
+        };
+        let written = answer.give(status, data_written);
+        let moved = result.is_ok().then_some(u64::from(data_bytes));
+        Answered {
+            head,
+            written,
+            kind,
+            moved,
+            _memory: (answer, data),
         }
-        let runner = self.clone();
-        Err(async move {
-            let reads = matches!(work, Work::Read { .. });
-            let (result, data) = runner.perform(work).await;
-            let status = match &result {
-                Ok(()) => Status::Ok,
-                Err(error) => status_of(error),
-            };
-            let data_written = if reads && result.is_ok() {
-                data_bytes
-            } else {
-                0
-            };
-            let written = answer.give(status, data_written);
-            let moved = result.is_ok().then_some(u64::from(data_bytes));
-            Answered {
-                head,
-                written,
-                kind,
-                moved,
-                _memory: (answer, data),
-            }
-        })
     }
 
     async fn perform(&self, work: Work) -> (io::Result<()>, PinList) {
@@ -118,9 +119,14 @@ impl Runner {
                 let (written, data) = self.disk.submit(Op::Write { offset }, data).await;
                 (self.through(written).await, data)
             }
-            Work::Flush => self.disk.submit(Op::Flush, PinList::new()).await,
-            Work::Discard(segments) => (self.ranges(segments, false).await, PinList::new()),
-            Work::WriteZeroes(segments) => (self.ranges(segments, true).await, PinList::new()),
+            // Boxed, to keep the future of every read and write small.
+            Work::Flush => Box::pin(self.disk.submit(Op::Flush, PinList::new())).await,
+            Work::Discard(segments) => {
+                (Box::pin(self.ranges(segments, false)).await, PinList::new())
+            }
+            Work::WriteZeroes(segments) => {
+                (Box::pin(self.ranges(segments, true)).await, PinList::new())
+            }
             Work::Answer { .. } => (Ok(()), PinList::new()),
         }
     }
@@ -153,7 +159,9 @@ impl Runner {
         if self.flushes && self.writeback.load(Ordering::Relaxed) {
             return Ok(());
         }
-        self.disk.submit(Op::Flush, PinList::new()).await.0
+        Box::pin(self.disk.submit(Op::Flush, PinList::new()))
+            .await
+            .0
     }
 }
 

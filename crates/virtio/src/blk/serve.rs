@@ -28,7 +28,7 @@ use ebbtide_iothread::{Event, Local};
 use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
 
 use super::metrics::Counters;
-use super::prepare::{Preparation, Unanswerable};
+use super::prepare::{Job, Preparation, Unanswerable, Work};
 use super::request::{ID_BYTES, Terms};
 use super::run::{Answered, Runner};
 use crate::control::TransportControl;
@@ -202,21 +202,22 @@ impl Service {
         Ok(popped)
     }
 
-    fn start(&self, job: super::prepare::Job, lease: Lease) {
+    fn start(&self, job: Job, lease: Lease) {
         self.counters.begin();
         let started = Instant::now();
         let inbox = Rc::clone(&self.inbox);
         let counters = Arc::clone(&self.counters);
-        match self.runner.run(job) {
-            Ok(answered) => inbox.put(Done { answered, lease }, &counters, started),
-            Err(running) => {
-                let task = async move {
-                    let answered = running.await;
-                    inbox.put(Done { answered, lease }, &counters, started);
-                };
-                self.local.spawn(task).detach();
-            }
+        if let Work::Answer { status, written } = job.work {
+            let answered = Answered::at_once(job.head, job.kind, job.answer, status, written);
+            inbox.put(Done { answered, lease }, &counters, started);
+            return;
         }
+        let running = self.runner.clone().run(job);
+        let task = async move {
+            let answered = running.await;
+            inbox.put(Done { answered, lease }, &counters, started);
+        };
+        self.local.spawn(task).detach();
     }
 
     /// Publishes all answers there are, with one interrupt.
