@@ -146,9 +146,7 @@ impl Config {
         let fault = match spec.fault(index) {
             Some(fault) => Some(fault),
             None if state.bars.iter().any(overlaps) => Some("the register is taken"),
-            None if region.size() != u128::from(spec.size_bytes) => {
-                Some("the region has another size")
-            }
+            None if region.size() != spec.size_bytes => Some("the region has another size"),
             None => None,
         };
         if let Some(reason) = fault {
