@@ -162,24 +162,13 @@ impl Capsule {
             );
         }
         packages::ensure_packages(&["qemu-system-x86"])?;
-        let scratch = tempfile::Builder::new()
-            .prefix("ebbtide-capsule-")
-            .tempdir()
-            .context("temporary directory")?;
         let kernel = Kernel::full()?;
-        let initrd = scratch.path().join("initrd.cpio");
-        std::fs::write(&initrd, build_initrd(&kernel)?).context("write the capsule's initrd")?;
+        let files = host::Files::create(&build_initrd(&kernel)?, self.console_log.as_deref())?;
         let job = self.job(invocation)?;
         let ports = host::Ports::open()?;
-        let console = self
-            .console_log
-            .clone()
-            .unwrap_or_else(|| scratch.path().join("console.log"));
-        let mut command = host::command(self, &kernel, &initrd, &console, &job.shares, &ports)?;
-        let log = scratch.path().join("qemu.log");
-        command.stderr(std::fs::File::create(&log).context("QEMU's log")?);
-        let logs = session::Logs { console, qemu: log };
-        session::Session::start(&mut command, ports, logs)?.run(self, &job, stdout, stderr)
+        let mut command = host::command(self, &kernel, &files, &job.shares, &ports)?;
+        command.stderr(files.log.try_clone().context("QEMU's log")?);
+        session::Session::start(&mut command, ports, files)?.run(self, &job, stdout, stderr)
     }
 
     fn job(&self, invocation: &Invocation) -> Result<Job> {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The QEMU that emulates the capsule's machine.
 
+use std::fs::File;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -49,8 +51,7 @@ impl Ports {
         })
     }
 
-    /// What QEMU must inherit.
-    pub fn inherited(&self) -> [BorrowedFd<'_>; 3] {
+    fn inherited(&self) -> [BorrowedFd<'_>; 3] {
         [
             self.control.theirs.as_fd(),
             self.stdout.theirs.as_fd(),
@@ -59,12 +60,56 @@ impl Ports {
     }
 }
 
+/// Files of one run. They have no name unless asked for, so none is left
+/// behind even when this process is killed.
+pub(super) struct Files {
+    pub initrd: File,
+    pub console: File,
+    pub log: File,
+}
+
+impl Files {
+    pub fn create(initrd: &[u8], console: Option<&Path>) -> Result<Files> {
+        let nameless = || tempfile::tempfile().context("create a temporary file");
+        let mut files = Files {
+            initrd: nameless()?,
+            console: match console {
+                Some(path) => {
+                    let mut options = File::options();
+                    options.read(true).write(true).create(true).truncate(true);
+                    options
+                        .open(path)
+                        .with_context(|| format!("create {}", path.display()))?
+                }
+                None => nameless()?,
+            },
+            log: nameless()?,
+        };
+        files
+            .initrd
+            .write_all(initrd)
+            .context("write the capsule's initrd")?;
+        Ok(files)
+    }
+}
+
+/// What QEMU must inherit.
+pub(super) fn inherited<'a>(ports: &'a Ports, files: &'a Files) -> Vec<BorrowedFd<'a>> {
+    let mut all = vec![files.initrd.as_fd(), files.console.as_fd()];
+    all.extend(ports.inherited());
+    all
+}
+
+/// An inherited file as a path.
+fn path_of(file: &File) -> String {
+    format!("/proc/self/fd/{}", file.as_raw_fd())
+}
+
 /// QEMU's command line; its standard error is the caller's to choose.
 pub(super) fn command(
     capsule: &Capsule,
     kernel: &Kernel,
-    initrd: &Path,
-    console: &Path,
+    files: &Files,
     shares: &[Share],
     ports: &Ports,
 ) -> Result<Command> {
@@ -107,11 +152,11 @@ pub(super) fn command(
         .arg("-kernel")
         .arg(image)
         .arg("-initrd")
-        .arg(initrd)
+        .arg(path_of(&files.initrd))
         .args(["-append", COMMAND_LINE]);
     command
         .arg("-serial")
-        .arg(format!("file:{}", option_value(console)?));
+        .arg(format!("file:{}", path_of(&files.console)));
     command.args(["-device", "virtio-serial-pci"]);
     let named = [
         (CONTROL_PORT, &ports.control),

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! One run of a capsule: hands over the job, passes output on, waits for the end.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -12,40 +13,48 @@ use anyhow::{Context, Result, anyhow, bail};
 use ebbtide_agent::capsule_protocol::{Job, Notice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::host::Ports;
+use super::host::{self, Files, Ports};
 use super::{Capsule, Interrupted, Outcome};
 use crate::process::{Contained, Interrupts};
 
-const LOG_TAIL_LINES: usize = 25;
+const LOG_LINES: usize = 25;
+/// What begins the interesting part of a kernel's last words.
+const TROUBLE: [&str; 4] = ["BUG:", "Oops", "Kernel panic", "invoked oom-killer"];
 
-/// What the capsule says besides the command's output.
-pub(super) struct Logs {
-    /// Its kernel.
-    pub console: PathBuf,
-    /// QEMU.
-    pub qemu: PathBuf,
+/// What QEMU and the capsule's kernel said, shortened, for an error.
+fn last_words(files: &Files) -> String {
+    let mut text = String::new();
+    for (name, file) in [("QEMU", &files.log), ("capsule console", &files.console)] {
+        let content = read_from_start(file);
+        let content = String::from_utf8_lossy(&content);
+        let lines: Vec<&str> = content
+            .lines()
+            .map(str::trim_end)
+            .filter(|line| !line.is_empty())
+            .collect();
+        text.push_str(&format!("\n--- {name}: {} lines ---", lines.len()));
+        for line in lines.iter().skip(first_line(&lines)).take(LOG_LINES) {
+            text.push('\n');
+            text.push_str(line);
+        }
+    }
+    text
 }
 
-impl Logs {
-    /// Both, shortened, for an error.
-    fn tail(&self) -> String {
-        let mut text = String::new();
-        for (name, path) in [("QEMU", &self.qemu), ("capsule console", &self.console)] {
-            let content = std::fs::read(path).unwrap_or_default();
-            let content = String::from_utf8_lossy(&content);
-            let lines: Vec<&str> = content
-                .lines()
-                .filter(|line| !line.trim().is_empty())
-                .collect();
-            let skipped = lines.len().saturating_sub(LOG_TAIL_LINES);
-            text.push_str(&format!("\n--- {name}, last lines of {} ---", lines.len()));
-            for line in lines.iter().skip(skipped) {
-                text.push('\n');
-                text.push_str(line.trim_end());
-            }
-        }
-        text
-    }
+fn read_from_start(file: &File) -> Vec<u8> {
+    let length = file.metadata().map_or(0, |metadata| metadata.len());
+    let mut content = vec![0; usize::try_from(length).unwrap_or(0)];
+    // A log that can't be read must not hide the error it was to explain.
+    let _ = file.read_exact_at(&mut content, 0);
+    content
+}
+
+/// Where the trouble begins, else where the last lines do.
+fn first_line(lines: &[&str]) -> usize {
+    let trouble = lines
+        .iter()
+        .position(|line| TROUBLE.iter().any(|word| line.contains(word)));
+    trouble.unwrap_or(lines.len().saturating_sub(LOG_LINES))
 }
 
 /// A running capsule.
@@ -55,7 +64,7 @@ pub(super) struct Session {
     stdout: UnixStream,
     stderr: UnixStream,
     interrupts: Interrupts,
-    logs: Logs,
+    files: Files,
     begun: Instant,
     pending: Vec<u8>,
 }
@@ -68,10 +77,10 @@ enum Step {
 }
 
 impl Session {
-    pub fn start(command: &mut Command, ports: Ports, logs: Logs) -> Result<Session> {
+    pub fn start(command: &mut Command, ports: Ports, files: Files) -> Result<Session> {
         let interrupts = Interrupts::watch()?;
         let begun = Instant::now();
-        let qemu = Contained::spawn(command, &ports.inherited())?;
+        let qemu = Contained::spawn(command, &host::inherited(&ports, &files))?;
         // QEMU's ends are closed here, so that its end shows as the end of the stream.
         Ok(Session {
             qemu,
@@ -79,7 +88,7 @@ impl Session {
             stdout: ports.stdout.ours,
             stderr: ports.stderr.ours,
             interrupts,
-            logs,
+            files,
             begun,
             pending: Vec::new(),
         })
@@ -102,7 +111,7 @@ impl Session {
                     boot = Some(self.begun.elapsed())
                 }
                 Step::Notice(Notice::Started { kvm: false, .. }) => {
-                    bail!("the capsule has no /dev/kvm{}", self.logs.tail())
+                    bail!("the capsule has no /dev/kvm{}", last_words(&self.files))
                 }
                 Step::Notice(Notice::Exit { code, signal }) => {
                     let total = self.begun.elapsed();
@@ -135,7 +144,7 @@ impl Session {
             None => bail!(
                 "{what} within {:.1} s{}",
                 limit.as_secs_f64(),
-                self.logs.tail()
+                last_words(&self.files)
             ),
         }
     }
@@ -226,7 +235,10 @@ impl Session {
             Ok(status) => status.to_string(),
             Err(error) => error.to_string(),
         };
-        anyhow!("the capsule went down ({status}){}", self.logs.tail())
+        anyhow!(
+            "the capsule went down ({status}){}",
+            last_words(&self.files)
+        )
     }
 }
 
@@ -241,4 +253,18 @@ fn pass_on(from: &mut UnixStream, to: &mut dyn Write) -> Result<bool> {
     to.write_all(buffer.get(..length).unwrap_or_default())?;
     to.flush()?;
     Ok(length > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn last_words_begin_where_the_trouble_does() {
+        let mut lines = vec!["fine"; 100];
+        assert_eq!(first_line(&lines), 75);
+        lines[40] = "[ 7.0] Kernel panic - not syncing: sysrq triggered crash";
+        assert_eq!(first_line(&lines), 40);
+        assert_eq!(first_line(&[]), 0);
+    }
 }

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Stock kernels boot with 1, 2 and 4 vCPUs and see what they were given.
+
+use anyhow::{Context, Result, ensure};
+
+use super::{BOOT, GIB, Ground, finish};
+
+/// Boots with each number of vCPUs and powers off.
+pub fn processors(ground: &Ground) -> Result<()> {
+    for cpus in [1, 2, 4] {
+        boot(ground, cpus).with_context(|| format!("{cpus} vCPUs"))?;
+    }
+    Ok(())
+}
+
+fn boot(ground: &Ground, cpus: u32) -> Result<()> {
+    let mut vmm = ground.boot(cpus, GIB)?;
+    let report = vmm.guest().report()?;
+    ensure!(report.cpus == cpus, "the guest has {} CPUs", report.cpus);
+    let expected = BOOT / 4 * 3..=BOOT;
+    ensure!(
+        expected.contains(&report.mem_total),
+        "MemTotal {} is not within {expected:?}",
+        report.mem_total
+    );
+    ensure!(
+        report.virtio_mem.devices == 1,
+        "the guest has {} virtio-mem devices",
+        report.virtio_mem.devices
+    );
+    finish(vmm)
+}

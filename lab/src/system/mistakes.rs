@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Bad input gets a clear error that names the thing and the value, and leaves nothing behind.
+
+use std::fs;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, ensure};
+
+use super::{Ground, MIB};
+
+const USAGE: i32 = 2;
+const FAILURE: i32 = 1;
+
+struct Case<'a> {
+    arguments: Vec<&'a str>,
+    code: i32,
+    /// What the error must say.
+    says: &'a [&'a str],
+}
+
+fn case<'a>(arguments: &[&'a str], code: i32, says: &'a [&'a str]) -> Case<'a> {
+    Case {
+        arguments: arguments.to_vec(),
+        code,
+        says,
+    }
+}
+
+/// What is wrong is on the command line itself.
+pub fn command_line(ground: &Ground) -> Result<()> {
+    let kernel = ground.image.kernel.to_str().context("path")?;
+    let with = |more: &[&'static str], says: &'static [&'static str]| {
+        let mut arguments = vec!["run", "--kernel", kernel];
+        arguments.extend_from_slice(more);
+        Case {
+            arguments,
+            code: USAGE,
+            says,
+        }
+    };
+    for case in [
+        with(&["--memory", "size=0"], &["--memory", "size=0"]),
+        with(&["--memory", "size=513K"], &["--memory", "2 MiB"]),
+        with(&["--memory", "size=1G,max=512M"], &["max=", "smaller"]),
+        with(&["--memory", "size=lots"], &["--memory", "lots"]),
+        with(&["--memory", "512M,bakend=anon"], &["bakend", "\"backend\""]),
+        with(&["--disk", "path=x,readonyl=on"], &["readonyl", "\"readonly\""]),
+        with(&["--cpus", "0"], &["cpus=0"]),
+        with(&["--cpus", "99"], &["cpus=99"]),
+        with(&["--serial", "tcp:1"], &["--serial", "tcp:1"]),
+        with(&["--qmp", "vm.qmp"], &["--qmp", "vm.qmp"]),
+        with(&["--device", "virtio-men-pci,memdev=a"], &["virtio-men-pci", "\"virtio-mem-pci\""]),
+        with(&["--memroy", "1G"], &["--memroy", "--memory"]),
+        case(&["run"], USAGE, &["--kernel"]),
+        case(&["fly"], USAGE, &["fly"]),
+        case(&["ctl", "--qmp", "/nonexistent/qmp", "status"], FAILURE, &["/nonexistent/qmp"]),
+    ] {
+        expect(ground, &case)?;
+    }
+    Ok(())
+}
+
+/// What is wrong is a file, a socket, or what the host has.
+pub fn files(ground: &Ground) -> Result<()> {
+    let work = tempfile::tempdir()?;
+    let path = |name: &str| work.path().join(name).to_string_lossy().into_owned();
+    let kernel = ground.image.kernel.to_str().context("path")?;
+    let truncated = path("truncated");
+    let bytes = fs::read(&ground.image.kernel)?;
+    fs::write(&truncated, &bytes[..bytes.len() / 2])?;
+    let huge = path("huge-initrd");
+    fs::File::create(&huge)?.set_len(600 * MIB)?;
+    let small = path("small.img");
+    fs::write(&small, b"tiny")?;
+    let small_disk = format!("path={small}");
+    let missing_disk = format!("path={}", path("missing.img"));
+    let socket = path("in-use.sock");
+    let live = UnixListener::bind(&socket)?;
+    let live_socket = format!("unix:{socket}");
+    let missing = path("missing-kernel");
+    for case in [
+        case(&["run", "--kernel", &missing], FAILURE, &["kernel", "missing-kernel"]),
+        case(&["run", "--kernel", &truncated], FAILURE, &["truncated"]),
+        case(&["run", "--kernel", kernel, "--initrd", &huge], FAILURE, &["huge-initrd", "600 MiB"]),
+        case(&["run", "--kernel", kernel, "--disk", &small_disk], FAILURE, &["small.img"]),
+        case(&["run", "--kernel", kernel, "--disk", &missing_disk], FAILURE, &["missing.img"]),
+        case(&["run", "--kernel", kernel, "--qmp", &live_socket], FAILURE, &["in-use.sock"]),
+        case(&["run", "--kernel", kernel, "--serial", &live_socket], FAILURE, &["in-use.sock"]),
+        case(&["run", "--kernel", kernel, "--memory", "1000G"], FAILURE, &["size=1073741824000", "leaves"]),
+    ] {
+        expect(ground, &case)?;
+    }
+    drop(live);
+    locked_disk(ground, work.path())?;
+    dead_socket_is_replaced(ground, work.path())
+}
+
+/// An image that another VM writes to is refused; the first VM does not notice.
+fn locked_disk(ground: &Ground, work: &Path) -> Result<()> {
+    let image = work.join("shared.img");
+    fs::File::create(&image)?.set_len(16 * MIB)?;
+    let mut machine = ground.machine(1, 1 << 30);
+    machine.disks.push(crate::vmm::Disk {
+        id: "disk0".into(),
+        path: image.clone(),
+        readonly: false,
+    });
+    let mut vmm = crate::vmm::Vmm::start(&machine)?;
+    vmm.wait_ready(super::BOOT_LIMIT)?;
+    let disk = format!("path={}", image.display());
+    let kernel = ground.image.kernel.to_str().context("path")?;
+    expect(
+        ground,
+        &case(
+            &["run", "--kernel", kernel, "--disk", &disk],
+            FAILURE,
+            &["shared.img", "lock"],
+        ),
+    )?;
+    super::finish(vmm)
+}
+
+/// A socket file that nobody listens on is no obstacle.
+fn dead_socket_is_replaced(ground: &Ground, work: &Path) -> Result<()> {
+    let socket = work.join("dead.sock");
+    drop(UnixListener::bind(&socket)?);
+    ensure!(socket.exists(), "the dead socket is gone too soon");
+    let qmp = format!("unix:{}", socket.display());
+    let mut machine = ground.machine(1, 1 << 30);
+    machine.more.extend(["--qmp".into(), qmp]);
+    let mut vmm = crate::vmm::Vmm::start(&machine)?;
+    crate::qmp::Qmp::connect(&socket)?.execute("query-status", serde_json::Value::Null)?;
+    vmm.wait_ready(super::BOOT_LIMIT)?;
+    super::finish(vmm)?;
+    ensure!(!socket.exists(), "{} is left behind", socket.display());
+    Ok(())
+}
+
+fn expect(ground: &Ground, case: &Case<'_>) -> Result<()> {
+    let Output { status, stderr, .. } = Command::new(&ground.ebbtide)
+        .args(&case.arguments)
+        .stdin(std::process::Stdio::null())
+        .output()
+        .with_context(|| format!("run {}", ground.ebbtide.display()))?;
+    let text = String::from_utf8_lossy(&stderr);
+    let line = case.arguments.join(" ");
+    ensure!(
+        status.code() == Some(case.code),
+        "{line}: ended with {status}, not with {}\n{text}",
+        case.code
+    );
+    for part in case.says {
+        ensure!(text.contains(part), "{line}: does not say {part:?}:\n{text}");
+    }
+    ensure!(!text.contains("panicked"), "{line}:\n{text}");
+    Ok(())
+}

@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Several monitor clients at once: one is killed, one sends garbage, one is Python.
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
+
+use super::{GIB, Ground, MIB, STEP_LIMIT, finish};
+use crate::qmp::Qmp;
+
+const SCRIPT: &str = include_str!("client.py");
+
+/// A client dies in the middle of a command; the others and the guest go on.
+pub fn killed_client(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(1, 2 * GIB)?;
+    let path = vmm.qmp_path();
+    for _ in 0..20 {
+        // kill -9 in the middle of a request: half of one is sent, and the socket is closed.
+        let mut child = Command::new(&ground.python)
+            .args(["-c", HALF_A_REQUEST])
+            .arg(&path)
+            .spawn()?;
+        std::thread::sleep(Duration::from_millis(30));
+        child.kill()?;
+        child.wait()?;
+    }
+    vmm.request_total(2 * GIB)?;
+    let threads = vmm.process().threads()?;
+    for _ in 0..20 {
+        let mut other = Qmp::connect(&path)?;
+        other.execute("query-memory-devices", Value::Null)?;
+    }
+    ensure!(
+        vmm.process().threads()? == threads,
+        "clients leave threads behind"
+    );
+    vmm.wait_total(2 * GIB, STEP_LIMIT)?;
+    finish(vmm)
+}
+
+const HALF_A_REQUEST: &str = "
+import socket, sys, time
+s = socket.socket(socket.AF_UNIX)
+s.connect(sys.argv[1])
+s.sendall(b'{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-status\"}{\"execute\":')
+time.sleep(60)
+";
+
+/// Garbage, floods and deep nesting get an error; other clients are served meanwhile.
+pub fn garbage(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(1, GIB)?;
+    let path = vmm.qmp_path();
+    let rss = vmm.rss_bytes()?;
+    let nested = "[".repeat(100_000);
+    let wrong_type = r#"{"execute":"qom-get","arguments":{"path":7,"property":"size"}}"#;
+    for (what, bytes) in [
+        ("not JSON", b"hello\n".as_slice()),
+        ("not UTF-8", b"{\"execute\":\"\xff\xfe\"}\n".as_slice()),
+        ("deep nesting", nested.as_bytes()),
+        ("a wrong type", wrong_type.as_bytes()),
+        ("an array", b"[1,2,3]"),
+    ] {
+        let answer = send(&path, bytes).context(what)?;
+        ensure!(answer.contains("\"error\""), "{what}: {answer}");
+    }
+    flood(&path).context("100 MiB without an end")?;
+    ensure!(
+        vmm.rss_bytes()? < rss + 64 * MIB,
+        "a flood stays in the VMM's memory"
+    );
+    ensure!(vmm.status()? == "running", "the VM is {}", vmm.status()?);
+    let unknown = vmm.qmp().execute("qom-get", json!({"path": "/x", "property": "y"}));
+    let text = format!("{:#}", unknown.err().context("a path that is not there")?);
+    ensure!(text.contains("/x"), "{text}");
+    finish(vmm)
+}
+
+/// Negotiates, sends `bytes`, returns what is said about them.
+fn send(path: &std::path::Path, bytes: &[u8]) -> Result<String> {
+    let mut socket = UnixStream::connect(path)?;
+    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
+    // The server may have closed by now; what it said before counts.
+    let _ = socket.write_all(bytes);
+    let _ = socket.write_all(b"\n");
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    while !String::from_utf8_lossy(&text).contains("\"error\"") {
+        match socket.read(&mut chunk)? {
+            0 => break,
+            n => text.extend_from_slice(&chunk[..n]),
+        }
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+fn flood(path: &std::path::Path) -> Result<()> {
+    let mut socket = UnixStream::connect(path)?;
+    socket.set_write_timeout(Some(Duration::from_secs(10)))?;
+    socket.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"")?;
+    let chunk = vec![b'a'; MIB as usize];
+    for _ in 0..100 {
+        if socket.write_all(&chunk).is_err() {
+            // Closed on us: also an answer.
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// QEMU's own Python client, unchanged: negotiates, resizes, receives the events.
+pub fn python_client(ground: &Ground) -> Result<()> {
+    let vmm = ground.boot(1, 2 * GIB)?;
+    let out = Command::new(&ground.python)
+        .args(["-c", SCRIPT])
+        .arg(vmm.qmp_path())
+        .output()
+        .context("run the Python client")?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    ensure!(
+        out.status.success() && text.contains("client: ok"),
+        "the Python client ended with {}\n{text}{}",
+        out.status,
+        String::from_utf8_lossy(&out.stderr)
+    );
+    finish(vmm)
+}
