@@ -37,7 +37,10 @@ pub fn channel<T: Send>() -> (Sender<T>, Receiver<T>) {
         Sender {
             shared: Arc::clone(&shared),
         },
-        Receiver { shared },
+        Receiver {
+            shared,
+            in_a_row: 0,
+        },
     )
 }
 
@@ -88,13 +91,19 @@ impl<T> Drop for Sender<T> {
     }
 }
 
+/// How many messages are taken in a row before the executor's other tasks get a turn.
+const MESSAGES_IN_A_ROW: u32 = 128;
+
 /// Takes messages out, in the order of their `send`.
 pub struct Receiver<T> {
     shared: Arc<Shared<T>>,
+    in_a_row: u32,
 }
 
 impl<T> Receiver<T> {
     /// The next message; `None` when the queue is empty and all senders are gone. Dropping the future loses nothing.
+    ///
+    /// A task that receives without end still lets others run: now and then this yields although there are messages.
     pub async fn recv(&mut self) -> Option<T> {
         poll_fn(|cx| self.poll_recv(cx)).await
     }
@@ -106,11 +115,18 @@ impl<T> Receiver<T> {
 
     /// [`recv`](Self::recv) for hand-written futures.
     pub fn poll_recv(&mut self, cx: &mut Context<'_>) -> Poll<Option<T>> {
+        if self.in_a_row == MESSAGES_IN_A_ROW {
+            self.in_a_row = 0;
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let waker = cx.waker().clone();
         let mut state = self.shared.lock();
         if let Some(message) = state.queue.pop_front() {
+            self.in_a_row += 1;
             return Poll::Ready(Some(message));
         }
+        self.in_a_row = 0;
         if state.senders == 0 {
             return Poll::Ready(None);
         }

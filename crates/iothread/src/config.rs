@@ -16,9 +16,9 @@ pub struct Config {
     pub stop_limit: Duration,
     /// The time source of its timers.
     pub clock: Clock,
-    /// Use only what the oldest supported kernel has. For tests of those paths.
+    /// Use only what an older kernel has. For tests of those paths.
     #[doc(hidden)]
-    pub old_kernel: bool,
+    pub kernel: Kernel,
 }
 
 impl Default for Config {
@@ -27,7 +27,19 @@ impl Default for Config {
             entries: 256,
             stop_limit: Duration::from_secs(10),
             clock: Clock::system(),
-            old_kernel: false,
+            kernel: Kernel::Newest,
         }
     }
+}
+
+/// Generations of io_uring as far as they differ for an executor.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kernel {
+    /// Linux 6.1: completions are posted when the ring's thread asks for them, without interrupting it.
+    Newest,
+    /// Linux 5.19: completions are posted at the next system call, without an interrupt.
+    Linux5_19,
+    /// Linux 5.6: neither, and a wait has no time-out of its own (5.11).
+    Linux5_6,
 }

@@ -26,6 +26,9 @@ use crate::timers::Timers;
 /// How many tasks are polled before the ring is looked at again.
 const POLLS_PER_TURN: usize = 64;
 
+/// How many calls that need not wait a task makes in one poll before it has to yield.
+const CALLS_PER_POLL: u32 = 32;
+
 /// How often operations that do not end are cancelled anew while stopping.
 const CANCEL_AGAIN: Duration = Duration::from_millis(100);
 
@@ -37,6 +40,8 @@ pub(crate) struct Core {
     clock: Clock,
     stop_limit: Duration,
     stopping: Cell<bool>,
+    /// Calls without waiting that are left to the task being polled.
+    calls_left: Cell<u32>,
 }
 
 impl Core {
@@ -57,6 +62,7 @@ impl Core {
             clock: config.clock.clone(),
             stop_limit: config.stop_limit,
             stopping: Cell::new(false),
+            calls_left: Cell::new(CALLS_PER_POLL),
         }))
     }
 
@@ -95,10 +101,11 @@ impl Core {
         let mut completed = Completed::default();
         loop {
             self.take_arrived(&local);
-            if self.shared.take_main_woken()
-                && let Poll::Ready(result) = main.as_mut().poll(&mut cx)
-            {
-                return Ok(result);
+            if self.shared.take_main_woken() {
+                self.calls_left.set(CALLS_PER_POLL);
+                if let Poll::Ready(result) = main.as_mut().poll(&mut cx) {
+                    return Ok(result);
+                }
             }
             self.poll_tasks();
             self.fire_timers();
@@ -130,7 +137,19 @@ impl Core {
             let Some(runnable) = self.shared.next_ready() else {
                 return;
             };
+            self.calls_left.set(CALLS_PER_POLL);
             runnable.run();
+        }
+    }
+
+    /// Counts a call that did not have to wait. True when the task has had its share and must yield.
+    pub fn spend_call(&self) -> bool {
+        match self.calls_left.get().checked_sub(1) {
+            Some(left) => {
+                self.calls_left.set(left);
+                false
+            }
+            None => true,
         }
     }
 
@@ -229,5 +248,63 @@ pub(crate) struct ShutDown(pub Rc<Core>);
 impl Drop for ShutDown {
     fn drop(&mut self) {
         self.0.shut_down();
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::{IoThread, oneshot, run_with};
+    use io_uring::opcode;
+
+    fn impatient() -> Config {
+        Config {
+            stop_limit: Duration::from_millis(50),
+            ..Config::default()
+        }
+    }
+
+    /// Starts an operation that the kernel never hears of, and so never ends.
+    fn start_endless(local: &Local, keep: Arc<()>) {
+        // SAFETY: the entry points to nothing.
+        let endless = unsafe { local.submit(opcode::Nop::new().build(), keep) };
+        local.core().ring().lose_staged();
+        local.spawn(endless).detach();
+    }
+
+    #[test]
+    fn what_never_ends_is_leaked_and_stopping_goes_on() {
+        let kept = Arc::new(());
+        let began = Instant::now();
+        let core = run_with("test", impatient(), |local| async move {
+            start_endless(&local, Arc::clone(&kept));
+            local.sleep(Duration::from_millis(1)).await;
+            (Rc::clone(local.core()), kept)
+        });
+        let (core, kept) = core.unwrap();
+        assert!(began.elapsed() >= Duration::from_millis(50));
+        assert_eq!(core.shared().abandoned(), 1);
+        drop(core);
+        assert_eq!(Arc::strong_count(&kept), 2, "never freed");
+    }
+
+    #[test]
+    fn an_iothread_with_such_an_operation_is_left_behind() {
+        let iothread = IoThread::spawn_with("test", impatient()).unwrap();
+        let kept = Arc::new(());
+        let inner = Arc::clone(&kept);
+        let (started, starting) = oneshot::channel();
+        let remote = iothread.remote();
+        let spawned = remote.spawn(move |local| async move {
+            start_endless(&local, inner);
+            let _ = started.send(());
+        });
+        spawned.unwrap();
+        crate::run("control", |_| starting)
+            .unwrap()
+            .expect("it runs");
+        drop(iothread);
+        assert_eq!(Arc::strong_count(&kept), 2, "never freed");
+        assert!(remote.spawn(|_| async {}).is_err());
     }
 }

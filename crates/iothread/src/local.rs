@@ -18,6 +18,9 @@ use crate::task::{self, Task};
 use crate::thread::Remote;
 use crate::timers::Sleep;
 
+/// For durations that no instant can hold.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
 /// The executor of this thread. It stays on its thread; [`remote`](Self::remote) makes the handle that travels.
 #[derive(Clone)]
 pub struct Local {
@@ -27,6 +30,11 @@ pub struct Local {
 impl Local {
     pub(crate) fn new(core: Rc<Core>) -> Local {
         Local { core }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn core(&self) -> &Rc<Core> {
+        &self.core
     }
 
     /// Starts a task. It is first polled after the caller has yielded.
@@ -48,7 +56,8 @@ impl Local {
 
     /// Resolves after `duration`.
     pub fn sleep(&self, duration: Duration) -> Sleep {
-        self.sleep_until(self.now() + duration)
+        let now = self.now();
+        self.sleep_until(now.checked_add(duration).unwrap_or(now + FOREVER))
     }
 
     /// Resolves at `deadline`. Timers of one deadline fire in the order in which they were first polled.
@@ -56,7 +65,7 @@ impl Local {
         Sleep::new(Rc::clone(&self.core), deadline)
     }
 
-    /// Waits for `future`, but no longer than `duration`; then drops it.
+    /// Waits for `future`, but no longer than `duration` from the first poll; then drops it.
     ///
     /// # Errors
     /// [`Elapsed`] when the time ran out first. A future that is ready in time wins.
@@ -86,6 +95,13 @@ impl Local {
             Poll::Pending
         })
         .await;
+    }
+
+    /// Yields if this task has made too many calls in a row that did not have to wait.
+    pub(crate) async fn share(&self) {
+        if self.core.spend_call() {
+            self.yield_now().await;
+        }
     }
 
     /// Submits one operation. It resolves to the kernel's result (a negated errno is an error) and `keep`.

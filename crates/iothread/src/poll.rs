@@ -38,7 +38,8 @@ impl Local {
     }
 
     /// Tries `call`, a non-blocking system call on `fd` such as accept or recv, until it does not answer
-    /// `WouldBlock`, waiting in between for `fd` to be readable. `EINTR` is tried again.
+    /// `WouldBlock`, waiting in between for `fd` to be readable. `EINTR` is tried again. A task whose calls never
+    /// have to wait is made to yield now and then.
     ///
     /// ```
     /// # use std::os::unix::net::UnixStream;
@@ -60,6 +61,7 @@ impl Local {
         fd: &impl AsFd,
         mut call: impl FnMut() -> io::Result<R>,
     ) -> io::Result<R> {
+        self.share().await;
         loop {
             match attempt(&mut call) {
                 Some(result) => return result,
@@ -77,6 +79,7 @@ impl Local {
         fd: &impl AsFd,
         mut call: impl FnMut() -> io::Result<R>,
     ) -> io::Result<R> {
+        self.share().await;
         loop {
             match attempt(&mut call) {
                 Some(result) => return result,

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use io_uring::types::{Fd, SubmitArgs, Timespec};
 use io_uring::{EnterFlags, IoUring, cqueue, opcode, squeue};
 
-use crate::config::Config;
+use crate::config::{Config, Kernel};
 use crate::error::Error;
 use crate::setup;
 use crate::slots::{Completion, InFlight, Keep, Key, NOBODY, Phase, Slots};
@@ -75,14 +75,15 @@ pub(crate) enum Dropped {
 impl Ring {
     /// A ring that this thread alone uses and that is woken by writing to `bell`.
     pub fn new(name: &str, config: &Config, bell: Arc<OwnedFd>) -> Result<Ring, Error> {
-        let uring = setup::new_ring(name, config.entries, config.old_kernel)?;
+        let uring = setup::new_ring(name, config)?;
         let mut wait_flags = EnterFlags::GETEVENTS;
         if uring.params().is_feature_no_iowait() {
             // An idle machine must not show up as waiting for I/O.
             wait_flags |= EnterFlags::NO_IOWAIT;
         }
         Ok(Ring {
-            wait_has_timeout: uring.params().is_feature_ext_arg() && !config.old_kernel,
+            wait_has_timeout: uring.params().is_feature_ext_arg()
+                && config.kernel != Kernel::Linux5_6,
             uring,
             slots: Slots::default(),
             staged: VecDeque::new(),
@@ -336,6 +337,13 @@ impl Ring {
     /// Operations that the kernel is not through with.
     pub fn in_flight(&self) -> usize {
         self.slots.in_flight()
+    }
+
+    /// Forgets what is staged: as if the kernel never answered.
+    #[cfg(test)]
+    pub fn lose_staged(&mut self) {
+        self.taken += self.staged.len() as u64;
+        self.staged.clear();
     }
 
     /// Gives up on what never ended: its memory is never freed. Returns how many operations that were.

@@ -5,46 +5,46 @@ use std::io;
 
 use io_uring::{Builder, IoUring};
 
+use crate::config::{Config, Kernel};
 use crate::error::Error;
 
-/// Ways to set up a ring, best first: (name, kernel, what to switch on).
-type Flavour = (&'static str, fn(&mut Builder));
+/// A way to set up a ring, and the kernel that has it.
+type Flavour = (Kernel, fn(&mut Builder));
 
+/// Best first.
 const FLAVOURS: [Flavour; 3] = [
-    // Linux 6.1: completions are posted when this thread asks for them, without interrupting it.
-    ("deferred", |ring| {
+    (Kernel::Newest, |ring| {
         ring.setup_single_issuer()
             .setup_defer_taskrun()
             .setup_taskrun_flag()
             .setup_submit_all();
     }),
-    // Linux 5.19: posted at the next system call, without an interrupt.
-    ("cooperative", |ring| {
+    (Kernel::Linux5_19, |ring| {
         ring.setup_coop_taskrun()
             .setup_taskrun_flag()
             .setup_submit_all();
     }),
-    ("plain", |_| ()),
+    (Kernel::Linux5_6, |_| ()),
 ];
 
-/// Makes the best ring that this kernel has; to be used by this thread only.
-pub(crate) fn new_ring(name: &str, entries: u32, old_kernel: bool) -> Result<IoUring, Error> {
-    let flavours = if old_kernel {
-        &FLAVOURS[2..]
-    } else {
-        &FLAVOURS[..]
-    };
+/// Makes the best ring that this kernel has, or one as for `config.kernel`; to be used by this thread only.
+pub(crate) fn new_ring(name: &str, config: &Config) -> Result<IoUring, Error> {
+    let entries = config.entries.max(1);
     let mut refused = io::Error::from_raw_os_error(libc::EINVAL);
-    for (flavour, switch_on) in flavours {
+    for (flavour, switch_on) in FLAVOURS
+        .iter()
+        .skip_while(|(kernel, _)| *kernel != config.kernel)
+    {
         let mut builder = IoUring::builder();
         builder.dontfork();
         switch_on(&mut builder);
-        match builder.build(entries.max(1)) {
+        match builder.build(entries) {
             Ok(ring) => {
                 check(name, &ring)?;
-                tracing::debug!(name, flavour, entries, "io_uring is set up");
+                tracing::debug!(name, ?flavour, entries, "io_uring is set up");
                 return Ok(ring);
             }
+            // This kernel does not know all of those.
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => refused = error,
             Err(error) => return Err(Error::from_setup(name, entries, error)),
         }

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Loom models of the iothread. Run with
+//! `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-iothread --test models --release`.
+//!
+//! Each seeded bug is a deviation from the protocol behind `--cfg seeded="<bug>"`; with it the model must fail:
+//!
+//! seeded: sleep_without_recheck breaks model_doorbell
+//! seeded: notify_load_first breaks model_doorbell
+#![cfg(loom)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ebbtide_iothread::doorbell::Doorbell;
+use loom::sync::{Mutex, Notify};
+use loom::thread;
+
+/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
+/// LOOM_MAX_PREEMPTIONS sets another bound.
+fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
+    let schedules = Arc::new(AtomicU64::new(0));
+    let counter = Arc::clone(&schedules);
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(preemptions);
+    builder.check(move || {
+        counter.fetch_add(1, Ordering::Relaxed);
+        body();
+    });
+    let schedules = schedules.load(Ordering::Relaxed);
+    assert!(schedules > 1, "{model}: nothing was interleaved");
+    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
+}
+
+/// An executor as far as its sleep goes: the inbox, the doorbell and the eventfd.
+struct Executor {
+    inbox: Mutex<Vec<u32>>,
+    doorbell: Doorbell,
+    bell: Notify,
+}
+
+impl Executor {
+    fn send(&self, work: u32) {
+        self.inbox.lock().unwrap().push(work);
+        if self.doorbell.notify() {
+            self.bell.notify();
+        }
+    }
+
+    /// Turns until everything has arrived; the same steps as the executor's loop.
+    fn receive(&self, expected: usize) -> Vec<u32> {
+        let mut received = Vec::new();
+        loop {
+            if self.doorbell.take() {
+                received.append(&mut self.inbox.lock().unwrap());
+            }
+            if received.len() == expected {
+                return received;
+            }
+            if self.doorbell.try_sleep() {
+                // A lost wake-up ends here: loom reports a deadlock.
+                self.bell.wait();
+            }
+        }
+    }
+}
+
+#[test]
+fn model_doorbell() {
+    const INVARIANT: &str = "a sleeping thread is woken by every notification that it has not taken, and finds the work";
+    check("iothread/doorbell", INVARIANT, Some(2), || {
+        let executor = Arc::new(Executor {
+            inbox: Mutex::new(Vec::new()),
+            doorbell: Doorbell::new(),
+            bell: Notify::new(),
+        });
+        let senders = [1, 2].map(|work| {
+            let executor = Arc::clone(&executor);
+            thread::spawn(move || executor.send(work))
+        });
+        // A completion wakes the executor as well, at any time, and brings no work.
+        let completing = Arc::clone(&executor);
+        let completion = thread::spawn(move || completing.bell.notify());
+        let mut received = executor.receive(2);
+        received.sort_unstable();
+        assert_eq!(received, [1, 2]);
+        completion.join().unwrap();
+        for sender in senders {
+            sender.join().unwrap();
+        }
+    });
+}
