@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Loom models of what a device's threads and the driver's accesses do to each other.
+//! Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-virtio --test models --release`.
+//!
+//! Each seeded bug is a deviation from the protocol behind `--cfg seeded="<bug>"`; with it the model must fail:
+//!
+//! seeded: reset_before_drain breaks model_reset
+//! seeded: needs_reset_any_session breaks model_reset
+//! seeded: config_change_unlocked breaks model_config_change
+//! seeded: driver_ok_unlocked breaks model_config_pending
+#![cfg(loom)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
+
+use ebbtide_gate::{Entry, Gate};
+use ebbtide_virtio::{Interrupts, Link, Reset, status};
+use loom::cell::UnsafeCell;
+use loom::future::block_on;
+use loom::sync::atomic::{AtomicU32, Ordering};
+use loom::thread;
+
+/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
+/// LOOM_MAX_PREEMPTIONS sets another bound.
+fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
+    let schedules = Arc::new(Counter::new(0));
+    let counter = Arc::clone(&schedules);
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(preemptions);
+    builder.check(move || {
+        counter.fetch_add(1, CounterOrdering::Relaxed);
+        body();
+    });
+    let schedules = schedules.load(CounterOrdering::Relaxed);
+    assert!(schedules > 1, "{model}: nothing was interleaved");
+    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
+}
+
+/// Counts configuration interrupts.
+#[derive(Default)]
+struct Announced(AtomicU32);
+
+impl Interrupts for Announced {
+    fn queue(&self, _index: u16) {}
+
+    fn config(&self) {
+        // Release: a driver that takes the interrupt sees what was done before it.
+        self.0.fetch_add(1, Ordering::AcqRel);
+    }
+}
+
+/// Guest memory that the driver gives to the device and takes back: loom reports an access of one that is not ordered
+/// against the other's.
+struct Ring(UnsafeCell<u32>);
+
+// SAFETY: loom checks every access.
+unsafe impl Sync for Ring {}
+// SAFETY: as above.
+unsafe impl Send for Ring {}
+
+impl Ring {
+    fn new() -> Ring {
+        Ring(UnsafeCell::new(0))
+    }
+
+    fn write(&self, value: u32) {
+        // SAFETY: loom checks that nobody else accesses it meanwhile.
+        self.0.with_mut(|cell| unsafe { *cell = value });
+    }
+}
+
+#[test]
+fn model_reset() {
+    const INVARIANT: &str = "when the status reads 0, nothing of the ended activation touches the rings any more, and \
+                             no error of it marks the device";
+    check("virtio/reset", INVARIANT, Some(3), || {
+        let link = Link::new(Arc::new(Announced::default()));
+        let gate = Gate::new("modelled");
+        let ring = Arc::new(Ring::new());
+        let session = link.driver_ok();
+        let control = link.control(Some(session));
+
+        // A request that is in flight when the reset comes, and one that arrives then.
+        let in_flight = gate.enter(Entry::Io).expect("open");
+        let device = {
+            let (gate, ring, control) = (Arc::clone(&gate), Arc::clone(&ring), control.clone());
+            thread::spawn(move || {
+                ring.write(1);
+                drop(in_flight);
+                if let Some(lease) = gate.enter(Entry::Io) {
+                    ring.write(2);
+                    drop(lease);
+                }
+                // Too late for anything: it has no lease, and its session may be over.
+                control.needs_reset();
+            })
+        };
+
+        let reset = Reset::begin(&link, &gate);
+        block_on(reset.drained());
+        reset.finish();
+        assert_eq!(link.status().get(), 0);
+        ring.write(3);
+        link.status().set(status::ACKNOWLEDGE);
+        device.join().expect("device");
+        assert_eq!(
+            link.status().get(),
+            status::ACKNOWLEDGE,
+            "marked by an earlier session"
+        );
+    });
+}
+
+#[test]
+fn model_config_change() {
+    const INVARIANT: &str = "a driver whose two reads of the generation agree has read one state, and a change is \
+                             followed by an interrupt";
+    check("virtio/config_change", INVARIANT, Some(3), || {
+        let announced = Arc::new(Announced::default());
+        let link = Link::new(Arc::clone(&announced) as _);
+        link.driver_ok();
+        // A 64-bit field, which a driver reads in two halves.
+        let halves = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+        let device = {
+            let (control, halves) = (link.control(None), Arc::clone(&halves));
+            thread::spawn(move || {
+                control.change_config(|| {
+                    halves[0].store(1, Ordering::Relaxed);
+                    halves[1].store(1, Ordering::Relaxed);
+                });
+            })
+        };
+
+        let interrupts = announced.0.load(Ordering::Acquire);
+        let before = link.config_generation();
+        let low = link.read_config(|| halves[0].load(Ordering::Relaxed));
+        let high = link.read_config(|| halves[1].load(Ordering::Relaxed));
+        if link.config_generation() == before {
+            assert_eq!(low, high, "torn");
+            assert!(
+                interrupts == 0 || low == 1,
+                "interrupted before the change could be read"
+            );
+        }
+        device.join().expect("device");
+        assert_eq!(announced.0.load(Ordering::Acquire), 1);
+    });
+}
+
+#[test]
+fn model_config_pending() {
+    const INVARIANT: &str =
+        "a change while the driver sets itself up is either read by it or announced";
+    check("virtio/config_pending", INVARIANT, Some(3), || {
+        let announced = Arc::new(Announced::default());
+        let link = Link::new(Arc::clone(&announced) as _);
+        link.status().set(status::ACKNOWLEDGE | status::DRIVER);
+        let field = Arc::new(AtomicU32::new(0));
+        let device = {
+            let (control, field) = (link.control(None), Arc::clone(&field));
+            thread::spawn(move || control.change_config(|| field.store(1, Ordering::Relaxed)))
+        };
+
+        let read = link.read_config(|| field.load(Ordering::Relaxed));
+        link.driver_ok();
+        device.join().expect("device");
+        let interrupts = announced.0.load(Ordering::Acquire);
+        assert!(read == 1 || interrupts > 0, "the driver never hears of it");
+        assert!(interrupts < 2, "it hears of it once");
+    });
+}
