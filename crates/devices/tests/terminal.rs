@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, tcgetattr};
 
@@ -81,10 +82,26 @@ impl Session {
         let mut seen = Vec::new();
         let mut byte = [0];
         while !seen.ends_with(text.as_bytes()) {
+            self.readable(&seen);
             assert_eq!(self.controller.read(&mut byte).unwrap(), 1);
             seen.push(byte[0]);
         }
         String::from_utf8(seen).unwrap()
+    }
+
+    fn readable(&self, seen: &[u8]) {
+        let limit = Timespec {
+            tv_sec: LONG.as_secs() as i64,
+            tv_nsec: 0,
+        };
+        let mut wanted = [PollFd::new(&self.controller, PollFlags::IN)];
+        let ready = poll(&mut wanted, Some(&limit)).unwrap();
+        assert_eq!(
+            ready,
+            1,
+            "nothing more after {:?}",
+            String::from_utf8_lossy(seen)
+        );
     }
 
     fn wait(&mut self) -> ExitStatus {
