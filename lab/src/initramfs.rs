@@ -89,7 +89,7 @@ impl Initramfs {
 
     fn parents(&mut self, path: &str) {
         if let Some((directory, _)) = path.trim_matches('/').rsplit_once('/') {
-            self.directory(&directory.to_owned());
+            self.directory(directory);
         }
     }
 
@@ -146,8 +146,11 @@ pub fn gzip(archive: &[u8]) -> std::io::Result<Vec<u8>> {
 mod tests {
     use super::*;
 
-    /// Reads an archive back: path, mode, device, content.
-    fn read(mut archive: &[u8]) -> Vec<(String, u32, (u32, u32), Vec<u8>)> {
+    /// Path, mode, device, content.
+    type Entry = (String, u32, (u32, u32), Vec<u8>);
+
+    /// Reads an archive back.
+    fn read(mut archive: &[u8]) -> Vec<Entry> {
         let whole = archive.len();
         let mut entries = Vec::new();
         loop {

@@ -225,11 +225,11 @@ impl Session {
 
     fn step(&mut self, verify: bool) -> Result<(), Failed> {
         let (block, count) = self.random_extent();
-        if verify && !self.written.is_empty() && self.next_random() % 2 == 0 {
+        if verify && !self.written.is_empty() && self.next_random().is_multiple_of(2) {
             return self.read(block, count);
         }
         self.write(block, count)?;
-        if self.status.writes % WRITES_PER_SYNC == 0 {
+        if self.status.writes.is_multiple_of(WRITES_PER_SYNC) {
             self.sync()?;
         }
         Ok(())
