@@ -363,10 +363,10 @@ fn contradictions_are_refused() {
         },
     );
     check(
-        |d| d.windows.mmio64 = 9..8,
+        |d| d.windows.mmio64 = 9..9,
         AcpiError::EmptyRange {
             what: "pci window",
-            range: 9..8,
+            range: 9..9,
         },
     );
     check(
@@ -380,7 +380,7 @@ fn contradictions_are_refused() {
     );
     assert_eq!(description().build(8).unwrap_err(), AcpiError::Address(8));
     assert_eq!(
-        description().build(u64::MAX & !15).unwrap_err(),
-        AcpiError::Address(u64::MAX & !15)
+        description().build(!15).unwrap_err(),
+        AcpiError::Address(!15)
     );
 }

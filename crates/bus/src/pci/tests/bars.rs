@@ -111,7 +111,7 @@ fn outside_of_the_windows_nothing_is_decoded() {
             "{address:#x}"
         );
     }
-    for address in [0, (1 << 36) - (1 << 20), 1 << 37, u64::MAX & !0xf_ffff] {
+    for address in [0, (1 << 36) - (1 << 20), 1 << 37, !0xf_ffff] {
         set_bar(&machine, 2, address);
         assert_eq!(machine.load(address, 4), 0xffff_ffff, "{address:#x}");
     }
