@@ -67,7 +67,10 @@ impl Error {
     pub(crate) fn from_setup(name: &str, entries: u32, source: io::Error) -> Error {
         let name = name.to_owned();
         match source.raw_os_error() {
-            Some(libc::EPERM | libc::EACCES) => Error::Refused { name, reason: who_forbids(), source },
+            Some(libc::EPERM | libc::EACCES) => {
+                let switch = std::fs::read_to_string(SWITCH).ok();
+                Error::Refused { name, reason: who_forbids(switch.as_deref()), source }
+            }
             Some(libc::ENOSYS) => Error::Refused {
                 name,
                 reason: "this kernel is built without io_uring, or a seccomp filter (containers have one) hides it; \
@@ -80,10 +83,12 @@ impl Error {
     }
 }
 
-fn who_forbids() -> String {
-    const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
-    match std::fs::read_to_string(SWITCH).map(|text| text.trim().to_owned()) {
-        Ok(value) if value != "0" => format!(
+/// The kernel's switch for io_uring: 0 for everybody, 1 for the privileged, 2 for nobody. Since Linux 6.6.
+const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
+
+fn who_forbids(switch: Option<&str>) -> String {
+    match switch.map(str::trim) {
+        Some(value) if value != "0" => format!(
             "kernel.io_uring_disabled is {value}; `sysctl kernel.io_uring_disabled=0` allows it \
              (1 allows it to CAP_SYS_ADMIN and members of kernel.io_uring_group)"
         ),
@@ -102,3 +107,20 @@ pub struct Stopped;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("timed out")]
 pub struct Elapsed;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_refusal_names_the_switch_only_when_it_is_set() {
+        assert!(who_forbids(Some("2\n")).contains("kernel.io_uring_disabled is 2;"));
+        for open in [Some("0\n"), None] {
+            let reason = who_forbids(open);
+            assert!(
+                reason.contains("seccomp") && !reason.contains("disabled"),
+                "{reason}"
+            );
+        }
+    }
+}

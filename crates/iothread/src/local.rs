@@ -109,6 +109,8 @@ impl Local {
     /// It is staged now and handed to the kernel at the end of the executor's turn, whether it is polled or not.
     /// `keep` belongs to the ring until the operation's CQE, also when the future or the whole executor is
     /// dropped; dropping the future asks the kernel to cancel. An executor that is stopping answers `-ECANCELED`.
+    /// So whatever must outlast the operation belongs into `keep`: buffers, files, but also a lease that holds up
+    /// a drain until the kernel is through.
     ///
     /// # Safety
     /// - Every pointer and every descriptor in `entry` stays valid as long as `keep` lives, wherever `keep` is

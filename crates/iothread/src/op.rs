@@ -59,6 +59,14 @@ impl<K: 'static> Op<K> {
             _kept: PhantomData,
         }
     }
+
+    /// Asks the kernel to cancel the operation, which still resolves: to `-ECANCELED` or `-EINTR` if it was
+    /// cancelled in time, else to its result. Does nothing once it has ended.
+    pub fn cancel(&self) {
+        if let State::InFlight(key) = self.state {
+            self.core.ring().cancel(key);
+        }
+    }
 }
 
 fn typed<K: 'static>(keep: crate::slots::Keep) -> Box<K> {

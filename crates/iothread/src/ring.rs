@@ -149,6 +149,14 @@ impl Ring {
         self.slots.remove(key).map_or(Dropped::Gone, Dropped::Free)
     }
 
+    /// Asks an operation to end that somebody still waits for.
+    pub fn cancel(&mut self, key: Key) {
+        let operation = self.slots.get_mut(key);
+        if operation.is_some_and(|operation| matches!(operation.phase, Phase::Awaited(_))) {
+            self.stage_cancel(key);
+        }
+    }
+
     fn stage_cancel(&mut self, key: Key) {
         let cancel = opcode::AsyncCancel::new(key.user_data())
             .build()

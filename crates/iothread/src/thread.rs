@@ -7,7 +7,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::rc::Rc;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 
 use crate::config::Config;
@@ -65,8 +65,8 @@ pub struct IoThread {
     remote: Remote,
     /// Dropping it tells the thread to stop.
     stop: Option<oneshot::Sender<()>>,
-    /// Disconnected when the executor is shut down.
-    finished: mpsc::Receiver<()>,
+    /// Disconnected when the executor is shut down. In a mutex only to be Sync.
+    finished: Mutex<mpsc::Receiver<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -103,7 +103,7 @@ impl IoThread {
             Ok(Ok(remote)) => Ok(IoThread {
                 remote,
                 stop: Some(stop),
-                finished,
+                finished: Mutex::new(finished),
                 thread: Some(thread),
             }),
             Ok(Err(error)) => {
@@ -156,7 +156,11 @@ impl Drop for IoThread {
             // Dropped by one of its own tasks: it stops after this turn and cannot be waited for here.
             return;
         }
-        let _ = self.finished.recv();
+        let _ = self
+            .finished
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .recv();
         let abandoned = self.remote.shared.abandoned();
         if abandoned > 0 {
             // The kernel holds a thread back at its exit until such operations end, which may be never.

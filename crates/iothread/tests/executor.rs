@@ -546,3 +546,18 @@ fn an_idle_executor_sleeps() {
         );
     });
 }
+
+#[test]
+fn the_types_travel_as_documented() {
+    fn send<T: Send + 'static>() {}
+    fn send_sync<T: Send + Sync + 'static>() {}
+    send_sync::<ebbtide_iothread::Remote>();
+    send_sync::<ebbtide_iothread::Notifier>();
+    send_sync::<IoThread>();
+    send_sync::<ebbtide_iothread::Blocking>();
+    send_sync::<ebbtide_iothread::Sender<Cell<u8>>>();
+    send::<Event>();
+    send::<ebbtide_iothread::Receiver<Cell<u8>>>();
+    send::<ebbtide_iothread::Finished<Cell<u8>>>();
+    send::<oneshot::Receiver<Cell<u8>>>();
+}

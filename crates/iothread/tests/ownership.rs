@@ -192,6 +192,42 @@ fn a_timeout_cancels_what_it_waited_for() {
 }
 
 #[test]
+fn a_cancelled_operation_still_resolves() {
+    each_setup(|config| {
+        let (reader, mut writer) = pipe().unwrap();
+        let reader = Arc::new(OwnedFd::from(reader));
+        let done = run_with("test", config, |local| async move {
+            for started in [false, true] {
+                let (lent, watch) = lend();
+                let reading = read_into(&local, lent, &reader);
+                if started {
+                    local.sleep(Duration::from_millis(2)).await;
+                }
+                reading.cancel();
+                let (result, kept) = local
+                    .timeout(Duration::from_secs(10), reading)
+                    .await
+                    .unwrap();
+                assert!(
+                    [-libc::ECANCELED, -libc::EINTR].contains(&result),
+                    "{result}"
+                );
+                assert!(!watch.is_returned());
+                drop(kept);
+                watch.assert_untouched();
+            }
+            writer.write_all(&[1; BYTES]).unwrap();
+            let (lent, _watch) = lend();
+            let reading = read_into(&local, lent, &reader);
+            local.sleep(Duration::from_millis(2)).await;
+            reading.cancel();
+            assert_eq!(reading.await.0, BYTES as i32, "too late to cancel");
+        });
+        done.unwrap();
+    });
+}
+
+#[test]
 fn a_panic_leaves_nothing_in_flight() {
     let (reader, mut writer) = pipe().unwrap();
     let reader = Arc::new(OwnedFd::from(reader));
