@@ -11,6 +11,7 @@
         clippy::indexing_slicing
     )
 )]
+#![forbid(unsafe_code)]
 
 pub mod blk;
 mod control;

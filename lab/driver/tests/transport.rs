@@ -706,5 +706,6 @@ fn nothing_is_left_of_a_removed_function() {
         "the device is the test's alone"
     );
     drop(echo);
-    assert_eq!(board.interrupts().routes(), 0);
+    // The MSI-X table's region is part of the last view until nobody can be reading that any more.
+    assert!(poll(|| board.interrupts().routes() == 0), "{} routes", board.interrupts().routes());
 }
