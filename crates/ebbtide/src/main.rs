@@ -1,3 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The ebbtide binary.
-fn main() {}
+//! Ebbtide: a virtual machine monitor whose guests' memory and devices come and go.
+
+mod ctl;
+mod doctor;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// A KVM virtual machine monitor whose guests' memory and devices come and go while they run
+#[derive(Parser)]
+#[command(name = "ebbtide", version, propagate_version = true)]
+#[command(after_help = "\
+Examples:
+  ebbtide doctor
+  ebbtide run --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0 \\
+      --memory 512M,max=8G --qmp unix:vm.qmp
+  ebbtide ctl --qmp vm.qmp resize 4G --wait
+
+The log goes to standard error; RUST_LOG=debug shows more of it.")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a guest
+    Run(run::RunArgs),
+    /// Talk to a running guest's VMM
+    Ctl(ctl::CtlArgs),
+    /// Say what this machine offers: KVM that can run a guest, huge pages, io_uring
+    Doctor(doctor::DoctorArgs),
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env()
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+    match cli.command {
+        Command::Run(args) => run::main(args),
+        Command::Ctl(args) => ctl::main(args),
+        Command::Doctor(args) => doctor::main(&args),
+    }
+}

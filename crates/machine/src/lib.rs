@@ -1,2 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! ebbtide-machine
+//! The machine: assembles memory, buses, devices, vCPUs and monitor, and runs them.
+//!
+//! ```text
+//! MachineConfig ─ build ─▶ Machine ── start ─▶ run: serves lifecycle::Request until the VM ends
+//!                            ▲  ▲
+//!                 monitor ───┘  └─── vCPU threads, signals, devices (requests through a channel)
+//! ```
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::panic,
+        clippy::todo,
+        clippy::unimplemented
+    )
+)]
+
+pub mod boot;
+mod build;
+pub mod config;
+mod cpus;
+mod error;
+pub mod host;
+pub mod layout;
+pub mod lifecycle;
+mod machine;
+pub mod monitor;
+mod platform;
+mod size_events;
+
+pub use build::{Built, build};
+pub use cpus::CpuEvent;
+pub use ebbtide_memory::Backing;
+pub use error::Error;
+pub use machine::{Machine, MemorySlot};
+pub use size_events::report_sizes;

@@ -1,0 +1,220 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `ebbtide run`: from the command line to a machine, and its life until it ends.
+
+mod devices;
+mod options;
+mod signals;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use ebbtide_iothread::Local;
+use ebbtide_machine::boot::BootSpec;
+use ebbtide_machine::config::{MachineConfig, MemoryDeviceConfig};
+use ebbtide_machine::lifecycle::Ending;
+use ebbtide_machine::{Built, build};
+use ebbtide_qmp::{EventSink, Server, SocketSpec};
+
+use options::OptionError;
+use signals::Signals;
+
+/// Exit code for a command line that can't be understood, as clap uses it.
+const USAGE: u8 = 2;
+/// How long answers to monitors may take to get out at the end.
+const CLOSE_GRACE: Duration = Duration::from_secs(1);
+/// Without it Debian's kernels leave plugged memory offline, and a grown guest sees nothing.
+const ONLINE_PARAMETER: &str = "memhp_default_state";
+const ONLINE_MOVABLE: &str = "memhp_default_state=online_movable";
+
+/// Run a guest
+#[derive(clap::Args)]
+#[command(after_help = "\
+Sizes are bytes, or numbers with K, M, G, T (powers of 1024). The VM ends with 0 when the guest
+powers off, on quit, SIGTERM and Ctrl-C; with 1 on a failure; with 2 when the command line is wrong.
+
+Examples:
+  ebbtide run --kernel vmlinuz --initrd initrd.img --cmdline console=ttyS0
+  ebbtide run --kernel vmlinuz --cmdline 'console=ttyS0 root=/dev/vda' --cpus 2 \\
+      --memory size=1G,max=16G --disk path=debian.img --qmp unix:vm.qmp
+  ebbtide run --kernel vmlinuz --memory 1G --serial off --qmp unix:vm.qmp \\
+      --object memory-backend-ram,id=m0,size=8G \\
+      --device virtio-mem-pci,id=vm0,memdev=m0,requested-size=1G")]
+pub struct RunArgs {
+    /// Kernel: a bzImage or an ELF vmlinux
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    cmdline: String,
+    /// Number of vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u8,
+    /// size=SIZE[,max=SIZE][,backend=anon|memfd|hugetlb|file][,path=FILE][,prefault=on]: RAM at
+    /// boot; max adds the virtio-mem device vmem0 with the rest, not reserved up front
+    #[arg(long, value_name = "OPTIONS", default_value = "512M")]
+    memory: String,
+    /// path=FILE[,id=ID][,readonly=on][,serial=TEXT][,direct=on]: a raw disk image or block device
+    #[arg(long = "disk", value_name = "OPTIONS")]
+    disks: Vec<String>,
+    /// stdio, file:PATH, unix:PATH (listens) or off: the guest's first serial port
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: String,
+    /// unix:PATH: listen for QMP clients
+    #[arg(long, value_name = "unix:PATH")]
+    qmp: Vec<String>,
+    /// A memory backend, in QEMU's spelling: memory-backend-ram,id=ID,size=SIZE
+    #[arg(long = "object", value_name = "OPTIONS")]
+    objects: Vec<String>,
+    /// A device, in QEMU's spelling: virtio-mem-pci,memdev=ID[,id=ID][,requested-size=SIZE]
+    /// [,block-size=SIZE]
+    #[arg(long = "device", value_name = "OPTIONS")]
+    devices: Vec<String>,
+    /// End the VM when the guest resets
+    #[arg(long)]
+    no_reboot: bool,
+    /// How long reset and quit wait for requests in flight
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    drain_timeout: u64,
+}
+
+/// Runs a guest to its end.
+pub fn main(args: RunArgs) -> ExitCode {
+    let config = match configure(args) {
+        Ok(config) => config,
+        Err(e) => {
+            eprintln!("ebbtide run: {e}");
+            return ExitCode::from(USAGE);
+        }
+    };
+    // Before the first thread: they inherit the mask.
+    let signals = match Signals::block() {
+        Ok(signals) => signals,
+        Err(e) => {
+            eprintln!("ebbtide run: signals: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let lived = ebbtide_iothread::run("control", |local| live(config, signals, local));
+    match lived.map_err(anyhow::Error::from).and_then(|r| r) {
+        Ok(ending) if ending.undrained.is_empty() => ExitCode::SUCCESS,
+        Ok(ending) => {
+            eprintln!(
+                "ebbtide run: requests did not end in time: {}",
+                ending.undrained.join(", ")
+            );
+            ExitCode::FAILURE
+        }
+        Err(e) => {
+            eprintln!("ebbtide run: {e:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn live(config: MachineConfig, signals: Signals, local: Local) -> anyhow::Result<Ending> {
+    let sockets = config.qmp.clone();
+    let events = EventSink::new(&local);
+    let Built {
+        machine,
+        requests,
+        memory_events,
+    } = build(config, &local)?;
+    let machine = Rc::new(machine);
+    let table = ebbtide_machine::monitor::table(&machine);
+    let server = Server::new(&local, Rc::new(table), events.clone());
+    for path in sockets {
+        server.listen(&SocketSpec::unix(path))?;
+    }
+    let watch = local.spawn(signals.watch(local.clone(), machine.requests().clone()));
+    let sizes = local.spawn(ebbtide_machine::report_sizes(memory_events, events.clone()));
+    machine.start(&events).await?;
+    let ending = machine.run(requests, &events).await;
+    drop((watch, sizes));
+    server.close(CLOSE_GRACE).await;
+    Ok(ending)
+}
+
+fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
+    let (ram, auto) = devices::memory(&args.memory)?;
+    let disks = (0..)
+        .zip(&args.disks)
+        .map(|(index, text)| devices::disk(text, index))
+        .collect::<Result<_, _>>()?;
+    let mut objects = args
+        .objects
+        .iter()
+        .map(|text| devices::object(text))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut memory_devices: Vec<MemoryDeviceConfig> = auto.into_iter().collect();
+    for text in &args.devices {
+        memory_devices.push(devices::device(text, memory_devices.len(), &mut objects)?);
+    }
+    if let Some(object) = objects.first() {
+        return Err(OptionError::new(
+            "--object",
+            format!("id={}: no --device uses it", object.id()),
+        ));
+    }
+    memory_devices.sort_by(|a, b| a.id.cmp(&b.id));
+    let qmp = args
+        .qmp
+        .iter()
+        .map(|text| devices::qmp(text))
+        .collect::<Result<_, _>>()?;
+    let config = MachineConfig {
+        boot: BootSpec {
+            kernel: args.kernel,
+            initrd: args.initrd,
+            cmdline: command_line(args.cmdline, !memory_devices.is_empty()),
+        },
+        cpus: args.cpus,
+        ram,
+        memory_devices,
+        disks,
+        serial: devices::serial(&args.serial)?,
+        qmp,
+        no_reboot: args.no_reboot,
+        drain_timeout: Duration::from_secs(args.drain_timeout),
+    };
+    config
+        .validate()
+        .map_err(|e| OptionError::new("command line", e))?;
+    Ok(config)
+}
+
+/// Adds what a growing guest needs, unless the user has decided it.
+fn command_line(text: String, grows: bool) -> String {
+    let decided = text
+        .split_whitespace()
+        .any(|word| word.split('=').next() == Some(ONLINE_PARAMETER));
+    if !grows || decided {
+        return text;
+    }
+    tracing::info!("{ONLINE_MOVABLE} is added to the kernel's command line, so that it uses plugged memory");
+    let text = text.trim_end();
+    if text.is_empty() {
+        ONLINE_MOVABLE.to_owned()
+    } else {
+        format!("{text} {ONLINE_MOVABLE}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn online_parameter_is_added_unless_decided() {
+        let plain = command_line("quiet".into(), true);
+        assert_eq!(plain, "quiet memhp_default_state=online_movable");
+        assert_eq!(command_line("quiet".into(), false), "quiet");
+        let decided = "memhp_default_state=offline quiet";
+        assert_eq!(command_line(decided.into(), true), decided);
+        assert_eq!(command_line(String::new(), true), ONLINE_MOVABLE);
+    }
+}

@@ -1,0 +1,393 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! From a [`MachineConfig`] to a [`Machine`], part by part.
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+
+use ebbtide_block::{Cache, Disk, DiskSpec};
+use ebbtide_bus::acpi;
+use ebbtide_bus::pci::{HostBridge, Windows};
+use ebbtide_hypervisor::{Vm, kvm};
+use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
+use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
+use ebbtide_qmp::types::run_state::RunState;
+use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
+use ebbtide_virtio::mem::{MemEvent, MemSpec, VirtioMem};
+use ebbtide_virtio::{VirtioDevice, VirtioPci};
+
+use crate::boot::BootImage;
+use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
+use crate::cpus::Cpus;
+use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
+use crate::lifecycle::{Request, Requests};
+use crate::machine::{Machine, MemorySlot, PciDevice, PowerOn};
+use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
+use crate::{Error, host};
+
+/// Address space kept for RAM blocks beyond what the machine has at once, for blocks that come
+/// later: addresses are not used twice.
+const ARENA_SPARE: u64 = 4 << 40;
+/// Threads for jobs that may block.
+const BLOCKING_THREADS: usize = 2;
+/// RAM wins over everything it overlaps; nothing should.
+const RAM_PRIORITY: i32 = 10;
+
+/// A machine with what must be served beside it.
+pub struct Built {
+    /// The machine, not started.
+    pub machine: Machine,
+    /// For [`Machine::run`].
+    pub requests: Receiver<Request>,
+    /// Size changes of memory devices.
+    pub memory_events: Receiver<MemEvent>,
+}
+
+/// Builds a machine. Opens files and may populate memory: before anything is to be answered.
+///
+/// # Errors
+/// Names the option or the part that can't be had.
+pub fn build(config: MachineConfig, local: &Local) -> Result<Built, Error> {
+    config.validate()?;
+    host::admit_boot_ram(config.ram.size_bytes)?;
+    let boot = Arc::new(BootImage::open(config.boot.clone())?);
+    let vm: Arc<dyn Vm> = kvm::open(kvm::DEFAULT_PATH)
+        .and_then(|kvm| kvm.create_vm())
+        .map_err(|e| Error::part("KVM", e))?;
+    let sizes: Vec<u64> = config.memory_devices.iter().map(|d| d.size_bytes).collect();
+    let layout = Arc::new(Layout::new(
+        config.ram.size_bytes,
+        &sizes,
+        vm.limits().phys_bits,
+    )?);
+    let (sender, requests) = channel();
+    let sender = Requests::new(sender);
+    let (memory_sender, memory_events) = channel();
+    let mut parts = Parts::new(&config, &layout, &vm)?;
+    let platform = Platform::new(
+        &config.serial,
+        &*vm,
+        &parts.memory,
+        &parts.port_root,
+        &parts.bridge,
+        &sender,
+        local,
+    )?;
+    let slots = parts.memory_devices(&config, &layout, &*vm, &memory_sender)?;
+    parts.disks(&config, &*vm)?;
+    parts
+        .bridge
+        .assign_bars()
+        .map_err(|e| Error::part("PCI", e))?;
+    let tables = Arc::new(tables(&config, &layout)?);
+    let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
+    let Parts {
+        memory,
+        system,
+        bridge,
+        functions,
+        iothreads,
+        blocking,
+        ..
+    } = parts;
+    let machine = Machine {
+        cpus,
+        platform,
+        bridge,
+        functions: RefCell::new(functions),
+        slots,
+        _iothreads: iothreads,
+        blocking,
+        vm,
+        system,
+        memory,
+        boot,
+        tables,
+        power_on,
+        layout,
+        config,
+        state: Cell::new(RunState::PreLaunch),
+        requests: sender,
+        local: local.clone(),
+    };
+    Ok(Built {
+        machine,
+        requests,
+        memory_events,
+    })
+}
+
+/// The machine while it is being put together.
+struct Parts {
+    memory: Arc<Memory>,
+    root: Arc<Region>,
+    system: Arc<AddressSpace>,
+    port_root: Arc<Region>,
+    ports: Arc<AddressSpace>,
+    bridge: Arc<HostBridge>,
+    functions: Vec<PciDevice>,
+    iothreads: Vec<IoThread>,
+    blocking: Arc<Blocking>,
+}
+
+impl Parts {
+    /// Memory with boot RAM, both address spaces, the PCI host bridge.
+    fn new(config: &MachineConfig, layout: &Layout, vm: &Arc<dyn Vm>) -> Result<Parts, Error> {
+        let failed = |e: ebbtide_memory::Error| Error::part("memory", e);
+        let devices: u64 = config.memory_devices.iter().map(|d| d.size_bytes).sum();
+        let arena_bytes = config
+            .ram
+            .size_bytes
+            .saturating_add(devices)
+            .saturating_add(ARENA_SPARE);
+        let memory = Memory::new(MemoryConfig { arena_bytes }).map_err(failed)?;
+        let root = Region::container("system", 1 << 64);
+        let system = memory.address_space("memory", &root).map_err(failed)?;
+        let port_root = Region::container("io", 1 << 16);
+        let ports = memory.address_space("I/O", &port_root).map_err(failed)?;
+        system
+            .add_listener(vm.memory_listener(), 0)
+            .map_err(failed)?;
+        ports.add_listener(vm.port_listener(), 0).map_err(failed)?;
+        add_ram(config, layout, &memory, &root)?;
+        let windows = Windows {
+            mmio32: PCI_MMIO32,
+            mmio64: layout.mmio64.clone(),
+        };
+        let bridge = HostBridge::new(&memory, windows).map_err(|e| Error::part("PCI", e))?;
+        let ecam = Region::mmio("pcie-ecam", ECAM.end - ECAM.start, bridge.ecam());
+        memory
+            .update(|t| {
+                t.add(&root, bridge.container(), 0, HostBridge::PRIORITY)?;
+                t.add(&root, &ecam, ECAM.start, 0)
+            })
+            .map_err(failed)?;
+        Ok(Parts {
+            memory,
+            root,
+            system,
+            port_root,
+            ports,
+            bridge,
+            functions: Vec::new(),
+            iothreads: Vec::new(),
+            blocking: Arc::new(
+                Blocking::new("blocking", BLOCKING_THREADS)
+                    .map_err(|e| Error::part("threads", e))?,
+            ),
+        })
+    }
+
+    fn iothread(&mut self, name: &str) -> Result<Remote, Error> {
+        let thread = IoThread::spawn(name).map_err(|e| Error::part(name, e))?;
+        let remote = thread.remote();
+        self.iothreads.push(thread);
+        Ok(remote)
+    }
+
+    /// Puts `device` on the bus.
+    fn plug(
+        &mut self,
+        id: &str,
+        device: Arc<dyn VirtioDevice>,
+        vm: &dyn Vm,
+        remote: &Remote,
+    ) -> Result<(), Error> {
+        let function = VirtioPci::new(id, device, &self.system, &*vm.msi(), remote)
+            .map_err(|e| Error::part(id, e))?;
+        let slot = self
+            .bridge
+            .attach(None, Arc::clone(&function) as _)
+            .map_err(|e| Error::part(id, e))?;
+        self.functions.push(PciDevice {
+            id: id.to_owned(),
+            slot,
+            function,
+        });
+        Ok(())
+    }
+
+    /// One virtio-mem device after the other, each with a thread of its own: freeing memory takes
+    /// time that no disk should wait for.
+    fn memory_devices(
+        &mut self,
+        config: &MachineConfig,
+        layout: &Layout,
+        vm: &dyn Vm,
+        events: &Sender<MemEvent>,
+    ) -> Result<Vec<MemorySlot>, Error> {
+        let mut slots = Vec::new();
+        for (device, range) in config.memory_devices.iter().zip(&layout.device_memory) {
+            let block = self.sparse_ram(device, range.start)?;
+            let remote = self.iothread(&format!("io-{}", device.id))?;
+            let spec = MemSpec {
+                node: Some(device.node),
+                requested_bytes: device.requested_bytes,
+                populate: device.prefault,
+                ..MemSpec::new(&device.id, &block, Gpa(range.start))
+            };
+            let blocking = Arc::clone(&self.blocking);
+            let virtio = VirtioMem::new(spec, remote.clone(), blocking, events.clone())
+                .map_err(|e| Error::part(&device.id, e))?;
+            self.plug(&device.id, Arc::clone(&virtio) as _, vm, &remote)?;
+            slots.push(MemorySlot::new(device.clone(), range.clone(), virtio));
+        }
+        Ok(slots)
+    }
+
+    fn sparse_ram(&self, device: &MemoryDeviceConfig, at: u64) -> Result<Arc<RamBlock>, Error> {
+        let failed = |e: ebbtide_memory::Error| Error::part(&device.id, e);
+        let block = self
+            .memory
+            .ram()
+            .add(RamSpec {
+                name: device.memdev.clone(),
+                size_bytes: device.size_bytes,
+                max_size_bytes: device.size_bytes,
+                backing: device.backing.clone(),
+                prefault: false,
+                block_size_bytes: Some(device.block_size_bytes),
+            })
+            .map_err(failed)?;
+        let region = Region::ram(&device.memdev, &block);
+        self.memory
+            .update(|t| t.add(&self.root, &region, at, RAM_PRIORITY))
+            .map_err(failed)?;
+        Ok(block)
+    }
+
+    /// All disks, served by one thread.
+    fn disks(&mut self, config: &MachineConfig, vm: &dyn Vm) -> Result<(), Error> {
+        if config.disks.is_empty() {
+            return Ok(());
+        }
+        let remote = self.iothread("io-disks")?;
+        for disk in &config.disks {
+            let opened = open_disk(disk)?;
+            let spec = BlkSpec {
+                serial: disk.serial.clone(),
+                ..BlkSpec::new(&disk.id)
+            };
+            let device = VirtioBlk::new(spec, opened, remote.clone());
+            self.plug(&disk.id, device as _, vm, &remote)?;
+        }
+        Ok(())
+    }
+}
+
+fn open_disk(disk: &DiskConfig) -> Result<Arc<Disk>, Error> {
+    Disk::open(&DiskSpec {
+        readonly: disk.readonly,
+        cache: if disk.direct {
+            Cache::None
+        } else {
+            Cache::Writeback
+        },
+        ..DiskSpec::new(&disk.path)
+    })
+    .map(Arc::new)
+    .map_err(|e| Error::part(format!("disk {}", disk.id), e))
+}
+
+/// One block of boot RAM, shown below and above the 32-bit hole.
+fn add_ram(
+    config: &MachineConfig,
+    layout: &Layout,
+    memory: &Memory,
+    root: &Arc<Region>,
+) -> Result<(), Error> {
+    let failed = |e: ebbtide_memory::Error| Error::part("memory", e);
+    let block = memory
+        .ram()
+        .add(RamSpec {
+            name: "ram".into(),
+            size_bytes: config.ram.size_bytes,
+            max_size_bytes: config.ram.size_bytes,
+            backing: config.ram.backing.clone(),
+            prefault: config.ram.prefault,
+            block_size_bytes: None,
+        })
+        .map_err(failed)?;
+    let ram = Region::ram("ram", &block);
+    memory
+        .update(|t| {
+            let mut offset = 0;
+            for (name, range) in ["ram-low", "ram-high"].iter().zip(layout.ram()) {
+                let part = Region::alias(*name, &ram, offset, range.end - range.start);
+                t.add(root, &part, range.start, RAM_PRIORITY)?;
+                offset += range.end - range.start;
+            }
+            Ok(())
+        })
+        .map_err(failed)
+}
+
+fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error> {
+    let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
+        range: range.clone(),
+        node: 0,
+    };
+    let description = acpi::Description {
+        cpus: (0..config.cpus)
+            .map(|apic_id| acpi::Cpu { apic_id, node: 0 })
+            .collect(),
+        ram: layout.ram().iter().map(on_node_0).collect(),
+        hotplug: layout.device_memory.iter().map(on_node_0).collect(),
+        ecam: acpi::Ecam {
+            base: ECAM.start,
+            last_bus: 255,
+        },
+        windows: Windows {
+            mmio32: PCI_MMIO32,
+            mmio64: layout.mmio64.clone(),
+        },
+        serial: Some(acpi::SerialPort {
+            port: ebbtide_devices::serial::SerialPort::COM1,
+            gsi: SERIAL_GSI,
+        }),
+        event_gsi: EVENT_GSI,
+    };
+    let tables = description
+        .build(ACPI_TABLES.start)
+        .map_err(|e| Error::part("ACPI tables", e))?;
+    let room = ACPI_TABLES.end - ACPI_TABLES.start;
+    if tables.bytes.len() as u64 > room {
+        return Err(Error::part(
+            "ACPI tables",
+            format!("{} bytes, there is room for {room}", tables.bytes.len()),
+        ));
+    }
+    Ok(tables)
+}
+
+/// vCPUs with their threads, and the state they power on in.
+fn processors(
+    config: &MachineConfig,
+    vm: &Arc<dyn Vm>,
+    parts: &Parts,
+    requests: &Requests,
+) -> Result<(Cpus, PowerOn), Error> {
+    let limit = vm.limits().vcpus;
+    if config.cpus > limit {
+        return Err(Error::Config(format!(
+            "cpus={}: this host's KVM takes {limit}",
+            config.cpus
+        )));
+    }
+    let mut vcpus = Vec::new();
+    let mut states = Vec::new();
+    for index in 0..config.cpus {
+        let failed = |e| Error::part(format!("vcpu{index}"), e);
+        let vcpu = vm.create_vcpu(index, config.cpus).map_err(failed)?;
+        states.push(vcpu.save().map_err(failed)?);
+        vcpus.push(vcpu);
+    }
+    let chips = vm
+        .save_chips()
+        .map_err(|e| Error::part("interrupt controllers", e))?;
+    let cpus = Cpus::start(vcpus, &parts.system, &parts.ports, requests)?;
+    let power_on = PowerOn {
+        chips,
+        cpus: Arc::new(states),
+    };
+    Ok((cpus, power_on))
+}

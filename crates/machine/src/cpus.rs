@@ -1,0 +1,397 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! vCPU threads: run, park, do a job while parked, exit.
+//!
+//! ```text
+//!            run()                     park() + kick
+//!  parked ─────────▶ in the guest ───────────────────▶ parked ── Exit ──▶ gone
+//!    ▲  │ jobs (restore state)            │
+//!    │  ▼                                 │ triple fault, inaccessible memory, KVM error
+//!    └── held (only a reset lets it run) ◀┘
+//! ```
+//!
+//! The control thread asks; a vCPU answers when it next leaves the guest. A kick is never lost:
+//! it makes the *next* entry into the guest return at once if it comes between the check of the
+//! request and the entry.
+
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::thread::JoinHandle;
+
+use ebbtide_hypervisor::{Exit, Kicker, Vcpu};
+use ebbtide_memory::{AddressSpace, Reader};
+
+use crate::Error;
+use crate::lifecycle::{Request, Requests};
+
+/// What a vCPU has to tell the control thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CpuEvent {
+    /// The guest shut the processor down (triple fault).
+    TripleFault {
+        /// Index of the vCPU.
+        cpu: usize,
+    },
+    /// The guest touched memory that it has no right to: an unplugged block behind a slot.
+    MemoryFault {
+        /// Index of the vCPU.
+        cpu: usize,
+        /// Guest-physical address, where KVM tells it.
+        gpa: Option<u64>,
+        /// Instruction pointer of the guest.
+        rip: u64,
+    },
+    /// The hypervisor can't go on with this vCPU.
+    Failed {
+        /// Index of the vCPU.
+        cpu: usize,
+        /// What it said.
+        reason: String,
+    },
+    /// The hypervisor reports that the guest asked for reset or power-off.
+    System {
+        /// Reset if true, power-off if false.
+        reset: bool,
+    },
+}
+
+impl CpuEvent {
+    /// Writes what is wrong into the log.
+    pub fn log(&self) {
+        match self {
+            CpuEvent::TripleFault { cpu } => tracing::warn!("vcpu{cpu}: triple fault"),
+            CpuEvent::MemoryFault { cpu, gpa, rip } => {
+                let at = gpa.map_or_else(|| "an unknown address".into(), |a| format!("{a:#x}"));
+                tracing::error!(
+                    "vcpu{cpu}: the guest touched memory that is not plugged, at {at}, rip {rip:#x}"
+                );
+            }
+            CpuEvent::Failed { cpu, reason } => tracing::error!("vcpu{cpu}: {reason}"),
+            CpuEvent::System { .. } => {}
+        }
+    }
+}
+
+/// Something to do with a parked vCPU, on its own thread.
+type Job = Box<dyn FnOnce(&mut dyn Vcpu) + Send>;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Want {
+    Run,
+    Park,
+    Exit,
+}
+
+struct State {
+    want: Want,
+    parked: Vec<bool>,
+    jobs: Vec<Option<Job>>,
+    /// Stopped by an event of its own; a job lets it run again.
+    held: Vec<bool>,
+    waiters: Vec<Waker>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+    /// Read before each entry into the guest, without the lock.
+    attention: AtomicBool,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A thread that panicked aborts the process (profile), so poison carries no news.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The vCPU threads of one machine.
+pub struct Cpus {
+    shared: Arc<Shared>,
+    kickers: Vec<Kicker>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Cpus {
+    /// Starts one thread for each of `vcpus`, parked.
+    ///
+    /// # Errors
+    /// When a thread can't be started.
+    pub fn start(
+        vcpus: Vec<Box<dyn Vcpu>>,
+        system: &Arc<AddressSpace>,
+        ports: &Arc<AddressSpace>,
+        requests: &Requests,
+    ) -> Result<Cpus, Error> {
+        let count = vcpus.len();
+        let shared = Arc::new(Shared {
+            state: Mutex::new(State {
+                want: Want::Park,
+                parked: vec![false; count],
+                jobs: (0..count).map(|_| None).collect(),
+                held: vec![false; count],
+                waiters: Vec::new(),
+            }),
+            changed: Condvar::new(),
+            attention: AtomicBool::new(true),
+        });
+        let mut cpus = Cpus {
+            shared: Arc::clone(&shared),
+            kickers: vcpus.iter().map(|v| v.kicker()).collect(),
+            threads: Vec::with_capacity(count),
+        };
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let cpu = Cpu {
+                index,
+                vcpu,
+                shared: Arc::clone(&shared),
+                system: Arc::clone(system),
+                ports: Arc::clone(ports),
+                requests: requests.clone(),
+            };
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || cpu.main())
+                .map_err(|e| Error::part(format!("vcpu{index} thread"), e))?;
+            cpus.threads.push(thread);
+        }
+        Ok(cpus)
+    }
+
+    /// Number of vCPUs.
+    pub fn count(&self) -> usize {
+        self.kickers.len()
+    }
+
+    /// Lets all vCPUs that are not held run.
+    pub fn run(&self) {
+        self.request(Want::Run);
+    }
+
+    /// Takes all vCPUs out of the guest; ready when the last one is out.
+    pub async fn park(&self) {
+        self.request(Want::Park);
+        self.all_parked().await;
+    }
+
+    fn request(&self, want: Want) {
+        let mut state = self.shared.lock();
+        if state.want != Want::Exit {
+            state.want = want;
+        }
+        self.shared
+            .attention
+            .store(want != Want::Run, Ordering::SeqCst);
+        self.shared.changed.notify_all();
+        drop(state);
+        if want != Want::Run {
+            for kicker in &self.kickers {
+                kicker.kick();
+            }
+        }
+    }
+
+    async fn all_parked(&self) {
+        poll_fn(|cx| {
+            let mut state = self.shared.lock();
+            if state.parked.iter().all(|p| *p) {
+                return Poll::Ready(());
+            }
+            state.waiters.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    /// Runs `job` on each vCPU's thread; they must be parked. A held vCPU is held no longer.
+    pub async fn each<T: Send + 'static>(
+        &self,
+        job: impl Fn(usize, &mut dyn Vcpu) -> T + Send + Sync + 'static,
+    ) -> Vec<T> {
+        let job = Arc::new(job);
+        let mut answers = Vec::with_capacity(self.count());
+        {
+            let mut state = self.shared.lock();
+            debug_assert!(state.want != Want::Run, "a job needs parked vCPUs");
+            let State { jobs, held, .. } = &mut *state;
+            for (index, (slot, held)) in jobs.iter_mut().zip(held).enumerate() {
+                let (answer, done) = ebbtide_iothread::oneshot::channel();
+                let job = Arc::clone(&job);
+                *slot = Some(Box::new(move |vcpu| {
+                    // Nobody waits any more when the control thread gave up.
+                    let _ = answer.send(job(index, vcpu));
+                }));
+                *held = false;
+                answers.push(done);
+            }
+            self.shared.changed.notify_all();
+        }
+        let mut results = Vec::with_capacity(answers.len());
+        for done in answers {
+            // None only while the threads exit.
+            if let Some(result) = done.await {
+                results.push(result);
+            }
+        }
+        results
+    }
+}
+
+impl Drop for Cpus {
+    /// Takes the vCPUs out of the guest and joins their threads.
+    fn drop(&mut self) {
+        self.request(Want::Exit);
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+/// One vCPU with what its thread needs.
+struct Cpu {
+    index: usize,
+    vcpu: Box<dyn Vcpu>,
+    shared: Arc<Shared>,
+    system: Arc<AddressSpace>,
+    ports: Arc<AddressSpace>,
+    requests: Requests,
+}
+
+impl Cpu {
+    fn main(mut self) {
+        if let Err(e) = self.vcpu.bind_thread() {
+            self.fail(&e.to_string());
+        }
+        let reader = self.system.memory().register();
+        loop {
+            if self.shared.attention.load(Ordering::SeqCst) && !self.parked() {
+                return;
+            }
+            if let Some(event) = self.step(&reader) {
+                self.shared.lock().held[self.index] = true;
+                self.requests.send(Request::Cpu(event));
+                if !self.parked() {
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Holds this vCPU because of an error of the host.
+    fn fail(&self, reason: &str) {
+        self.shared.lock().held[self.index] = true;
+        self.requests.send(Request::Cpu(CpuEvent::Failed {
+            cpu: self.index,
+            reason: reason.to_owned(),
+        }));
+    }
+
+    /// Stays out of the guest as long as the control thread wants; false: exit.
+    fn parked(&mut self) -> bool {
+        let shared = Arc::clone(&self.shared);
+        let mut state = shared.lock();
+        let index = self.index;
+        loop {
+            if let Some(job) = state.jobs[index].take() {
+                drop(state);
+                job(self.vcpu.as_mut());
+                state = shared.lock();
+                continue;
+            }
+            match state.want {
+                Want::Exit => return false,
+                Want::Run if !state.held[index] => {
+                    state.parked[index] = false;
+                    return true;
+                }
+                Want::Run | Want::Park => {}
+            }
+            state.parked[index] = true;
+            for waker in state.waiters.drain(..) {
+                waker.wake();
+            }
+            state = shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Enters the guest once and answers what it left for.
+    fn step(&mut self, reader: &Reader) -> Option<CpuEvent> {
+        let cpu = self.index;
+        match self.vcpu.run() {
+            Ok(Exit::MmioRead { gpa, data }) => {
+                load(&self.system, reader, gpa, data);
+                None
+            }
+            Ok(Exit::MmioWrite { gpa, data }) => {
+                store(&self.system, reader, gpa, data);
+                None
+            }
+            Ok(Exit::PortIn { port, data, size }) => {
+                for unit in data.chunks_mut(usize::from(size.max(1))) {
+                    load(&self.ports, reader, u64::from(port), unit);
+                }
+                None
+            }
+            Ok(Exit::PortOut { port, data, size }) => {
+                for unit in data.chunks(usize::from(size.max(1))) {
+                    store(&self.ports, reader, u64::from(port), unit);
+                }
+                None
+            }
+            Ok(Exit::Halt | Exit::Interrupted) => None,
+            Ok(Exit::Shutdown) => Some(CpuEvent::TripleFault { cpu }),
+            Ok(Exit::MemoryFault { gpa, rip }) => Some(CpuEvent::MemoryFault { cpu, gpa, rip }),
+            Ok(Exit::SystemEvent { kind }) => system_event(cpu, kind),
+            Ok(Exit::InternalError { suberror, detail }) => Some(CpuEvent::Failed {
+                cpu,
+                reason: format!("KVM internal error {suberror}: {detail}"),
+            }),
+            Err(e) => Some(CpuEvent::Failed {
+                cpu,
+                reason: e.to_string(),
+            }),
+        }
+    }
+}
+
+fn system_event(cpu: usize, kind: ebbtide_hypervisor::SystemEventKind) -> Option<CpuEvent> {
+    use ebbtide_hypervisor::SystemEventKind as Kind;
+    match kind {
+        Kind::Shutdown => Some(CpuEvent::System { reset: false }),
+        Kind::Reset => Some(CpuEvent::System { reset: true }),
+        other => Some(CpuEvent::Failed {
+            cpu,
+            reason: format!("unexpected system event {other:?}"),
+        }),
+    }
+}
+
+/// An access of 1 to 8 bytes; others, which the architecture does not make, go byte by byte.
+fn load(space: &AddressSpace, reader: &Reader, at: u64, data: &mut [u8]) {
+    if let size @ (1 | 2 | 4 | 8) = data.len() {
+        let value = space.load(reader, at, size as u8).to_le_bytes();
+        data.iter_mut().zip(value).for_each(|(d, v)| *d = v);
+        return;
+    }
+    for (offset, byte) in (0u64..).zip(data.iter_mut()) {
+        *byte = space.load(reader, at.wrapping_add(offset), 1) as u8;
+    }
+}
+
+fn store(space: &AddressSpace, reader: &Reader, at: u64, data: &[u8]) {
+    if let size @ (1 | 2 | 4 | 8) = data.len() {
+        let mut value = [0u8; 8];
+        value.iter_mut().zip(data).for_each(|(v, d)| *v = *d);
+        space.store(reader, at, size as u8, u64::from_le_bytes(value));
+        return;
+    }
+    for (offset, byte) in (0u64..).zip(data) {
+        space.store(reader, at.wrapping_add(offset), 1, u64::from(*byte));
+    }
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The guest-physical address map.
+//!
+//! ```text
+//! 0                    low RAM, up to 3 GiB (640 KiB..1 MiB is reserved in e820, the tables live there)
+//! 0xc000_0000          32-bit PCI window
+//! 0xe000_0000          ECAM, 256 buses
+//! 0xf000_0000          platform registers (ACPI sleep control, event device)
+//! 0xfec0_0000          IOAPIC          0xfee0_0000  local APICs
+//! 4 GiB                high RAM
+//!                      device memory: virtio-mem, aligned to 2 GiB
+//!                      64-bit PCI window, to the end of the physical address space (at most 512 GiB of it)
+//! ```
+
+use std::ops::Range;
+
+use crate::Error;
+
+/// 1 GiB in bytes.
+pub const GIB: u64 = 1 << 30;
+/// 1 MiB in bytes.
+pub const MIB: u64 = 1 << 20;
+
+/// Low RAM ends here at the latest.
+pub const LOW_RAM_LIMIT: u64 = 3 * GIB;
+/// High RAM starts here.
+pub const HIGH_RAM_START: u64 = 4 * GIB;
+/// The 32-bit window of the PCI host bridge.
+pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+/// PCIe configuration space (ECAM), buses 0 to 255.
+pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// Registers of the ACPI sleep control and of the generic event device.
+pub const PLATFORM: u64 = 0xf000_0000;
+/// The RSDP and the tables it points to; inside the area firmware owns on a PC.
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+/// Conventional memory ends here; from here to 1 MiB e820 says reserved.
+pub const EBDA_START: u64 = 0x9_fc00;
+
+/// Device memory is aligned so that guests with 2 GiB memory blocks lose no edge of it.
+const DEVICE_MEMORY_ALIGN: u64 = 2 * GIB;
+/// What the 64-bit PCI window is cut to: enough for every BAR the machine can have.
+const MMIO64_MAX: u64 = 512 * GIB;
+/// The smallest 64-bit PCI window worth having.
+const MMIO64_MIN: u64 = GIB;
+
+/// Where everything is, for one machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Layout {
+    /// RAM below 4 GiB, from 0.
+    pub low_ram: Range<u64>,
+    /// RAM from 4 GiB on; empty when all of it fits below.
+    pub high_ram: Range<u64>,
+    /// Room for each memory device, in the order asked for.
+    pub device_memory: Vec<Range<u64>>,
+    /// The 64-bit window of the PCI host bridge.
+    pub mmio64: Range<u64>,
+}
+
+impl Layout {
+    /// Lays out `ram_bytes` of boot RAM and one range for each of `devices_bytes` in a guest
+    /// with `phys_bits` physical address bits.
+    ///
+    /// # Errors
+    /// [`Error::AddressSpace`] when it does not fit.
+    pub fn new(ram_bytes: u64, devices_bytes: &[u64], phys_bits: u8) -> Result<Layout, Error> {
+        let end = 1u64 << phys_bits.min(52);
+        let too_large = |needed: u64| Error::AddressSpace {
+            needed_bytes: needed,
+            available_bytes: end,
+            phys_bits,
+        };
+        let low = ram_bytes.min(LOW_RAM_LIMIT);
+        let high_end = HIGH_RAM_START
+            .checked_add(ram_bytes - low)
+            .ok_or_else(|| too_large(u64::MAX))?;
+        let mut next = high_end;
+        let mut device_memory = Vec::with_capacity(devices_bytes.len());
+        for &size in devices_bytes {
+            let start = align_up(next, DEVICE_MEMORY_ALIGN).ok_or_else(|| too_large(u64::MAX))?;
+            let stop = start.checked_add(size).ok_or_else(|| too_large(u64::MAX))?;
+            device_memory.push(start..stop);
+            next = stop;
+        }
+        let window = align_up(next, DEVICE_MEMORY_ALIGN).ok_or_else(|| too_large(u64::MAX))?;
+        let needed = window.saturating_add(MMIO64_MIN);
+        if needed > end {
+            return Err(too_large(needed));
+        }
+        Ok(Layout {
+            low_ram: 0..low,
+            high_ram: HIGH_RAM_START..high_end,
+            device_memory,
+            mmio64: window..end.min(window.saturating_add(MMIO64_MAX)),
+        })
+    }
+
+    /// The ranges of boot RAM, in address order.
+    pub fn ram(&self) -> Vec<Range<u64>> {
+        let mut ranges = vec![self.low_ram.clone()];
+        if !self.high_ram.is_empty() {
+            ranges.push(self.high_ram.clone());
+        }
+        ranges
+    }
+}
+
+fn align_up(value: u64, align: u64) -> Option<u64> {
+    value.checked_next_multiple_of(align)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_ram_is_below_the_hole() {
+        let l = Layout::new(512 * MIB, &[7680 * MIB], 40).unwrap();
+        assert_eq!(l.low_ram, 0..512 * MIB);
+        assert!(l.high_ram.is_empty());
+        assert_eq!(l.device_memory, [4 * GIB..4 * GIB + 7680 * MIB]);
+        assert_eq!(l.mmio64.start, 12 * GIB);
+        assert_eq!(l.ram(), [0..512 * MIB]);
+    }
+
+    #[test]
+    fn ram_past_3_gib_goes_above_4() {
+        let l = Layout::new(5 * GIB, &[GIB, GIB], 46).unwrap();
+        assert_eq!(l.high_ram, 4 * GIB..6 * GIB);
+        assert_eq!(l.device_memory, [6 * GIB..7 * GIB, 8 * GIB..9 * GIB]);
+        assert_eq!(l.mmio64, 10 * GIB..522 * GIB);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        assert!(matches!(
+            Layout::new(GIB, &[1024 * GIB], 40),
+            Err(Error::AddressSpace { phys_bits: 40, .. })
+        ));
+        assert!(Layout::new(GIB, &[u64::MAX], 52).is_err());
+        assert!(Layout::new(u64::MAX, &[], 52).is_err());
+        assert!(Layout::new(GIB, &[1000 * GIB], 40).is_ok());
+    }
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The run state of the machine, and the one task that changes it.
+//!
+//! ```text
+//!                 stop                    reset (guest, monitor, triple fault)
+//!   Running ◀────────────▶ Paused        park · drain devices · unplug memory · power-on state
+//!      │          cont                    └─▶ as before: Running or Paused
+//!      │ memory fault, KVM error
+//!      ▼
+//!   InternalError ── reset ─▶ Running
+//!
+//!   any ── quit, power-off, signal, reset with --no-reboot ─▶ Shutdown (drains, then the VM ends)
+//! ```
+//!
+//! Requests come through a channel from vCPUs, devices, monitors and signals, and are done one
+//! after the other: a reset never meets half of a stop.
+
+use ebbtide_iothread::{Sender, oneshot};
+use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
+
+use crate::cpus::CpuEvent;
+
+/// Something that changes, or may change, the run state.
+pub enum Request {
+    /// Take the guest off the vCPUs.
+    Stop(oneshot::Sender<()>),
+    /// Let it go on.
+    Continue(oneshot::Sender<Result<(), String>>),
+    /// Put machine and guest back to power-on.
+    Reset {
+        /// Who asked.
+        cause: ShutdownCause,
+    },
+    /// Press the power button.
+    PowerButton,
+    /// End the VM.
+    Shutdown {
+        /// Who asked.
+        cause: ShutdownCause,
+    },
+    /// A vCPU says something.
+    Cpu(CpuEvent),
+}
+
+/// Sends requests to the lifecycle task; never blocks.
+#[derive(Clone)]
+pub struct Requests(Sender<Request>);
+
+impl Requests {
+    /// A sender on `channel`.
+    pub fn new(channel: Sender<Request>) -> Requests {
+        Requests(channel)
+    }
+
+    /// Posts `request`.
+    pub fn send(&self, request: Request) {
+        self.0.send(request);
+    }
+
+    /// Asks for a reset without waiting for it.
+    pub fn reset(&self, cause: ShutdownCause) {
+        self.send(Request::Reset { cause });
+    }
+
+    /// Asks for the end of the VM.
+    pub fn shutdown(&self, cause: ShutdownCause) {
+        self.send(Request::Shutdown { cause });
+    }
+}
+
+/// How the VM ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ending {
+    /// Who ended it.
+    pub cause: ShutdownCause,
+    /// Devices whose requests did not end within the drain time-out.
+    pub undrained: Vec<String>,
+}
+
+/// What a request leads to, decided without doing anything: tested alone.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Nothing to do.
+    Nothing,
+    /// Park the vCPUs and be in this state.
+    Halt(RunState),
+    /// Let the vCPUs run.
+    Go,
+    /// Reset, then be as before.
+    Reset {
+        /// For the RESET event.
+        cause: ShutdownCause,
+        /// Whether the vCPUs run afterwards.
+        then_run: bool,
+    },
+    /// Tell the guest that the power button was pressed.
+    Button,
+    /// End the VM.
+    End(ShutdownCause),
+}
+
+/// What the lifecycle does on a stop.
+pub fn on_stop(state: RunState) -> Step {
+    match state {
+        RunState::Running => Step::Halt(RunState::Paused),
+        _ => Step::Nothing,
+    }
+}
+
+/// What the lifecycle does on a continue.
+///
+/// # Errors
+/// When the guest can't go on from `state`.
+pub fn on_continue(state: RunState) -> Result<Step, String> {
+    match state {
+        RunState::Running => Ok(Step::Nothing),
+        RunState::Paused | RunState::PreLaunch => Ok(Step::Go),
+        _ => Err("Resetting the Virtual Machine is required".into()),
+    }
+}
+
+/// What the lifecycle does when a reset is asked for.
+pub fn on_reset(state: RunState, cause: ShutdownCause, no_reboot: bool) -> Step {
+    match (state, no_reboot) {
+        (_, true) => Step::End(cause),
+        (RunState::Paused | RunState::PreLaunch, false) => Step::Reset {
+            cause,
+            then_run: false,
+        },
+        (_, false) => Step::Reset {
+            cause,
+            then_run: true,
+        },
+    }
+}
+
+/// What the lifecycle does when a vCPU reports `event`.
+pub fn on_cpu(state: RunState, event: &CpuEvent, no_reboot: bool) -> Step {
+    match event {
+        CpuEvent::TripleFault { .. } => on_reset(state, ShutdownCause::GuestReset, no_reboot),
+        CpuEvent::System { reset: true } => on_reset(state, ShutdownCause::GuestReset, no_reboot),
+        CpuEvent::System { reset: false } => Step::End(ShutdownCause::GuestShutdown),
+        CpuEvent::MemoryFault { .. } | CpuEvent::Failed { .. } => {
+            Step::Halt(RunState::InternalError)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stop_and_continue() {
+        assert_eq!(on_stop(RunState::Running), Step::Halt(RunState::Paused));
+        assert_eq!(on_stop(RunState::Paused), Step::Nothing);
+        assert_eq!(on_stop(RunState::InternalError), Step::Nothing);
+        assert_eq!(on_continue(RunState::Paused), Ok(Step::Go));
+        assert_eq!(on_continue(RunState::Running), Ok(Step::Nothing));
+        assert!(on_continue(RunState::InternalError).is_err());
+    }
+
+    #[test]
+    fn reset_keeps_the_guest_as_it_was() {
+        let cause = ShutdownCause::HostQmpSystemReset;
+        let reset = |then_run| Step::Reset { cause, then_run };
+        assert_eq!(on_reset(RunState::Running, cause, false), reset(true));
+        assert_eq!(on_reset(RunState::Paused, cause, false), reset(false));
+        assert_eq!(on_reset(RunState::InternalError, cause, false), reset(true));
+        assert_eq!(on_reset(RunState::Running, cause, true), Step::End(cause));
+    }
+
+    #[test]
+    fn triple_fault_reboots_and_faults_halt() {
+        let fault = CpuEvent::TripleFault { cpu: 0 };
+        assert!(matches!(
+            on_cpu(RunState::Running, &fault, false),
+            Step::Reset { then_run: true, .. }
+        ));
+        assert_eq!(
+            on_cpu(RunState::Running, &fault, true),
+            Step::End(ShutdownCause::GuestReset)
+        );
+        let fault = CpuEvent::MemoryFault {
+            cpu: 1,
+            gpa: None,
+            rip: 0,
+        };
+        assert_eq!(
+            on_cpu(RunState::Running, &fault, false),
+            Step::Halt(RunState::InternalError)
+        );
+    }
+}

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A built machine and what is done to all of it: power on, reset, end.
+//!
+//! It belongs to the control thread. Nothing here blocks that thread: what may block (loading the
+//! kernel again) runs on the pool, what must be waited for is awaited.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ebbtide_bus::acpi;
+use ebbtide_bus::pci::HostBridge;
+use ebbtide_hypervisor::{BootState, ChipState, VcpuState, Vm};
+use ebbtide_iothread::{Blocking, IoThread, Local, Receiver};
+use ebbtide_memory::{AddressSpace, Backing, Memory};
+use ebbtide_qmp::EventSink;
+use ebbtide_qmp::schema::Empty;
+use ebbtide_qmp::types::events::{self, Cause};
+use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
+use ebbtide_virtio::VirtioPci;
+use ebbtide_virtio::mem::{MemError, MemStatus, VirtioMem};
+
+use crate::Error;
+use crate::boot::{self, BootImage, Entry};
+use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
+use crate::cpus::Cpus;
+use crate::layout::Layout;
+use crate::lifecycle::{self, Ending, Request, Requests, Step};
+use crate::platform::Platform;
+
+/// Name of the RAM block the machine boots with.
+pub(crate) const BOOT_RAM: &str = "ram";
+
+/// One virtio-mem device with its place in the map.
+pub struct MemorySlot {
+    /// What was asked for.
+    pub config: MemoryDeviceConfig,
+    /// Where it lies in guest-physical memory.
+    pub range: Range<u64>,
+    device: Arc<VirtioMem>,
+    /// When the last target was set.
+    asked: Cell<Instant>,
+}
+
+impl MemorySlot {
+    pub(crate) fn new(
+        config: MemoryDeviceConfig,
+        range: Range<u64>,
+        device: Arc<VirtioMem>,
+    ) -> MemorySlot {
+        MemorySlot {
+            config,
+            range,
+            device,
+            asked: Cell::new(Instant::now()),
+        }
+    }
+
+    /// How the device is doing.
+    pub fn status(&self) -> MemStatus {
+        self.device.status()
+    }
+
+    /// Wants `bytes` plugged.
+    ///
+    /// # Errors
+    /// A size that is no multiple of the block size or larger than the device.
+    pub fn set_requested(&self, bytes: u64) -> Result<(), MemError> {
+        self.device.set_requested(bytes)?;
+        self.asked.set(Instant::now());
+        Ok(())
+    }
+
+    /// Since the last target was set.
+    pub fn target_age(&self) -> Duration {
+        self.asked.get().elapsed()
+    }
+
+    /// QOM type of its backend.
+    pub fn backend_type(&self) -> &'static str {
+        match self.config.backing {
+            Backing::Anon { .. } => "memory-backend-ram",
+            Backing::Memfd { .. } | Backing::Hugetlb { .. } => "memory-backend-memfd",
+            Backing::File { .. } => "memory-backend-file",
+        }
+    }
+}
+
+/// The state a reset goes back to.
+pub(crate) struct PowerOn {
+    pub(crate) chips: ChipState,
+    pub(crate) cpus: Arc<Vec<VcpuState>>,
+}
+
+/// A virtual machine. See the module.
+///
+/// Fields are dropped in this order: vCPUs leave the guest first, then the devices go, then the
+/// threads that served them, then memory.
+pub struct Machine {
+    pub(crate) cpus: Cpus,
+    pub(crate) platform: Platform,
+    pub(crate) bridge: Arc<HostBridge>,
+    pub(crate) functions: RefCell<Vec<PciDevice>>,
+    pub(crate) slots: Vec<MemorySlot>,
+    /// Held for its drop: it ends the threads.
+    pub(crate) _iothreads: Vec<IoThread>,
+    pub(crate) blocking: Arc<Blocking>,
+    pub(crate) vm: Arc<dyn Vm>,
+    pub(crate) system: Arc<AddressSpace>,
+    pub(crate) memory: Arc<Memory>,
+    pub(crate) boot: Arc<BootImage>,
+    pub(crate) tables: Arc<acpi::Tables>,
+    pub(crate) power_on: PowerOn,
+    pub(crate) layout: Arc<Layout>,
+    pub(crate) config: MachineConfig,
+    pub(crate) state: Cell<RunState>,
+    pub(crate) requests: Requests,
+    pub(crate) local: Local,
+}
+
+/// A virtio function and where it sits.
+#[derive(Clone)]
+pub(crate) struct PciDevice {
+    pub(crate) id: String,
+    pub(crate) slot: u8,
+    pub(crate) function: Arc<VirtioPci>,
+}
+
+impl Machine {
+    /// What the machine is doing.
+    pub fn state(&self) -> RunState {
+        self.state.get()
+    }
+
+    /// Where to ask for changes of the run state.
+    pub fn requests(&self) -> &Requests {
+        &self.requests
+    }
+
+    /// Number of vCPUs.
+    pub fn vcpus(&self) -> u64 {
+        self.cpus.count() as u64
+    }
+
+    /// The memory core.
+    pub fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// The virtio-mem devices in id order.
+    pub fn memory_slots(&self) -> &[MemorySlot] {
+        &self.slots
+    }
+
+    /// The virtio-mem device with this id.
+    pub fn memory_slot(&self, id: &str) -> Option<&MemorySlot> {
+        self.slots.iter().find(|s| s.config.id == id)
+    }
+
+    /// The disks.
+    pub fn disks(&self) -> &[DiskConfig] {
+        &self.config.disks
+    }
+
+    /// Bytes of RAM at boot.
+    pub fn boot_ram_bytes(&self) -> u64 {
+        self.config.ram.size_bytes
+    }
+
+    /// Bytes plugged in all memory devices.
+    pub fn plugged_bytes(&self) -> u64 {
+        self.slots.iter().map(|s| s.status().plugged_bytes).sum()
+    }
+
+    /// Loads the kernel and puts the vCPUs to its entry. They must be parked.
+    pub(crate) async fn load(&self) -> Result<(), Error> {
+        let entry = self.load_boot_image().await?;
+        let power_on = Arc::clone(&self.power_on.cpus);
+        let results = self
+            .cpus
+            .each(move |index, vcpu| {
+                let state = power_on.get(index).ok_or("no saved state".to_owned())?;
+                vcpu.restore(state).map_err(|e| e.to_string())?;
+                if index == 0 {
+                    vcpu.set_boot_state(&boot_state(entry))
+                        .map_err(|e| e.to_string())?;
+                }
+                Ok::<(), String>(())
+            })
+            .await;
+        for (index, result) in results.into_iter().enumerate() {
+            result.map_err(|e| Error::part(format!("vcpu{index}: power-on state"), e))?;
+        }
+        Ok(())
+    }
+
+    async fn load_boot_image(&self) -> Result<Entry, Error> {
+        let boot = Arc::clone(&self.boot);
+        let layout = Arc::clone(&self.layout);
+        let tables = Arc::clone(&self.tables);
+        let system = Arc::clone(&self.system);
+        self.blocking
+            .run(move || {
+                let reader = system.memory().register();
+                let guard = system.read(&reader);
+                guard
+                    .write_bytes(ebbtide_memory::Gpa(tables.address), &tables.bytes)
+                    .map_err(|e| Error::part("ACPI tables", e))?;
+                drop(guard);
+                let ram = system
+                    .memory()
+                    .ram()
+                    .by_name(BOOT_RAM)
+                    .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
+                let view = boot::view::of(&ram, &layout)?;
+                boot.load(&view, &layout, tables.address)
+            })
+            .await
+    }
+
+    /// Starts the guest for the first time.
+    ///
+    /// # Errors
+    /// When the kernel does not fit or a vCPU refuses its state.
+    pub async fn start(&self, events: &EventSink) -> Result<(), Error> {
+        self.load().await?;
+        self.take(Step::Go, events).await;
+        Ok(())
+    }
+
+    /// Serves requests that change the run state until one ends the VM.
+    pub async fn run(&self, mut incoming: Receiver<Request>, events: &EventSink) -> Ending {
+        loop {
+            // None: all senders are gone, which only happens when the machine falls apart.
+            let cause = match incoming.recv().await {
+                Some(request) => self.apply(request, events).await,
+                None => Some(ShutdownCause::HostError),
+            };
+            if let Some(cause) = cause {
+                return self.end(cause, events).await;
+            }
+        }
+    }
+
+    /// Does what `request` asks for and answers who waits; Some: the VM is to end.
+    async fn apply(&self, request: Request, events: &EventSink) -> Option<ShutdownCause> {
+        let state = self.state();
+        let no_reboot = self.config.no_reboot;
+        // Who waits for an answer may have gone; nothing depends on it being heard.
+        match request {
+            Request::Stop(done) => {
+                let cause = self.take(lifecycle::on_stop(state), events).await;
+                let _ = done.send(());
+                cause
+            }
+            Request::Continue(done) => match lifecycle::on_continue(state) {
+                Ok(step) => {
+                    let cause = self.take(step, events).await;
+                    let _ = done.send(Ok(()));
+                    cause
+                }
+                Err(reason) => {
+                    let _ = done.send(Err(reason));
+                    None
+                }
+            },
+            Request::Reset { cause } => {
+                self.take(lifecycle::on_reset(state, cause, no_reboot), events)
+                    .await
+            }
+            Request::PowerButton => self.take(Step::Button, events).await,
+            Request::Shutdown { cause } => Some(cause),
+            Request::Cpu(event) => {
+                event.log();
+                self.take(lifecycle::on_cpu(state, &event, no_reboot), events)
+                    .await
+            }
+        }
+    }
+
+    /// Takes one step; Some: the VM is to end.
+    async fn take(&self, step: Step, events: &EventSink) -> Option<ShutdownCause> {
+        match step {
+            Step::Nothing => {}
+            Step::Halt(state) => {
+                self.cpus.park().await;
+                self.state.set(state);
+                events.emit(events::STOP.with(Empty {}));
+            }
+            Step::Go => {
+                self.mark_paused().await;
+                self.state.set(RunState::Running);
+                self.cpus.run();
+                events.emit(events::RESUME.with(Empty {}));
+            }
+            Step::Reset { cause, then_run } => {
+                if let Err(e) = self.reset().await {
+                    tracing::error!("reset failed: {e}");
+                    self.state.set(RunState::InternalError);
+                    events.emit(events::STOP.with(Empty {}));
+                    return None;
+                }
+                events.emit(events::RESET.with(Cause::new(cause)));
+                if then_run {
+                    self.state.set(RunState::Running);
+                    self.cpus.run();
+                } else {
+                    self.state.set(RunState::Paused);
+                }
+            }
+            Step::Button => {
+                self.platform.press_power_button();
+                events.emit(events::POWERDOWN.with(Empty {}));
+            }
+            Step::End(cause) => return Some(cause),
+        }
+        None
+    }
+
+    /// After a stop, tells the guest's lock-up detectors that its time stood still on purpose.
+    async fn mark_paused(&self) {
+        if self.state() != RunState::Paused {
+            return;
+        }
+        for result in self.cpus.each(|_, vcpu| vcpu.mark_paused()).await {
+            if let Err(e) = result {
+                tracing::debug!("the guest can't be told of the pause: {e}");
+            }
+        }
+    }
+
+    /// Puts everything back to power-on: vCPUs out, requests of the old guest drained, memory
+    /// devices empty, registers reset, kernel loaded.
+    async fn reset(&self) -> Result<(), Error> {
+        self.cpus.park().await;
+        for device in self.drain().await {
+            // Its requests may still write to what the old guest gave them: the new guest must
+            // not meet the device. It stays allocated until they end.
+            tracing::error!(
+                "{}: requests did not end within {:?}; the device is kept out of the new guest",
+                device.id,
+                self.config.drain_timeout
+            );
+            self.remove(&device);
+        }
+        self.empty_memory_devices().await;
+        self.bridge.reset();
+        self.bridge
+            .assign_bars()
+            .map_err(|e| Error::part("PCI", e))?;
+        self.platform.reset();
+        self.vm
+            .restore_chips(&self.power_on.chips)
+            .map_err(|e| Error::part("interrupt controllers", e))?;
+        self.load().await
+    }
+
+    /// Unplugs all device memory. What can't be taken back in time stays plugged; the driver of the
+    /// next guest begins with unplugging it.
+    async fn empty_memory_devices(&self) {
+        for slot in &self.slots {
+            let emptied = slot.device.system_reset();
+            let id = &slot.config.id;
+            match self.local.timeout(self.config.drain_timeout, emptied).await {
+                Ok(Ok(())) => {}
+                Ok(Err(e)) => tracing::error!("{id}: its memory can't be taken back: {e}"),
+                Err(_) => tracing::error!("{id}: its memory is still in use"),
+            }
+        }
+    }
+
+    /// Ends all use of the devices by the guest; returns those with requests that did not end
+    /// within the drain time-out.
+    async fn drain(&self) -> Vec<PciDevice> {
+        let devices = self.functions.borrow().clone();
+        // All gates close before the first wait.
+        let drains: Vec<_> = devices.iter().map(|d| d.function.quiesce()).collect();
+        let deadline = self.local.now() + self.config.drain_timeout;
+        let mut stuck = Vec::new();
+        for (device, drained) in devices.into_iter().zip(drains) {
+            let left = deadline.saturating_duration_since(self.local.now());
+            if self.local.timeout(left, drained).await.is_err() {
+                stuck.push(device);
+            }
+        }
+        stuck
+    }
+
+    /// Takes a device off the bus; whoever still serves it keeps it alive.
+    fn remove(&self, device: &PciDevice) {
+        drop(device.function.close());
+        if let Err(e) = self.bridge.detach(device.slot) {
+            tracing::error!("{}: can't be taken off the bus: {e}", device.id);
+        }
+        self.functions.borrow_mut().retain(|d| d.id != device.id);
+    }
+
+    async fn end(&self, cause: ShutdownCause, events: &EventSink) -> Ending {
+        self.cpus.park().await;
+        self.state.set(RunState::Shutdown);
+        events.emit(events::SHUTDOWN.with(Cause::new(cause)));
+        let undrained: Vec<String> = self.drain().await.into_iter().map(|d| d.id).collect();
+        self.platform.flush(&self.local).await;
+        Ending { cause, undrained }
+    }
+}
+
+fn boot_state(entry: Entry) -> BootState {
+    BootState::long_mode(
+        entry.rip,
+        entry.rsi,
+        boot::STACK,
+        boot::PAGE_TABLES,
+        boot::GDT,
+    )
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! QMP: what each command does to this machine.
+
+mod hmp;
+mod memory;
+mod qom;
+
+use std::rc::Rc;
+
+use ebbtide_iothread::oneshot;
+use ebbtide_qmp::schema::Empty;
+use ebbtide_qmp::types::ebbtide::Status;
+use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
+use ebbtide_qmp::{CommandTable, QmpError, commands};
+
+use crate::lifecycle::Request;
+use crate::machine::Machine;
+
+/// The commands of `machine`.
+pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
+    let table = CommandTable::new(Rc::clone(machine))
+        .on(commands::QUERY_STATUS, async |m, _, Empty {}| {
+            Ok(StatusInfo::new(m.state()))
+        })
+        .on(commands::STOP, async |m, _, Empty {}| stop(&m).await)
+        .on(commands::CONT, async |m, _, Empty {}| go(&m).await)
+        .on(commands::SYSTEM_RESET, async |m, _, Empty {}| {
+            m.requests().reset(ShutdownCause::HostQmpSystemReset);
+            Ok(Empty {})
+        })
+        .on(commands::SYSTEM_POWERDOWN, async |m, _, Empty {}| {
+            m.requests().send(Request::PowerButton);
+            Ok(Empty {})
+        })
+        .on(commands::QUIT, async |m, _, Empty {}| {
+            m.requests().shutdown(ShutdownCause::HostQmpQuit);
+            Ok(Empty {})
+        })
+        .on(commands::HUMAN_MONITOR_COMMAND, async |m, _, args| {
+            hmp::run(&m, &args.command_line).await
+        })
+        .on(commands::EBBTIDE_QUERY_STATUS, async |m, _, Empty {}| {
+            Ok(Status {
+                status: m.state(),
+                vcpus: m.vcpus(),
+                pid: u64::from(std::process::id()),
+                version: env!("CARGO_PKG_VERSION").into(),
+            })
+        });
+    qom::add(memory::add(table))
+}
+
+/// Stops the guest; ready when all vCPUs are out of it.
+pub(crate) async fn stop(machine: &Machine) -> Result<Empty, QmpError> {
+    let (done, stopped) = oneshot::channel();
+    machine.requests().send(Request::Stop(done));
+    stopped.await;
+    Ok(Empty {})
+}
+
+/// Lets the guest go on.
+pub(crate) async fn go(machine: &Machine) -> Result<Empty, QmpError> {
+    let (done, gone_on) = oneshot::channel();
+    machine.requests().send(Request::Continue(done));
+    match gone_on.await {
+        Some(Err(reason)) => Err(QmpError::generic(reason)),
+        // None: the machine is ending, and so is this connection.
+        Some(Ok(())) | None => Ok(Empty {}),
+    }
+}

@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The object tree as QMP shows it: `/machine/peripheral/ID` are devices, `/objects/ID` memory
+//! backends.
+
+use ebbtide_qmp::schema::Empty;
+use ebbtide_qmp::types::qom::ObjectPropertyInfo;
+use ebbtide_qmp::{CommandTable, ErrorClass, QmpError, commands, sizes};
+use serde_json::{Value, json};
+
+use crate::config::DiskConfig;
+use crate::machine::{Machine, MemorySlot};
+
+/// Adds the `qom-` commands to `table`.
+pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
+    table
+        .on(commands::QOM_LIST, async |m, _, args| {
+            Ok(resolve(&m, &args.path)?.properties())
+        })
+        .on(commands::QOM_GET, async |m, _, args| {
+            resolve(&m, &args.path)?.get(&args.property)
+        })
+        .on(commands::QOM_SET, async |m, _, args| {
+            resolve(&m, &args.path)?.set(&args.property, &args.value)
+        })
+}
+
+/// Sets a property from text, as people type it: sizes may have a suffix.
+pub(super) fn set_text(
+    machine: &Machine,
+    path: &str,
+    property: &str,
+    text: &str,
+) -> Result<Empty, QmpError> {
+    let value = match sizes::parse(text) {
+        Ok(bytes) => json!(bytes),
+        Err(_) => json!(text),
+    };
+    resolve(machine, path)?.set(property, &value)
+}
+
+/// A property as text.
+pub(super) fn get_text(machine: &Machine, path: &str, property: &str) -> Result<String, QmpError> {
+    resolve(machine, path)?.get(property).map(|v| v.to_string())
+}
+
+/// The properties of an object, one a line.
+pub(super) fn list_text(machine: &Machine, path: &str) -> Result<String, QmpError> {
+    let lines = resolve(machine, path)?.properties();
+    Ok(lines
+        .iter()
+        .map(|p| format!("{} ({})\r\n", p.name, p.type_name))
+        .collect())
+}
+
+/// A node of the tree.
+enum Object<'m> {
+    Root,
+    Machine,
+    Peripheral(&'m Machine),
+    Objects(&'m Machine),
+    Memory(&'m MemorySlot),
+    Backend(&'m MemorySlot),
+    Disk(&'m DiskConfig),
+}
+
+/// Finds the object an absolute path, or the unambiguous end of one, names.
+fn resolve<'m>(machine: &'m Machine, path: &str) -> Result<Object<'m>, QmpError> {
+    let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+    let slots = machine.memory_slots();
+    let device = |id: &str| {
+        let slot = slots.iter().find(|s| s.config.id == id);
+        let disk = || machine.disks().iter().find(|d| d.id == id);
+        slot.map(Object::Memory)
+            .or_else(|| disk().map(Object::Disk))
+    };
+    let backend = |id: &str| {
+        slots
+            .iter()
+            .find(|s| s.config.memdev == id)
+            .map(Object::Backend)
+    };
+    let found = match (path.starts_with('/'), parts.as_slice()) {
+        (true, []) => Some(Object::Root),
+        (_, ["machine"]) => Some(Object::Machine),
+        (true, ["machine", "peripheral"]) | (false, ["peripheral"]) => {
+            Some(Object::Peripheral(machine))
+        }
+        (_, ["objects"]) => Some(Object::Objects(machine)),
+        (true, ["machine", "peripheral", id]) | (false, ["peripheral", id]) => device(id),
+        (_, ["objects", id]) => backend(id),
+        (false, [id]) => device(id).or_else(|| backend(id)),
+        _ => None,
+    };
+    found.ok_or_else(|| QmpError::device_not_found(path))
+}
+
+impl Object<'_> {
+    fn type_name(&self) -> &'static str {
+        match self {
+            Object::Root | Object::Peripheral(_) | Object::Objects(_) => "container",
+            Object::Machine => "ebbtide-machine",
+            Object::Memory(_) => "virtio-mem-pci",
+            Object::Backend(slot) => slot.backend_type(),
+            Object::Disk(_) => "virtio-blk-pci",
+        }
+    }
+
+    fn properties(&self) -> Vec<ObjectPropertyInfo> {
+        let mut list = vec![ObjectPropertyInfo::new("type", "string")];
+        let mut add = |name: &str, kind: &str| list.push(ObjectPropertyInfo::new(name, kind));
+        match self {
+            Object::Root => {
+                add("machine", "child<ebbtide-machine>");
+                add("objects", "child<container>");
+            }
+            Object::Machine => add("peripheral", "child<container>"),
+            Object::Peripheral(machine) => {
+                for slot in machine.memory_slots() {
+                    add(&slot.config.id, "child<virtio-mem-pci>");
+                }
+                for disk in machine.disks() {
+                    add(&disk.id, "child<virtio-blk-pci>");
+                }
+            }
+            Object::Objects(machine) => {
+                for slot in machine.memory_slots() {
+                    add(
+                        &slot.config.memdev,
+                        &format!("child<{}>", slot.backend_type()),
+                    );
+                }
+            }
+            Object::Memory(_) => {
+                add("requested-size", "size");
+                add("size", "size");
+                add("block-size", "size");
+                add("memaddr", "uint64");
+                add("node", "uint32");
+                add("memdev", "link<memory-backend>");
+                add("prealloc", "bool");
+            }
+            Object::Backend(_) => add("size", "int"),
+            Object::Disk(_) => {
+                add("serial", "str");
+                add("drive", "str");
+            }
+        }
+        list
+    }
+
+    fn get(&self, property: &str) -> Result<Value, QmpError> {
+        if property == "type" {
+            return Ok(json!(self.type_name()));
+        }
+        let value = match self {
+            Object::Memory(slot) => memory_property(slot, property),
+            Object::Backend(slot) if property == "size" => Some(json!(slot.config.size_bytes)),
+            Object::Disk(disk) => match property {
+                "serial" => Some(json!(disk.serial)),
+                "drive" => Some(json!(disk.path.to_string_lossy())),
+                _ => None,
+            },
+            _ => None,
+        };
+        match value {
+            Some(value) => Ok(value),
+            None if self.properties().iter().any(|p| p.name == property) => {
+                // A child or link: QMP gives its path.
+                Ok(json!(self.child_path(property)))
+            }
+            None => Err(QmpError::property_not_found(self.type_name(), property)),
+        }
+    }
+
+    fn child_path(&self, property: &str) -> String {
+        match self {
+            Object::Machine => format!("/machine/{property}"),
+            Object::Peripheral(_) => format!("/machine/peripheral/{property}"),
+            Object::Objects(_) => format!("/objects/{property}"),
+            _ => format!("/{property}"),
+        }
+    }
+
+    fn set(&self, property: &str, value: &Value) -> Result<Empty, QmpError> {
+        match (self, property) {
+            (Object::Memory(slot), "requested-size") => {
+                let bytes = value.as_u64().ok_or_else(|| {
+                    QmpError::generic(format!(
+                        "Invalid parameter type for '{property}', expected: uint64"
+                    ))
+                })?;
+                slot.set_requested(bytes)
+                    .map_err(|e| QmpError::generic(e.to_string()))?;
+                Ok(Empty {})
+            }
+            _ if self.properties().iter().any(|p| p.name == property) => Err(QmpError::new(
+                ErrorClass::GenericError,
+                format!("Property '{}.{property}' is not writable", self.type_name()),
+            )),
+            _ => Err(QmpError::property_not_found(self.type_name(), property)),
+        }
+    }
+}
+
+fn memory_property(slot: &MemorySlot, property: &str) -> Option<Value> {
+    let status = slot.status();
+    match property {
+        "requested-size" => Some(json!(status.requested_bytes)),
+        "size" => Some(json!(status.plugged_bytes)),
+        "block-size" => Some(json!(slot.config.block_size_bytes)),
+        "memaddr" => Some(json!(slot.range.start)),
+        "node" => Some(json!(slot.config.node)),
+        "memdev" => Some(json!(format!("/objects/{}", slot.config.memdev))),
+        "prealloc" => Some(json!(slot.config.prefault)),
+        _ => None,
+    }
+}
