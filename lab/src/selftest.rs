@@ -48,6 +48,12 @@ pub fn run(program: &Program, image: &Image, cpus: u32, fill_bytes: u64) -> Resu
         "agent is ready {boot:.2?} after exec; {}",
         memory(&mut vmm)?
     ));
+    if let Some(ready) = vmm.ready() {
+        let (started, loaded) = (ready.started_ms, ready.uptime_ms);
+        time.say(format_args!(
+            "guest time: agent started at {started} ms, modules loaded at {loaded} ms"
+        ));
+    }
 
     check_report(&vmm.guest().report()?, &machine)?;
     vmm.guest().disk_start(DiskStart {

@@ -8,6 +8,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use ebbtide_agent::protocol::Ready;
 use serde_json::{Value, json};
 
 use crate::guest::Guest;
@@ -206,6 +207,7 @@ pub struct Vmm {
     directory: tempfile::TempDir,
     begun: Instant,
     boot_bytes: u64,
+    ready: Option<Ready>,
 }
 
 impl Vmm {
@@ -244,6 +246,7 @@ impl Vmm {
             directory,
             begun,
             boot_bytes: machine.boot_bytes,
+            ready: None,
         })
     }
 
@@ -286,8 +289,14 @@ impl Vmm {
     /// As [`Guest::wait_ready`], with what the VMM said.
     pub fn wait_ready(&mut self, timeout: Duration) -> Result<Duration> {
         let result = self.guest.wait_ready_at(timeout);
-        let (_, at) = result.with_context(|| log_tail(&self.directory.path().join("log")))?;
+        let (ready, at) = result.with_context(|| log_tail(&self.directory.path().join("log")))?;
+        self.ready = Some(ready);
         Ok(at.saturating_duration_since(self.begun))
+    }
+
+    /// What the agent said when it was last waited for.
+    pub fn ready(&self) -> Option<&Ready> {
+        self.ready.as_ref()
     }
 
     /// Asks for this much RAM in all (boot RAM plus plugged).

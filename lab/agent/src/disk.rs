@@ -403,11 +403,8 @@ mod tests {
             std::process::id(),
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
-        // Not below /tmp: a tmpfs of older kernels knows no O_DIRECT.
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("../../target")
-            .join(name);
-        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        // Beside this test: /tmp may be a tmpfs, which knows no O_DIRECT in older kernels.
+        let path = std::env::current_exe().unwrap().with_file_name(name);
         File::create(&path).unwrap().set_len(bytes).unwrap();
         let text = path.to_str().unwrap().to_owned();
         (

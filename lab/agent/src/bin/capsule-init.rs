@@ -19,7 +19,7 @@ use ebbtide_agent::capsule_protocol::{
     CAPSULE_VARIABLE, CONTROL_PORT, COVERED, Job, Notice, ROOT_TAG, STDERR_PORT, STDOUT_PORT,
 };
 use rustix::mount::{MountFlags, mount_bind, mount_move, mount_remount};
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, setrlimit};
 use rustix::system::RebootCommand;
 
 const HOST: &str = "/host";
@@ -246,6 +246,14 @@ fn prepare_kernel() {
         if let Err(error) = fs::write(path, value) {
             eprintln!("capsule: write {value} to {path}: {error}");
         }
+    }
+    // The kernel's own limit for open files is meant for PID 1 alone.
+    let files = Rlimit {
+        current: Some(1 << 16),
+        maximum: Some(1 << 20),
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, files) {
+        eprintln!("capsule: limit of open files: {error}");
     }
     if let Err(error) = raise_loopback() {
         eprintln!("capsule: loopback: {error}");
