@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::*;
 
 #[path = "../../../qmp/tests/toy/mod.rs"]
-#[allow(missing_docs, dead_code, clippy::unit_arg)]
+#[allow(missing_docs, dead_code)]
 mod toy;
 
 use toy::server::{Setup, ToyServer};

@@ -78,7 +78,9 @@ impl Framing {
     }
 
     pub(crate) fn next(&mut self, input: &mut &[u8]) -> Option<Frame> {
-        while let Some((&byte, rest)) = input.split_first() {
+        loop {
+            self.take_plain_text(input);
+            let (&byte, rest) = input.split_first()?;
             let (consumed, frame) = self.step(byte);
             if consumed {
                 *input = rest;
@@ -87,7 +89,32 @@ impl Framing {
                 return frame;
             }
         }
-        None
+    }
+
+    /// Takes what is plain inside a string all at once, as far as the limit allows: the same as
+    /// [`Framing::step`] for each byte, and much faster where most bytes of long requests are.
+    fn take_plain_text(&mut self, input: &mut &[u8]) {
+        let State::Text {
+            quote,
+            escaped: false,
+        } = self.state
+        else {
+            return;
+        };
+        let allowed = if self.skipping {
+            input.len()
+        } else {
+            self.limits.value_bytes.saturating_sub(self.taken)
+        };
+        let within = input.get(..allowed).unwrap_or(input);
+        let ends = |&byte: &u8| {
+            byte < 0x20 || byte == 0xff || byte == quote || byte == b'"' || byte == b'\\'
+        };
+        let length = within.iter().position(ends).unwrap_or(within.len());
+        let (plain, rest) = input.split_at(length);
+        self.keep(plain);
+        self.taken = self.taken.saturating_add(length);
+        *input = rest;
     }
 
     pub(crate) fn end(&mut self) -> Option<Frame> {

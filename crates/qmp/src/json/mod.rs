@@ -2,9 +2,7 @@
 //! JSON values out of a byte stream: any cutting, any white space, bounded memory, errors that leave
 //! the stream usable.
 //!
-//! [`Framing`] finds where a value begins and ends, [`value`] turns its bytes into a [`Value`].
-//!
-//! [`Framing`]: framing::Framing
+//! `framing` finds where a value begins and ends, `value` turns its bytes into a [`Value`].
 
 pub(crate) mod framing;
 pub(crate) mod value;

@@ -82,13 +82,15 @@ pub(super) struct Listening {
 
 impl Listening {
     pub(super) fn bind(spec: &SocketSpec) -> Result<Self, Error> {
-        // The process may change its directory later; the file is to be found again when it is removed.
+        // The address is the path as given, for a socket's path must be short; the file is found again by its
+        // absolute path, for the process may change its directory.
+        let address =
+            SocketAddrUnix::new(&spec.path).map_err(|errno| address_error(&spec.path, errno))?;
         let path =
             std::path::absolute(&spec.path).map_err(|source| listen_error(&spec.path, source))?;
-        let address = SocketAddrUnix::new(&path).map_err(|errno| address_error(&path, errno))?;
         // Two processes that both find a dead socket would else remove each other's new one.
         let directory = lock_directory(&path);
-        clear_dead(&path)?;
+        clear_dead(&path, &address)?;
         let make = || -> rustix::io::Result<OwnedFd> {
             let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
             let fd =
@@ -176,7 +178,7 @@ fn lock_directory(path: &Path) -> Option<File> {
 }
 
 /// Removes a socket nobody listens on.
-fn clear_dead(path: &Path) -> Result<(), Error> {
+fn clear_dead(path: &Path, address: &SocketAddrUnix) -> Result<(), Error> {
     let found = match fs::symlink_metadata(path) {
         Ok(found) => found,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -187,7 +189,7 @@ fn clear_dead(path: &Path) -> Result<(), Error> {
             path: path.to_owned(),
         });
     }
-    if is_live(path).map_err(|source| listen_error(path, source))? {
+    if is_live(address).map_err(|source| listen_error(path, source))? {
         return Err(Error::SocketInUse {
             path: path.to_owned(),
         });
@@ -197,17 +199,10 @@ fn clear_dead(path: &Path) -> Result<(), Error> {
 }
 
 /// Whether somebody listens. Asked without waiting: a full backlog is a listener too.
-fn is_live(path: &Path) -> io::Result<bool> {
-    let probe = |kind| -> rustix::io::Result<()> {
-        let fd = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            kind,
-            SocketFlags::CLOEXEC | SocketFlags::NONBLOCK,
-            None,
-        )?;
-        rustix::net::connect(&fd, &SocketAddrUnix::new(path)?)
-    };
-    match probe(SocketType::STREAM) {
+fn is_live(address: &SocketAddrUnix) -> io::Result<bool> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let fd = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    match rustix::net::connect(&fd, address) {
         Ok(()) | Err(Errno::WOULDBLOCK) => Ok(true),
         Err(Errno::CONNREFUSED) => Ok(false),
         // A datagram socket or the like: somebody else's.
@@ -296,6 +291,22 @@ mod tests {
         let _other = UnixListener::bind(&spec.path).unwrap();
         drop(listening);
         assert!(spec.path.exists());
+    }
+
+    #[test]
+    fn a_relative_path_is_removed_too() {
+        let directory = tempfile::tempdir().unwrap();
+        let up: PathBuf = std::env::current_dir()
+            .unwrap()
+            .components()
+            .map(|_| "..")
+            .collect();
+        let inside = directory.path().strip_prefix("/").unwrap();
+        let spec = SocketSpec::unix(up.join(inside).join("q"));
+        let listening = Listening::bind(&spec).unwrap();
+        assert!(directory.path().join("q").exists());
+        drop(listening);
+        assert!(!directory.path().join("q").exists());
     }
 
     #[test]

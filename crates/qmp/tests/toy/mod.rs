@@ -335,10 +335,19 @@ impl Toy {
                 hmp::Info::Mtree { flat } => format!("address-space: memory (flat: {flat})\r\n"),
                 hmp::Info::RamBlock => "              Block Name\r\n".to_owned(),
             },
-            hmp::Command::Stop => done(Ok(self.set_state(RunState::Paused))),
-            hmp::Command::Cont => done(Ok(self.set_state(RunState::Running))),
+            hmp::Command::Stop => {
+                self.set_state(RunState::Paused);
+                String::new()
+            }
+            hmp::Command::Cont => {
+                self.set_state(RunState::Running);
+                String::new()
+            }
             hmp::Command::SystemReset | hmp::Command::SystemPowerdown => String::new(),
-            hmp::Command::Quit => done(Ok(self.end(ShutdownCause::HostQmpQuit))),
+            hmp::Command::Quit => {
+                self.end(ShutdownCause::HostQmpQuit);
+                String::new()
+            }
             hmp::Command::QomList { path } => {
                 match self.list(path.as_deref().unwrap_or("/machine/peripheral")) {
                     Ok(list) => hmp::properties(&list),

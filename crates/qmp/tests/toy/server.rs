@@ -130,7 +130,7 @@ fn serve(
             }
         };
         ebbtide_iothread::race(ended, stopped).await;
-        server.close(Duration::from_secs(5)).await;
+        server.close(Duration::from_secs(2)).await;
         Ok::<(), Error>(())
     })
     .unwrap()

@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What clients leave behind in the process: its memory and descriptors are measured, so these tests have a
+//! process of their own and run one at a time.
+
+#[allow(dead_code)]
+mod toy;
+#[allow(dead_code)]
+mod wire;
+
+use std::io::Write;
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use ebbtide_qmp::client::Client;
+use ebbtide_qmp::commands::QUERY_STATUS;
+use ebbtide_qmp::schema::Empty;
+use toy::server::{Setup, ToyServer};
+use wire::Wire;
+
+static ALONE: Mutex<()> = Mutex::new(());
+
+#[test]
+fn a_hundred_mebibytes_without_a_newline_cost_one_mebibyte_and_one_error() {
+    let _alone = ALONE.lock();
+    let server = ToyServer::start(Setup::default());
+    let mut wire = Wire::negotiated(&server.path());
+    let before = resident_kib();
+    let mut writer = wire.socket.try_clone().unwrap();
+    let flood = std::thread::spawn(move || {
+        let block = vec![b'x'; 1 << 20];
+        writer.write_all(b"{\"execute\": \"").unwrap();
+        for _ in 0..100 {
+            writer.write_all(&block).unwrap();
+        }
+        writer.write_all(b"\"}").unwrap();
+    });
+    assert_eq!(
+        wire.line()["error"]["desc"],
+        "JSON parse error, size limit exceeded (1048576 bytes)"
+    );
+    // Others are served while it goes on.
+    let mut other = Client::connect(&server.path()).unwrap();
+    let mut slowest = Duration::ZERO;
+    while !flood.is_finished() {
+        let asked = Instant::now();
+        other.call(&QUERY_STATUS, Empty {}).unwrap();
+        slowest = slowest.max(asked.elapsed());
+    }
+    flood.join().unwrap();
+    wire.assert_usable();
+    let grown = resident_kib().saturating_sub(before);
+    assert!(grown < 20 << 10, "grew by {grown} KiB");
+    assert!(
+        slowest < Duration::from_secs(2),
+        "an answer took {slowest:?}"
+    );
+}
+
+#[test]
+fn a_killed_client_leaves_nothing() {
+    let _alone = ALONE.lock();
+    let server = ToyServer::start(Setup::default());
+    let mut watcher = Client::connect(&server.path()).unwrap();
+    watcher.call(&QUERY_STATUS, Empty {}).unwrap();
+    let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = fds();
+    let program = "
+import socket, sys, time
+s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
+s.sendall(b'{\"execute\": \"qmp_capabilities\"}' + sys.argv[2].encode())
+print('sent', flush=True); time.sleep(60)";
+    for tail in [
+        "",
+        "{\"execute\": ",
+        "{\"execute\": \"x-toy-sleep\", \"arguments\": {\"value\": 200}}",
+        "{\"execute\": \"x-toy-text\", \"arguments\": {\"value\": 5000000}}{\"execute\": \"query-status\"}",
+    ] {
+        let mut child = Command::new("python3")
+            .args(["-c", program, server.path().to_str().unwrap(), tail])
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("python3");
+        let mut line = [0; 5];
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+        server.wait_clients(2);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        drop(child);
+        server.wait_clients(1);
+        watcher.call(&QUERY_STATUS, Empty {}).unwrap();
+    }
+    assert_eq!(fds(), before);
+}
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .unwrap();
+    line.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
