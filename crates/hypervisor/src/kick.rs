@@ -15,11 +15,18 @@
 
 use crate::sync::{AtomicU8, Ordering::AcqRel, Ordering::Release};
 
+// The hypervisor looks whether the flag is 0.
+
+/// A kick has not been served.
+const KICKED: u8 = 1;
+/// The thread itself does not want the guest to run.
+const HELD: u8 = 2;
+
 /// The kicker's side. The work must have been made visible before.
 pub fn kick(flag: &AtomicU8, signal: impl FnOnce()) {
     if !cfg!(seeded = "kick_without_flag") {
         // A read-modify-write, so that a second kick does not hide the first one's work from `after_interruption`.
-        flag.swap(1, AcqRel);
+        flag.fetch_or(KICKED, AcqRel);
     }
     signal();
 }
@@ -27,7 +34,7 @@ pub fn kick(flag: &AtomicU8, signal: impl FnOnce()) {
 /// The thread's side, before it enters the guest.
 pub fn before_entry(flag: &AtomicU8) {
     if cfg!(seeded = "kick_lowered_on_entry") {
-        flag.swap(0, AcqRel);
+        flag.fetch_and(!KICKED, AcqRel);
     }
 }
 
@@ -38,6 +45,19 @@ pub fn after_interruption(flag: &AtomicU8) {
     } else {
         // Reads what it overwrites: the work of a kick whose flag is lowered here is seen by the look that follows,
         // which a plain store would let pass before itself.
-        flag.swap(0, AcqRel);
+        flag.fetch_and(!KICKED, AcqRel);
     }
+}
+
+/// The thread's side: enters the hypervisor by `entry` for its own sake, not to run the guest. A kick that comes
+/// meanwhile stays.
+pub fn without_guest<T>(flag: &AtomicU8, entry: impl FnOnce() -> T) -> T {
+    flag.fetch_or(HELD, AcqRel);
+    let result = entry();
+    if cfg!(seeded = "hold_lowers_all") {
+        flag.swap(0, AcqRel);
+    } else {
+        flag.fetch_and(!HELD, AcqRel);
+    }
+    result
 }

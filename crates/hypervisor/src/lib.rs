@@ -40,5 +40,5 @@ pub use vm::{ChipState, Limits, Vm};
 #[cfg(loom)]
 #[doc(hidden)]
 pub mod models {
-    pub use crate::kick::{after_interruption, before_entry, kick};
+    pub use crate::kick::{after_interruption, before_entry, kick, without_guest};
 }

@@ -111,7 +111,7 @@ pub enum Exit<'a> {
         kind: SystemEventKind,
     },
     /// The guest touched memory of a slot whose host page is inaccessible. The instruction has not been executed; the
-    /// guest faults again if it is run again.
+    /// guest faults again if it is run again. One that the hypervisor emulates exits as an access without a slot instead.
     MemoryFault {
         /// Guest physical address, where the host's KVM tells it. Most do not.
         gpa: Option<u64>,

@@ -28,8 +28,7 @@ pub trait Vm: Send + Sync {
     /// The controller of message-signalled interrupts.
     fn msi(&self) -> Arc<dyn MsiController>;
 
-    /// Input `gsi` of the interrupt controllers (0 to 23: the I/O APIC's; below 16 also the two 8259's). One holder at a
-    /// time; dropping the line lowers it.
+    /// Input `gsi` of the I/O APIC, 0 to 23. One holder at a time; dropping the line lowers it.
     ///
     /// # Errors
     /// No such input, or it is taken.

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use ebbtide_hypervisor::models::{after_interruption, before_entry, kick};
+use ebbtide_hypervisor::models::{after_interruption, before_entry, kick, without_guest};
 use loom::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
@@ -48,23 +48,28 @@ impl Kernel {
         *self.pending.lock().unwrap() = false;
     }
 
-    /// The thread's loop, around KVM_RUN of a guest that never leaves by itself, until there is nothing to look for.
+    /// KVM_RUN of a guest that never leaves by itself.
+    fn run(&self) {
+        self.user_mode();
+        before_entry(&self.flag);
+        if self.flag.load(SeqCst) == 0 {
+            let mut pending = self.pending.lock().unwrap();
+            while !*pending {
+                pending = self.arrived.wait(pending).unwrap();
+            }
+        }
+        self.user_mode();
+        after_interruption(&self.flag);
+    }
+
+    /// The thread's loop, until there is nothing left to look for.
     fn vcpu_thread(&self, done: impl Fn() -> bool) {
         loop {
             self.user_mode();
             if done() {
                 return;
             }
-            self.user_mode();
-            before_entry(&self.flag);
-            if self.flag.load(SeqCst) == 0 {
-                let mut pending = self.pending.lock().unwrap();
-                while !*pending {
-                    pending = self.arrived.wait(pending).unwrap();
-                }
-            }
-            self.user_mode();
-            after_interruption(&self.flag);
+            self.run();
         }
     }
 }
@@ -105,6 +110,28 @@ fn two_kickers_are_both_served() {
         work[0].store(true, SeqCst);
         kick(&kernel.flag, || kernel.signal());
         second.join().unwrap();
+        vcpu.join().unwrap();
+    });
+}
+
+#[test]
+fn a_kick_during_a_restore_is_kept() {
+    model(|| {
+        let kernel = Kernel::new();
+        let stop = Arc::new(AtomicBool::new(false));
+        let vcpu = {
+            let (kernel, stop) = (kernel.clone(), stop.clone());
+            thread::spawn(move || {
+                if !stop.load(SeqCst) {
+                    // The entry that takes the answer to an exit may take the kick's signal too.
+                    without_guest(&kernel.flag, || kernel.user_mode());
+                    kernel.run();
+                }
+                kernel.vcpu_thread(|| stop.load(SeqCst));
+            })
+        };
+        stop.store(true, SeqCst);
+        kick(&kernel.flag, || kernel.signal());
         vcpu.join().unwrap();
     });
 }

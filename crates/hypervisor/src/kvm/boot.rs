@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A processor's registers at the moment a 64-bit boot protocol hands over.
 
-use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_regs, kvm_segment, kvm_sregs};
+use kvm_bindings::{kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_regs, kvm_segment, kvm_sregs};
 
 use crate::{BOOT_CS, BOOT_DS, BOOT_TSS, BootState};
 
@@ -28,6 +28,18 @@ pub(super) fn fpu() -> kvm_fpu {
         mxcsr: MXCSR,
         ..Default::default()
     }
+}
+
+/// Masks the input of the 8259's at the local APIC. KVM leaves the boot processor's open, as old firmware did, and Linux
+/// takes an open one for a reason to keep it so.
+pub(super) fn local_apic(mut power_on: kvm_lapic_state) -> kvm_lapic_state {
+    const LVT_LINT0: usize = 0x350;
+    const MASKED: u32 = 1 << 16;
+    let register = power_on.regs.iter_mut().skip(LVT_LINT0);
+    for (to, from) in register.zip(MASKED.to_le_bytes()) {
+        *to = from as std::os::raw::c_char;
+    }
+    power_on
 }
 
 /// Puts the boot state over what the processor has after power-on: the local APIC's base address stays.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The machine's interrupt inputs: pins of the I/O APIC and the two 8259's, and message-signalled routes.
+//! The machine's interrupt inputs: pins of the I/O APIC and message-signalled routes.
 //!
 //! KVM numbers both kinds alike (GSI). 0 to 23 are the pins, wired one to one; the rest is handed out to MSI routes, each
 //! with an eventfd, so that signalling one takes no lock of ours and no ioctl.
@@ -11,9 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_bus::irq::{IrqError, IrqLine, MsiController, MsiMessage, MsiRoute};
 use kvm_bindings::{
-    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
-    KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_IRQ_ROUTES, KvmIrqRouting, kvm_irq_routing_entry,
-    kvm_irq_routing_entry__bindgen_ty_1, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC, KVM_MAX_IRQ_ROUTES,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi,
 };
 use vmm_sys_util::eventfd::EventFd;
 
@@ -22,11 +22,8 @@ use crate::Error;
 
 /// Pins of the I/O APIC.
 const PINS: u32 = 24;
-/// Pins of the two 8259's together.
-const PIC_PINS: u32 = 16;
-const PINS_PER_PIC: u32 = 8;
 /// What the table takes, less the entries of the pins; GSI numbers themselves end at the same limit.
-const MSI_ROUTES: usize = KVM_MAX_IRQ_ROUTES - (PINS + PIC_PINS) as usize;
+const MSI_ROUTES: usize = KVM_MAX_IRQ_ROUTES - PINS as usize;
 
 /// Hands out the machine's interrupt inputs.
 pub(super) struct Interrupts {
@@ -192,23 +189,21 @@ impl Routes {
     }
 }
 
-/// Every GSI below 24 to the I/O APIC's pin of that number, and below 16 to the 8259's as well: the guest masks the
-/// controllers it does not use.
+/// Every GSI below 24 to the I/O APIC's pin of that number. The 8259's get none: the guest is told of no such chips, so
+/// never masks them, and they would deliver every line's interrupt a second time.
 fn pins() -> Vec<kvm_irq_routing_entry> {
-    let wire = |gsi, irqchip, pin| kvm_irq_routing_entry {
+    let wire = |gsi| kvm_irq_routing_entry {
         gsi,
         type_: KVM_IRQ_ROUTING_IRQCHIP,
         u: kvm_irq_routing_entry__bindgen_ty_1 {
-            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+            irqchip: kvm_irq_routing_irqchip {
+                irqchip: KVM_IRQCHIP_IOAPIC,
+                pin: gsi,
+            },
         },
         ..Default::default()
     };
-    let pic = (0..PIC_PINS).map(|gsi| match gsi {
-        0..PINS_PER_PIC => wire(gsi, KVM_IRQCHIP_PIC_MASTER, gsi),
-        _ => wire(gsi, KVM_IRQCHIP_PIC_SLAVE, gsi - PINS_PER_PIC),
-    });
-    let ioapic = (0..PINS).map(|gsi| wire(gsi, KVM_IRQCHIP_IOAPIC, gsi));
-    pic.chain(ioapic).collect()
+    (0..PINS).map(wire).collect()
 }
 
 fn msi(gsi: u32, message: &MsiMessage) -> kvm_irq_routing_entry {

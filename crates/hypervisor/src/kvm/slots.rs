@@ -138,16 +138,12 @@ impl SlotListener {
     }
 
     fn add(&mut self, section: &FlatSection) -> Result<(), ListenerError> {
-        let SectionKind::Ram {
-            block,
-            block_offset,
-            readonly,
-        } = &section.kind
+        let (SectionKind::Ram { readonly, .. }, Some(host)) = (&section.kind, section.host())
         else {
             return Ok(());
         };
         let size_bytes = section.range.end.saturating_sub(section.range.start);
-        let host = (block.host().as_ptr() as u64).wrapping_add(*block_offset);
+        let host = host.as_ptr() as u64;
         let Some(extent) = Extent::whole_pages(section.range.start, size_bytes, host) else {
             tracing::debug!(?section.range, "no whole page to map, every access will exit");
             return Ok(());
@@ -162,6 +158,7 @@ impl SlotListener {
             ),
             reason,
         };
+        self.check_reach(extent).map_err(refused)?;
         let hold = section.hold_as("kvm slot");
         let number = self
             .numbers
@@ -169,7 +166,7 @@ impl SlotListener {
             .ok_or_else(|| refused(format!("all {} slots are in use", self.numbers.limit)))?;
         if let Err(error) = self.set(number, extent, extent.size_bytes, *readonly) {
             self.numbers.give_back(number);
-            return Err(refused(self.explain(extent, &error)));
+            return Err(refused(error.to_string()));
         }
         tracing::debug!(
             number,
@@ -189,16 +186,16 @@ impl SlotListener {
         Ok(())
     }
 
-    /// EINVAL says little; the one cause a user can do something about is a guest too big for the processor.
-    fn explain(&self, extent: Extent, error: &io::Error) -> String {
+    /// KVM does not refuse this everywhere, but the guest's processor cannot address it.
+    fn check_reach(&self, extent: Extent) -> Result<(), String> {
         let bits = self.machine.cpuid.phys_bits();
-        let end = extent.gpa.saturating_add(extent.size_bytes);
-        if bits < 64 && end > 1 << bits {
-            return format!(
-                "{error}: it ends beyond this processor's {bits} physical address bits"
-            );
+        let last = extent.gpa.saturating_add(extent.size_bytes - 1);
+        match last.checked_shr(bits.into()) {
+            None | Some(0) => Ok(()),
+            Some(_) => Err(format!(
+                "it ends beyond this processor's {bits} physical address bits"
+            )),
         }
-        error.to_string()
     }
 
     fn remove(&mut self, slot: Slot) {

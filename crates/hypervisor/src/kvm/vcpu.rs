@@ -68,6 +68,9 @@ impl KvmVcpu {
         fd.set_cpuid2(&machine.cpuid.for_vcpu(index, cpus)?)
             .map_err(failed("KVM_SET_CPUID2"))?;
         msrs::write(&fd, &msrs::boot(), index)?;
+        let lapic = fd.get_lapic().map_err(failed("KVM_GET_LAPIC"))?;
+        fd.set_lapic(&boot::local_apic(lapic))
+            .map_err(failed("KVM_SET_LAPIC"))?;
         if let Ok(khz) = fd.get_tsc_khz() {
             machine.tsc_khz.get_or_init(|| khz);
         }
@@ -106,20 +109,20 @@ impl KvmVcpu {
     /// Lets KVM take the answer to the last exit without running the guest, so that it does not come into what is
     /// restored.
     fn settle(&mut self) -> Result<(), Error> {
-        for _ in 0..MAX_PARTS {
-            if !self.answer_due {
-                return Ok(());
+        let shared = Arc::clone(&self.shared);
+        kick::without_guest(shared.area.immediate_exit(), || {
+            for _ in 0..MAX_PARTS {
+                if !self.answer_due {
+                    return Ok(());
+                }
+                self.answer_due = match self.enter() {
+                    Outcome::Exit | Outcome::Retry => true,
+                    Outcome::Interrupted | Outcome::MemoryFault(_) => false,
+                    Outcome::Failed(source) => return Err(self.refused("KVM_RUN", source)),
+                };
             }
-            // A kick that lowered it would be lost if it was lowered here: it stays, and the next run comes back at once.
-            kick::kick(self.shared.area.immediate_exit(), || {});
-            self.answer_due = match self.enter() {
-                Outcome::Exit => true,
-                Outcome::Retry => continue,
-                Outcome::Interrupted | Outcome::MemoryFault(_) => false,
-                Outcome::Failed(source) => return Err(self.refused("KVM_RUN", source)),
-            };
-        }
-        Err(self.refused("KVM_RUN", io::Error::other("an instruction does not end")))
+            Err(self.refused("KVM_RUN", io::Error::other("an instruction does not end")))
+        })
     }
 
     fn refused(&self, operation: &'static str, source: impl Into<io::Error>) -> Error {
