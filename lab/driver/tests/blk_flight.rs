@@ -119,6 +119,30 @@ fn a_full_queue_again_and_again() {
     assert_eq!(rig.blk.metrics().in_flight, 0);
 }
 
+/// Chains that arrive while the device is about to sleep: it must not, or the driver waits for ever.
+#[test]
+fn chains_at_the_moment_the_device_falls_asleep() {
+    for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
+        let mut rig = Rig::new();
+        rig.restart(wanted);
+        let ram = rig.board.ram().clone();
+        let requests: Vec<_> = (0..4).map(|_| Request::get_id(&ram)).collect();
+        for round in 0..5000_u32 {
+            let request = &requests[round as usize % 4];
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
+            for _ in 0..round % 97 {
+                std::hint::spin_loop();
+            }
+            if rig.queue.needs_kick() {
+                rig.driver.kick(0);
+            }
+            while rig.queue.in_flight() > 1 {
+                rig.driver.wait_used(&mut rig.queue).unwrap();
+            }
+        }
+    }
+}
+
 #[test]
 fn without_event_indices() {
     let mut rig = Rig::new();

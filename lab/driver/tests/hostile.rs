@@ -73,12 +73,23 @@ impl Victim {
     ) -> Victim {
         let board = Board::new(RAM_BYTES).expect("a board");
         let (device, kept) = device(&board);
-        let function = VirtioPci::new("victim", device, board.space(), board.interrupts(), &board.remote())
-            .expect("a function");
+        let function = VirtioPci::new(
+            "victim",
+            device,
+            board.space(),
+            board.interrupts(),
+            &board.remote(),
+        )
+        .expect("a function");
         let pci = board.attach(function).expect("a slot");
         pci.enable_msix();
         let driver = VirtioDriver::new(&board, pci).expect("a virtio device");
-        Victim { board, driver, works, _kept: kept }
+        Victim {
+            board,
+            driver,
+            works,
+            _kept: kept,
+        }
     }
 
     fn echo() -> Victim {
@@ -90,7 +101,9 @@ impl Victim {
             |driver, queue| {
                 let gpa = driver.ram().alloc(2, 1);
                 let parts = [Part::readable(gpa, 1), Part::writable(Gpa(gpa.0 + 1), 1)];
-                let used = driver.roundtrip(0, queue, &parts, Layout::Direct).expect("an echo");
+                let used = driver
+                    .roundtrip(0, queue, &parts, Layout::Direct)
+                    .expect("an echo");
                 assert_eq!(used.written, 1);
             },
         )
@@ -107,7 +120,9 @@ impl Victim {
             },
             |driver, queue| {
                 let request = blk::Request::read(driver.ram(), 0, 512);
-                driver.roundtrip(0, queue, &request.parts(), Layout::Direct).expect("a read");
+                driver
+                    .roundtrip(0, queue, &request.parts(), Layout::Direct)
+                    .expect("a read");
                 assert_eq!(request.status(), blk::status::OK);
             },
         )
@@ -127,28 +142,41 @@ impl Victim {
                 };
                 let block = board.memory().ram().add(spec).expect("a block");
                 let region = Region::ram("vmem0", &block);
-                board.memory().update(|map| map.add(board.root(), &region, MEM_ADDR, 0)).expect("a place");
+                board
+                    .memory()
+                    .update(|map| map.add(board.root(), &region, MEM_ADDR, 0))
+                    .expect("a place");
                 let blocking = Arc::new(Blocking::new("blocking", 1).expect("a thread"));
                 let (events, heard): (_, Receiver<MemEvent>) = channel();
-                let spec = MemSpec { requested_bytes: size_bytes / 2, ..MemSpec::new("vmem0", &block, Gpa(MEM_ADDR)) };
-                let mem = VirtioMem::new(spec, board.remote(), Arc::clone(&blocking), events).expect("a device");
+                let spec = MemSpec {
+                    requested_bytes: size_bytes / 2,
+                    ..MemSpec::new("vmem0", &block, Gpa(MEM_ADDR))
+                };
+                let mem = VirtioMem::new(spec, board.remote(), Arc::clone(&blocking), events)
+                    .expect("a device");
                 (mem as _, Box::new((blocking, heard)))
             },
             |driver, queue| {
                 let request = mem::Request::new(driver.ram(), mem::Kind::State, MEM_ADDR, 1);
-                driver.roundtrip(0, queue, &request.parts(), Layout::Direct).expect("an answer");
+                driver
+                    .roundtrip(0, queue, &request.parts(), Layout::Direct)
+                    .expect("an answer");
                 assert_eq!(request.answer(), mem::Answer::Ack);
             },
         )
     }
 
     fn all() -> [(&'static str, Victim); 3] {
-        [("echo", Self::echo()), ("blk", Self::blk()), ("mem", Self::mem())]
+        [
+            ("echo", Self::echo()),
+            ("blk", Self::blk()),
+            ("mem", Self::mem()),
+        ]
     }
 
     /// (Re)starts the driver with queue 0.
     fn start(&mut self) -> DriverQueue {
-        self.driver.negotiate(u64::MAX & !support::DISLIKED).expect("features");
+        self.driver.negotiate(!support::DISLIKED).expect("features");
         let queue = self.driver.add_queue(0, QUEUE_SIZE);
         self.driver.driver_ok().expect("activation");
         queue
@@ -175,7 +203,10 @@ impl Victim {
 /// All widths at every offset they are aligned to: the kernel splits others.
 fn at_every_offset(len: u64, sizes: &[u8], mut access: impl FnMut(u64, u8)) {
     for offset in 0..len {
-        for &size in sizes.iter().filter(|size| offset.is_multiple_of(u64::from(**size))) {
+        for &size in sizes
+            .iter()
+            .filter(|size| offset.is_multiple_of(u64::from(**size)))
+        {
             access(offset, size);
         }
     }
@@ -190,11 +221,17 @@ fn registers_take_every_width_at_every_offset() {
             victim.start();
             at_every_offset(0x4000, &[1, 2, 4, 8], |offset, size| {
                 if !(keep_active && offset == STATUS && size == 1) {
-                    victim.driver.pci().store(bar + offset, size, random.number());
+                    victim
+                        .driver
+                        .pci()
+                        .store(bar + offset, size, random.number());
                 }
                 victim.driver.pci().load(bar + offset, size);
             });
-            assert!(!keep_active || victim.driver.status() & status::DRIVER_OK != 0, "{name}");
+            assert!(
+                !keep_active || victim.driver.status() & status::DRIVER_OK != 0,
+                "{name}"
+            );
         }
         victim.assert_works();
         println!("{name}: fine");
@@ -208,7 +245,10 @@ fn msix_takes_every_width_at_every_offset() {
     let mut queue = victim.start();
     let bar = victim.driver.pci().bar(2);
     at_every_offset(0x1000, &[1, 2, 4, 8], |offset, size| {
-        victim.driver.pci().store(bar + offset, size, random.number());
+        victim
+            .driver
+            .pci()
+            .store(bar + offset, size, random.number());
         victim.driver.pci().load(bar + offset, size);
     });
     // Vectors go nowhere now, chains still do.
@@ -223,11 +263,18 @@ fn configuration_space_takes_every_width_at_every_offset() {
         let mut random = Random(3);
         victim.start();
         for round in 0..2 {
-            at_every_offset(if round == 0 { 4096 } else { 256 }, &[1, 2, 4], |offset, size| {
-                let offset = u16::try_from(offset).expect("a small offset");
-                victim.driver.pci().write_config(offset, size, random.number() as u32);
-                victim.driver.pci().read_config(offset, size);
-            });
+            at_every_offset(
+                if round == 0 { 4096 } else { 256 },
+                &[1, 2, 4],
+                |offset, size| {
+                    let offset = u16::try_from(offset).expect("a small offset");
+                    victim
+                        .driver
+                        .pci()
+                        .write_config(offset, size, random.number() as u32);
+                    victim.driver.pci().read_config(offset, size);
+                },
+            );
         }
         victim.reboot();
         victim.assert_works();
@@ -255,7 +302,11 @@ fn several_cpus_write_everywhere_while_the_device_works() {
                             1 => STATUS,
                             _ => random.below(0x40 / size) * size,
                         };
-                        let value = if offset == STATUS && random.below(3) > 0 { 0xf } else { random.number() };
+                        let value = if offset == STATUS && random.below(3) > 0 {
+                            0xf
+                        } else {
+                            random.number()
+                        };
                         pci.store(bar + offset, u8::try_from(size).expect("a width"), value);
                         pci.load(bar + offset, 4);
                     }
@@ -281,12 +332,15 @@ fn several_cpus_write_everywhere_while_the_device_works() {
 
 /// Writes a descriptor.
 type Write<'a> = &'a dyn Fn(u16, u64, u32, u16, u16);
+/// What is wrong, how to write it (descriptor 0 is the head), and the available index.
+type WrongRing = (&'static str, Box<dyn Fn(Write<'_>)>, u16);
 
-/// Rings that are wrong: what is wrong, how to write it (descriptor 0 is the head), and the available index.
-fn wrong_rings(table: u64) -> Vec<(&'static str, Box<dyn Fn(Write<'_>)>, u16)> {
+/// Rings no device can make sense of.
+fn wrong_rings(table: u64) -> Vec<WrongRing> {
     let buffer = 0x8000;
     let one = move |flags: u16, address: u64, length: u32, next: u16| {
-        Box::new(move |write: Write<'_>| write(0, address, length, flags, next)) as Box<dyn Fn(Write<'_>)>
+        Box::new(move |write: Write<'_>| write(0, address, length, flags, next))
+            as Box<dyn Fn(Write<'_>)>
     };
     vec![
         ("a loop of one", one(NEXT, buffer, 1, 0), 1),
@@ -298,8 +352,16 @@ fn wrong_rings(table: u64) -> Vec<(&'static str, Box<dyn Fn(Write<'_>)>, u16)> {
             }),
             1,
         ),
-        ("a link outside the table", one(NEXT, buffer, 1, QUEUE_SIZE), 1),
-        ("a link far outside the table", one(NEXT, buffer, 1, 0xffff), 1),
+        (
+            "a link outside the table",
+            one(NEXT, buffer, 1, QUEUE_SIZE),
+            1,
+        ),
+        (
+            "a link far outside the table",
+            one(NEXT, buffer, 1, 0xffff),
+            1,
+        ),
         (
             "more than 4 GiB",
             Box::new(move |write| {
@@ -319,10 +381,22 @@ fn wrong_rings(table: u64) -> Vec<(&'static str, Box<dyn Fn(Write<'_>)>, u16)> {
         ),
         ("an empty table", one(INDIRECT, table, 0, 0), 1),
         ("a crooked table", one(INDIRECT, table, 17, 0), 1),
-        ("a table that is no RAM", one(INDIRECT, 0x7_0000_0000, 16, 0), 1),
-        ("a table around the end", one(INDIRECT, u64::MAX - 15, 32, 0), 1),
+        (
+            "a table that is no RAM",
+            one(INDIRECT, 0x7_0000_0000, 16, 0),
+            1,
+        ),
+        (
+            "a table around the end",
+            one(INDIRECT, u64::MAX - 15, 32, 0),
+            1,
+        ),
         ("a huge table", one(INDIRECT, table, !15, 0), 1),
-        ("a table and a successor", one(INDIRECT | NEXT, table, 16, 1), 1),
+        (
+            "a table and a successor",
+            one(INDIRECT | NEXT, table, 16, 1),
+            1,
+        ),
         ("a jump of the index", one(0, buffer, 1, 0), QUEUE_SIZE + 1),
         ("a far jump of the index", one(0, buffer, 1, 0), 0x8000),
         ("an index that goes back", one(0, buffer, 1, 0), 0xffff),
@@ -384,11 +458,21 @@ fn scribble(random: &mut Random, victim: &Victim, queue: &mut DriverQueue, area:
             1 => 16 * random.below(40) as u32,
             _ => [0, 1, 10, 16, 24, 512, 513][random.below(7) as usize],
         };
-        let flags = if random.below(8) == 0 { random.next() as u16 } else { random.below(4) as u16 };
-        let next = if random.below(8) == 0 { random.next() as u16 } else { random.below(16) as u16 };
+        let flags = if random.below(8) == 0 {
+            random.next() as u16
+        } else {
+            random.below(4) as u16
+        };
+        let next = if random.below(8) == 0 {
+            random.next() as u16
+        } else {
+            random.below(16) as u16
+        };
         queue.set_descriptor(at, &Descriptor::new(address, length, flags, next));
     }
-    let bytes: Vec<u8> = (0..0x4000 / 8).flat_map(|_| random.number().to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..0x4000 / 8)
+        .flat_map(|_| random.number().to_le_bytes())
+        .collect();
     victim.board.ram().write(area, &bytes);
     for _ in 0..1 + random.below(4) {
         queue.make_available(random.below(u64::from(QUEUE_SIZE)) as u16);
@@ -423,7 +507,9 @@ fn a_driver_that_never_takes_its_chains_back_is_stopped() {
     for _ in 0..1000 {
         queue.make_available(0);
         victim.driver.kick(0);
-        assert!(ebbtide_lab_driver::poll(|| queue.device_used_idx() == queue.avail_idx()));
+        assert!(ebbtide_lab_driver::poll(
+            || queue.device_used_idx() == queue.avail_idx()
+        ));
     }
     assert!(!victim.driver.needs_reset());
     // Once more than the queue holds, at once.
@@ -441,7 +527,9 @@ fn features_no_device_has_are_never_negotiated() {
         for _ in 0..100 {
             let wanted = random.number() | features::VERSION_1;
             victim.driver.reset().expect("a reset");
-            victim.driver.set_status(status::ACKNOWLEDGE | status::DRIVER);
+            victim
+                .driver
+                .set_status(status::ACKNOWLEDGE | status::DRIVER);
             victim.driver.set_features(wanted);
             victim.driver.set_status(status::FEATURES_OK);
             let accepted = victim.driver.status() & status::FEATURES_OK != 0;

@@ -214,7 +214,8 @@ fn states() {
 
 #[test]
 fn unplug_all_empties_and_shrinks_what_is_usable() {
-    let mut rig = Rig::new(8 * GIB, 7 * GIB);
+    // No other reason to interrupt than the change itself.
+    let mut rig = Rig::with(8 * GIB, 7 * GIB, |spec| spec.pacing.kicks_max = 0);
     assert_eq!(rig.usable(), 8 * GIB);
     assert_eq!(rig.unplug_all(), Answer::Ack, "with nothing plugged");
     for first in [0, 2, 3, 7, 100, 4095] {

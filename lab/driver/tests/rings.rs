@@ -27,14 +27,19 @@ fn add_ram(rig: &Rig, block_size_bytes: Option<u64>) -> (Arc<RamBlock>, Arc<Regi
     };
     let block = rig.board.memory().ram().add(spec).expect("a block");
     let region = Region::ram("dimm0", &block);
-    rig.board.memory().update(|map| map.add(rig.board.root(), &region, ADDR, 0)).expect("a place");
+    rig.board
+        .memory()
+        .update(|map| map.add(rig.board.root(), &region, ADDR, 0))
+        .expect("a place");
     let ram = GuestRam::new(rig.board.space(), ADDR..ADDR + BLOCK_BYTES);
     (block, region, ram)
 }
 
 /// A working device whose queue 0 lies in `ram`, buffers elsewhere.
 fn start(rig: &mut Rig, ram: &GuestRam) -> DriverQueue {
-    rig.driver.negotiate(features::RING_EVENT_IDX).expect("features");
+    rig.driver
+        .negotiate(features::RING_EVENT_IDX)
+        .expect("features");
     let mut queue = DriverQueue::new(ram, 16, true);
     rig.driver.program_queue(0, queue.config());
     rig.driver.write_common(0x1a, 2, 1);
@@ -42,7 +47,9 @@ fn start(rig: &mut Rig, ram: &GuestRam) -> DriverQueue {
     rig.driver.driver_ok().expect("activation");
     let gpa = rig.board.ram().alloc(2, 1);
     let parts = [Part::readable(gpa, 1), Part::writable(gpa, 1)];
-    rig.driver.roundtrip(0, &mut queue, &parts, Layout::Direct).expect("an echo");
+    rig.driver
+        .roundtrip(0, &mut queue, &parts, Layout::Direct)
+        .expect("an echo");
     queue
 }
 
@@ -52,7 +59,9 @@ fn assert_found_out_and_mended(rig: &mut Rig) {
     let mut queue = rig.start(0);
     let gpa = rig.board.ram().alloc(2, 1);
     let parts = [Part::readable(gpa, 1), Part::writable(gpa, 1)];
-    rig.driver.roundtrip(0, &mut queue, &parts, Layout::Direct).expect("an echo");
+    rig.driver
+        .roundtrip(0, &mut queue, &parts, Layout::Direct)
+        .expect("an echo");
     assert_eq!(rig.driver.status() & status::NEEDS_RESET, 0);
 }
 
@@ -61,7 +70,11 @@ fn ram_with_rings_can_be_unplugged() {
     let mut rig = Rig::new();
     let (block, region, ram) = add_ram(&rig, None);
     let _queue = start(&mut rig, &ram);
-    let ticket = rig.board.memory().update(|map| map.unplug(&region)).expect("a ticket");
+    let ticket = rig
+        .board
+        .memory()
+        .update(|map| map.unplug(&region))
+        .expect("a ticket");
     block_on(ticket.drained(), LIMIT).expect("rings hold nothing up");
     assert_eq!(ticket.phase(), Phase::Drained);
     drop((block, region));
@@ -78,7 +91,9 @@ fn blocks_with_rings_can_be_unplugged() {
     let started = Instant::now();
     let seal = block.seal(0..BLOCK_BYTES).expect("sealed");
     block_on(seal.drained(), LIMIT).expect("rings hold nothing up");
-    seal.discard().map_err(|(_, error)| error).expect("discarded");
+    seal.discard()
+        .map_err(|(_, error)| error)
+        .expect("discarded");
     assert!(started.elapsed() < LIMIT);
     assert_found_out_and_mended(&mut rig);
 }

@@ -557,7 +557,10 @@ fn the_bar_can_be_reached_through_configuration_space() {
 
 /// Knows which ioeventfds are where.
 #[derive(Clone, Default)]
-struct Ioeventfds(Arc<Mutex<Vec<(u64, Arc<OwnedFd>)>>>);
+struct Ioeventfds(Arc<Mutex<Vec<Placed>>>);
+
+/// An address and what a write there signals.
+type Placed = (u64, Arc<OwnedFd>);
 
 impl Listener for Ioeventfds {
     fn region_add(&mut self, _section: &FlatSection) -> Result<(), ListenerError> {
@@ -707,5 +710,9 @@ fn nothing_is_left_of_a_removed_function() {
     );
     drop(echo);
     // The MSI-X table's region is part of the last view until nobody can be reading that any more.
-    assert!(poll(|| board.interrupts().routes() == 0), "{} routes", board.interrupts().routes());
+    assert!(
+        poll(|| board.interrupts().routes() == 0),
+        "{} routes",
+        board.interrupts().routes()
+    );
 }
