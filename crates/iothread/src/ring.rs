@@ -184,14 +184,14 @@ impl Ring {
                     // The time is up, or a signal came: either way the caller looks around.
                     Some(libc::ETIME | libc::EINTR) => wait = Wait::No,
                     // No room for completions, or no memory for requests: collect, then again.
-                    Some(libc::EBUSY | libc::EAGAIN) => self.relieve(out)?,
+                    Some(libc::EBUSY | libc::EAGAIN) => self.relieve(out),
                     _ => return Err(error),
                 },
             }
             if waiting {
                 wait = Wait::No;
             }
-            self.collect(out)?;
+            self.collect(out);
             if self.staged.is_empty() && self.uring.submission().is_empty() {
                 return Ok(());
             }
@@ -245,56 +245,39 @@ impl Ring {
     }
 
     /// Makes room after the kernel refused to take more.
-    fn relieve(&mut self, out: &mut Completed) -> io::Result<()> {
+    fn relieve(&mut self, out: &mut Completed) {
         let before = out.count;
-        self.collect(out)?;
+        self.collect(out);
         if out.count == before {
             // Nothing to collect, so the host is out of memory for requests. Nothing may get lost, so wait.
             std::thread::sleep(Duration::from_millis(1));
         }
-        Ok(())
     }
 
-    /// Takes all CQEs that are there.
-    fn collect(&mut self, out: &mut Completed) -> io::Result<()> {
-        loop {
-            let Ring {
-                uring,
-                slots,
-                bell_armed,
-                alarm,
-                ..
-            } = self;
-            for cqe in uring.completion() {
-                out.count += 1;
-                let more = cqueue::more(cqe.flags());
-                match slots.complete(cqe.user_data(), cqe.result(), more) {
-                    Completion::Wake(waker) => out.wakers.extend(waker),
-                    Completion::Free(keep) => out.garbage.push(keep),
-                    Completion::Bell(keep) => {
-                        *bell_armed = false;
-                        out.garbage.push(keep);
-                    }
-                    Completion::Alarm(keep) => {
-                        *alarm = None;
-                        out.garbage.push(keep);
-                    }
-                    Completion::NotYet | Completion::Unknown => {}
+    /// Takes the CQEs that are there. Those that did not fit into the ring come with the next enter.
+    fn collect(&mut self, out: &mut Completed) {
+        let Ring {
+            uring,
+            slots,
+            bell_armed,
+            alarm,
+            ..
+        } = self;
+        for cqe in uring.completion() {
+            out.count += 1;
+            let more = cqueue::more(cqe.flags());
+            match slots.complete(cqe.user_data(), cqe.result(), more) {
+                Completion::Wake(waker) => out.wakers.extend(waker),
+                Completion::Free(keep) => out.garbage.push(keep),
+                Completion::Bell(keep) => {
+                    *bell_armed = false;
+                    out.garbage.push(keep);
                 }
-            }
-            if !self.uring.submission().cq_overflow() {
-                return Ok(());
-            }
-            // SAFETY: nothing is submitted and no argument passed; this only flushes what overflowed.
-            let flushed = unsafe {
-                let flags = EnterFlags::GETEVENTS.bits();
-                self.uring
-                    .submitter()
-                    .enter::<libc::sigset_t>(0, 0, flags, None)
-            };
-            match flushed {
-                Err(error) if error.raw_os_error() != Some(libc::EINTR) => return Err(error),
-                _ => {}
+                Completion::Alarm(keep) => {
+                    *alarm = None;
+                    out.garbage.push(keep);
+                }
+                Completion::NotYet | Completion::Unknown => {}
             }
         }
     }
