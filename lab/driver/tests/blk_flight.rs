@@ -3,7 +3,7 @@
 
 mod disk;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use disk::{ALL, Rig, SECTOR, pattern, pattern_at};
 use ebbtide_block::OpKind;
@@ -125,21 +125,34 @@ fn chains_at_the_moment_the_device_falls_asleep() {
     for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
         let mut rig = Rig::new();
         rig.restart(wanted);
-        let ram = rig.board.ram().clone();
-        let requests: Vec<_> = (0..4).map(|_| Request::get_id(&ram)).collect();
-        for round in 0..5000_u32 {
-            let request = &requests[round as usize % 4];
-            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
-            for _ in 0..round % 97 {
+        let request = Request::get_id(rig.board.ram());
+        for round in 0..4000_u32 {
+            for _ in 0..round % 211 * 8 {
                 std::hint::spin_loop();
             }
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
             if rig.queue.needs_kick() {
                 rig.driver.kick(0);
             }
-            while rig.queue.in_flight() > 1 {
-                rig.driver.wait_used(&mut rig.queue).unwrap();
+            let began = Instant::now();
+            while rig.queue.poll_used().is_none() {
+                assert!(began.elapsed() < LATER, "round {round}: the device sleeps");
             }
         }
+    }
+}
+
+#[test]
+fn a_driver_that_polls_gets_no_interrupts() {
+    for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
+        let mut rig = Rig::new();
+        rig.restart(wanted);
+        let before = rig.driver.interrupts(rig.driver.queue_message(0));
+        for _ in 0..50 {
+            rig.queue.disable_interrupts();
+            rig.assert_works();
+        }
+        assert_eq!(rig.driver.interrupts(rig.driver.queue_message(0)), before);
     }
 }
 
