@@ -7,7 +7,7 @@ mod toy;
 #[allow(dead_code)]
 mod wire;
 
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -57,32 +57,48 @@ fn a_hundred_mebibytes_without_a_newline_cost_one_mebibyte_and_one_error() {
     );
 }
 
+/// What the killed client was to send; its presence makes this program that client.
+const CLIENT_SENDS: &str = "EBBTIDE_TEST_CLIENT_SENDS";
+const CLIENT_PATH: &str = "EBBTIDE_TEST_CLIENT_PATH";
+
+/// In the child: sends, says so, and waits for its end.
+fn be_the_client(sends: &str) {
+    let path = std::env::var(CLIENT_PATH).unwrap();
+    let mut wire = Wire::negotiated(path.as_ref());
+    wire.send(sends);
+    println!("sent");
+    std::thread::sleep(wire::PATIENCE);
+}
+
 #[test]
 fn a_killed_client_leaves_nothing() {
+    if let Ok(sends) = std::env::var(CLIENT_SENDS) {
+        return be_the_client(&sends);
+    }
     let _alone = ALONE.lock();
     let server = ToyServer::start(Setup::default());
     let mut watcher = Client::connect(&server.path()).unwrap();
     watcher.call(&QUERY_STATUS, Empty {}).unwrap();
     let fds = || std::fs::read_dir("/proc/self/fd").unwrap().count();
     let before = fds();
-    let program = "
-import socket, sys, time
-s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])
-s.sendall(b'{\"execute\": \"qmp_capabilities\"}' + sys.argv[2].encode())
-print('sent', flush=True); time.sleep(60)";
-    for tail in [
+    for sends in [
         "",
         "{\"execute\": ",
         "{\"execute\": \"x-toy-sleep\", \"arguments\": {\"value\": 200}}",
         "{\"execute\": \"x-toy-text\", \"arguments\": {\"value\": 5000000}}{\"execute\": \"query-status\"}",
     ] {
-        let mut child = Command::new("python3")
-            .args(["-c", program, server.path().to_str().unwrap(), tail])
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "a_killed_client_leaves_nothing", "--nocapture"])
+            .env(CLIENT_SENDS, sends)
+            .env(CLIENT_PATH, server.path())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("python3");
-        let mut line = [0; 5];
-        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut line).unwrap();
+            .unwrap();
+        let lines = BufReader::new(child.stdout.as_mut().unwrap()).lines();
+        assert!(
+            lines.map_while(Result::ok).any(|line| line == "sent"),
+            "the client ended early"
+        );
         server.wait_clients(2);
         child.kill().unwrap();
         child.wait().unwrap();
