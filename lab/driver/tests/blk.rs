@@ -300,6 +300,16 @@ fn write_through_flushes_every_write() {
 }
 
 #[test]
+fn the_cache_mode_starts_anew_with_each_driver() {
+    let mut rig = Rig::new();
+    rig.driver.write_config(32, 1, 0);
+    rig.restart(ALL);
+    assert_eq!(rig.driver.read_config(32, 1), 1);
+    rig.restart(ALL & !feature::FLUSH);
+    assert_eq!(rig.driver.read_config(32, 1), 0, "5.2.5.2");
+}
+
+#[test]
 fn writes_to_other_configuration_fields_change_nothing() {
     let mut rig = Rig::new();
     let before: Vec<_> = (0..64).map(|at| rig.driver.read_config(at, 1)).collect();

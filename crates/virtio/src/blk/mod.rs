@@ -167,7 +167,10 @@ impl VirtioDevice for VirtioBlk {
         }
     }
 
-    fn accept_features(&self, _driver: u64) -> bool {
+    /// All choices will do. This is also where the one writable field gets its initial value (5.2.5.2).
+    fn accept_features(&self, driver: u64) -> bool {
+        let cannot_flush = driver & (feature::CONFIG_WCE | feature::FLUSH) == feature::CONFIG_WCE;
+        self.writeback.store(!cannot_flush, Ordering::Relaxed);
         true
     }
 
@@ -186,9 +189,6 @@ impl VirtioDevice for VirtioBlk {
             discard: has(feature::DISCARD),
             write_zeroes: has(feature::WRITE_ZEROES),
         };
-        if !has(feature::CONFIG_WCE) {
-            self.writeback.store(true, Ordering::Relaxed);
-        }
         for queue in queues {
             let setup = Setup {
                 name: Arc::clone(&self.name),
