@@ -228,11 +228,7 @@ fn table(s: &Summary) {
         );
     }
     for (name, v) in [("pattern", &s.pattern), ("disk", &s.disk)] {
-        println!(
-            "  {name:<14} {:>10}   {}",
-            size(v.bytes),
-            verdict(v.ok)
-        );
+        println!("  {name:<14} {:>10}   {}", size(v.bytes), verdict(v.ok));
     }
     println!(
         "  host memory    {} at boot, {} at its peak, {} after the shrink",
@@ -275,12 +271,18 @@ impl Timeline {
 
     fn say(&mut self, text: &str) {
         let clear = if self.terminal { "\r\x1b[K" } else { "" };
-        println!("{clear}{:>6.1} s  {text}", self.begun.elapsed().as_secs_f64());
+        println!(
+            "{clear}{:>6.1} s  {text}",
+            self.begun.elapsed().as_secs_f64()
+        );
     }
 
     fn progress(&mut self, text: &str) {
         if self.terminal {
-            print!("\r\x1b[K{:>6.1} s  {text}", self.begun.elapsed().as_secs_f64());
+            print!(
+                "\r\x1b[K{:>6.1} s  {text}",
+                self.begun.elapsed().as_secs_f64()
+            );
             // A terminal that has gone is noticed at the next line.
             let _ = std::io::stdout().flush();
         }

@@ -4,13 +4,16 @@
 //! - [`packages`], [`kernel`], [`modules`], [`initramfs`], [`image`]: guest
 //!   images from Debian's packages;
 //! - [`capsule`]: a machine with KVM where there is none; [`probe`] chooses;
-//! - [`vmm`], [`qmp`], [`guest`]: a VMM under test, from outside and from inside.
+//! - [`vmm`], [`qmp`], [`guest`]: a VMM under test, from outside and from inside;
+//! - [`demo`], [`system`], [`bench`]: what is done with it.
 
 mod apt;
 mod elf;
 
 pub mod agent;
+pub mod bench;
 pub mod capsule;
+pub mod demo;
 pub mod deny;
 pub mod guest;
 pub mod image;
@@ -21,6 +24,8 @@ pub mod packages;
 pub mod places;
 pub mod probe;
 pub mod process;
+pub mod python;
 pub mod qmp;
 pub mod selftest;
+pub mod system;
 pub mod vmm;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `ebbtide-lab`: runs commands in the capsule, builds guest images.
 
+mod tasks;
+
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -9,9 +11,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use ebbtide_lab::capsule::{Capsule, Interrupted, Invocation};
 use ebbtide_lab::kernel::Series;
-use ebbtide_lab::probe::Place;
 use ebbtide_lab::vmm::Program;
-use ebbtide_lab::{image, probe, selftest};
+use ebbtide_lab::{image, selftest};
 
 /// Where Ebbtide is tried out: guest images and the capsule.
 #[derive(Parser)]
@@ -38,6 +39,14 @@ enum Command {
     ///
     /// Runs on this machine's KVM if EBBTIDE_KVM=host, else in the capsule.
     Selftest(SelftestOptions),
+    /// The demo: a guest that grows, uses what it got, and gives it back
+    Demo(tasks::DemoOptions),
+    /// Debian guests: memory, disks, resets, monitors
+    System(tasks::SystemOptions),
+    /// Run programs one after the other where a KVM is
+    Each(tasks::EachOptions),
+    /// Whole guests beside Debian's QEMU; one JSON row a line
+    Bench(tasks::BenchOptions),
 }
 
 #[derive(clap::Args)]
@@ -111,6 +120,10 @@ fn run(options: Options) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Selftest(options) => selftest(&options),
+        Command::Demo(options) => tasks::demo(&options),
+        Command::System(options) => tasks::system(&options),
+        Command::Each(options) => tasks::each(&options),
+        Command::Bench(options) => tasks::bench(&options),
     }
 }
 
@@ -127,15 +140,8 @@ fn selftest(options: &SelftestOptions) -> Result<ExitCode> {
         .iter()
         .map(|series| image::build(*series))
         .collect::<Result<Vec<_>>>()?;
-    let choice = probe::choose(binary.as_deref())?;
-    if choice.place == Place::Capsule {
-        println!("running in the capsule: {}", choice.reason);
-        let itself = std::env::current_exe().context("own path")?;
-        let argv = std::iter::once(itself.into_os_string()).chain(std::env::args_os().skip(1));
-        let argv = argv
-            .map(|word| word.into_string().ok().context("not UTF-8"))
-            .collect::<Result<Vec<_>>>()?;
-        return run_and_pass_on(&Capsule::default(), argv, true);
+    if let Some(code) = tasks::elsewhere(binary.as_deref(), &[], tasks::Words::Standard)? {
+        return Ok(code);
     }
     for image in &images {
         for cpus in &options.cpus {
@@ -164,6 +170,7 @@ fn run_in_capsule(options: CapsuleOptions) -> Result<ExitCode> {
     run_and_pass_on(&capsule, options.argv, options.verbose)
 }
 
+/// Runs `argv` in `capsule` and passes on what it prints and how it ends.
 fn run_and_pass_on(capsule: &Capsule, argv: Vec<String>, verbose: bool) -> Result<ExitCode> {
     let invocation = Invocation::here(argv)?;
     let outcome = capsule.run(&invocation, &mut std::io::stdout(), &mut std::io::stderr())?;

@@ -29,7 +29,9 @@ pub fn ensure() -> Result<PathBuf> {
         fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
     }
     // Debian's own, whatever else is in PATH: it is there in every place the tests run.
-    run(Command::new("/usr/bin/python3").args(["-m", "venv"]).arg(&dir))?;
+    run(Command::new("/usr/bin/python3")
+        .args(["-m", "venv"])
+        .arg(&dir))?;
     run(Command::new(&python).args(["-m", "pip", "install", "--quiet", CLIENT]))?;
     fs::write(&complete, CLIENT).with_context(|| format!("write {}", complete.display()))?;
     Ok(python)

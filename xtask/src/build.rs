@@ -74,3 +74,33 @@ pub fn release(packages: &[&str]) -> Result<PathBuf> {
     run(&mut command)?;
     Ok(target_dir().join("release"))
 }
+
+/// Builds the integration tests of `package` and returns the programs whose name starts with
+/// `prefix`.
+///
+/// # Errors
+/// When the build fails or there is no such test.
+pub fn test_programs(package: &str, prefix: &str) -> Result<Vec<PathBuf>> {
+    let text = output(&mut cargo(&[
+        "test",
+        "--no-run",
+        "--quiet",
+        "--message-format=json",
+        "--package",
+        package,
+    ]))?;
+    let programs: Vec<PathBuf> = text
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter(|m| {
+            m["target"]["name"]
+                .as_str()
+                .is_some_and(|n| n.starts_with(prefix))
+        })
+        .filter_map(|m| m["executable"].as_str().map(PathBuf::from))
+        .collect();
+    if programs.is_empty() {
+        bail!("{package} has no test {prefix}*");
+    }
+    Ok(programs)
+}

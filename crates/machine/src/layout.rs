@@ -5,7 +5,6 @@
 //! 0                    low RAM, up to 3 GiB (640 KiB..1 MiB is reserved in e820, the tables live there)
 //! 0xc000_0000          32-bit PCI window
 //! 0xe000_0000          ECAM, 256 buses
-//! 0xf000_0000          platform registers (ACPI sleep control, event device)
 //! 0xfec0_0000          IOAPIC          0xfee0_0000  local APICs
 //! 4 GiB                high RAM
 //!                      device memory: virtio-mem, aligned to 2 GiB
@@ -29,10 +28,8 @@ pub const HIGH_RAM_START: u64 = 4 * GIB;
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
 /// PCIe configuration space (ECAM), buses 0 to 255.
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
-/// Registers of the ACPI sleep control and of the generic event device.
-pub const PLATFORM: u64 = 0xf000_0000;
 /// The RSDP and the tables it points to; inside the area firmware owns on a PC.
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
 /// Conventional memory ends here; from here to 1 MiB e820 says reserved.
 pub const EBDA_START: u64 = 0x9_fc00;
 

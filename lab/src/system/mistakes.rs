@@ -45,17 +45,30 @@ pub fn command_line(ground: &Ground) -> Result<()> {
         with(&["--memory", "size=513K"], &["--memory", "2 MiB"]),
         with(&["--memory", "size=1G,max=512M"], &["max=", "smaller"]),
         with(&["--memory", "size=lots"], &["--memory", "lots"]),
-        with(&["--memory", "512M,bakend=anon"], &["bakend", "\"backend\""]),
-        with(&["--disk", "path=x,readonyl=on"], &["readonyl", "\"readonly\""]),
+        with(
+            &["--memory", "512M,bakend=anon"],
+            &["bakend", "\"backend\""],
+        ),
+        with(
+            &["--disk", "path=x,readonyl=on"],
+            &["readonyl", "\"readonly\""],
+        ),
         with(&["--cpus", "0"], &["cpus=0"]),
         with(&["--cpus", "99"], &["cpus=99"]),
         with(&["--serial", "tcp:1"], &["--serial", "tcp:1"]),
         with(&["--qmp", "vm.qmp"], &["--qmp", "vm.qmp"]),
-        with(&["--device", "virtio-men-pci,memdev=a"], &["virtio-men-pci", "\"virtio-mem-pci\""]),
+        with(
+            &["--device", "virtio-men-pci,memdev=a"],
+            &["virtio-men-pci", "\"virtio-mem-pci\""],
+        ),
         with(&["--memroy", "1G"], &["--memroy", "--memory"]),
         case(&["run"], USAGE, &["--kernel"]),
         case(&["fly"], USAGE, &["fly"]),
-        case(&["ctl", "--qmp", "/nonexistent/qmp", "status"], FAILURE, &["/nonexistent/qmp"]),
+        case(
+            &["ctl", "--qmp", "/nonexistent/qmp", "status"],
+            FAILURE,
+            &["/nonexistent/qmp"],
+        ),
     ] {
         expect(ground, &case)?;
     }
@@ -81,14 +94,42 @@ pub fn files(ground: &Ground) -> Result<()> {
     let live_socket = format!("unix:{socket}");
     let missing = path("missing-kernel");
     for case in [
-        case(&["run", "--kernel", &missing], FAILURE, &["kernel", "missing-kernel"]),
+        case(
+            &["run", "--kernel", &missing],
+            FAILURE,
+            &["kernel", "missing-kernel"],
+        ),
         case(&["run", "--kernel", &truncated], FAILURE, &["truncated"]),
-        case(&["run", "--kernel", kernel, "--initrd", &huge], FAILURE, &["huge-initrd", "600 MiB"]),
-        case(&["run", "--kernel", kernel, "--disk", &small_disk], FAILURE, &["small.img"]),
-        case(&["run", "--kernel", kernel, "--disk", &missing_disk], FAILURE, &["missing.img"]),
-        case(&["run", "--kernel", kernel, "--qmp", &live_socket], FAILURE, &["in-use.sock"]),
-        case(&["run", "--kernel", kernel, "--serial", &live_socket], FAILURE, &["in-use.sock"]),
-        case(&["run", "--kernel", kernel, "--memory", "1000G"], FAILURE, &["size=1073741824000", "leaves"]),
+        case(
+            &["run", "--kernel", kernel, "--initrd", &huge],
+            FAILURE,
+            &["huge-initrd", "600 MiB"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--disk", &small_disk],
+            FAILURE,
+            &["small.img"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--disk", &missing_disk],
+            FAILURE,
+            &["missing.img"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--qmp", &live_socket],
+            FAILURE,
+            &["in-use.sock"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--serial", &live_socket],
+            FAILURE,
+            &["in-use.sock"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--memory", "1000G"],
+            FAILURE,
+            &["size=1073741824000", "leaves"],
+        ),
     ] {
         expect(ground, &case)?;
     }
@@ -152,7 +193,10 @@ fn expect(ground: &Ground, case: &Case<'_>) -> Result<()> {
         case.code
     );
     for part in case.says {
-        ensure!(text.contains(part), "{line}: does not say {part:?}:\n{text}");
+        ensure!(
+            text.contains(part),
+            "{line}: does not say {part:?}:\n{text}"
+        );
     }
     ensure!(!text.contains("panicked"), "{line}:\n{text}");
     Ok(())

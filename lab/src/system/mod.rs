@@ -114,7 +114,10 @@ pub fn run(grounds: &[Ground], only: Option<&str>) -> Result<()> {
             let result = (scenario.run)(ground);
             let seconds = begun.elapsed().as_secs_f64();
             let verdict = if result.is_ok() { "ok" } else { "FAILED" };
-            println!("{:<5} {:<40} {seconds:>6.1} s  {verdict}", ground.series, scenario.name);
+            println!(
+                "{:<5} {:<40} {seconds:>6.1} s  {verdict}",
+                ground.series, scenario.name
+            );
             match result {
                 Ok(()) => passed += 1,
                 Err(e) => {
@@ -125,7 +128,10 @@ pub fn run(grounds: &[Ground], only: Option<&str>) -> Result<()> {
         }
     }
     println!("system: {passed} passed, {} failed", failed.len());
-    ensure!(passed > 0 || !failed.is_empty(), "no scenario has this name");
+    ensure!(
+        passed > 0 || !failed.is_empty(),
+        "no scenario has this name"
+    );
     if !failed.is_empty() {
         bail!("failed: {}", failed.join("; "));
     }

@@ -73,7 +73,9 @@ pub fn garbage(ground: &Ground) -> Result<()> {
         "a flood stays in the VMM's memory"
     );
     ensure!(vmm.status()? == "running", "the VM is {}", vmm.status()?);
-    let unknown = vmm.qmp().execute("qom-get", json!({"path": "/x", "property": "y"}));
+    let unknown = vmm
+        .qmp()
+        .execute("qom-get", json!({"path": "/x", "property": "y"}));
     let text = format!("{:#}", unknown.err().context("a path that is not there")?);
     ensure!(text.contains("/x"), "{text}");
     finish(vmm)

@@ -17,7 +17,11 @@ const SETTLE: Duration = Duration::from_secs(1);
 
 /// Rounds of grow, fill, check, free, shrink.
 pub fn rounds(ground: &Ground) -> Result<()> {
-    let (rounds, top) = if ground.long { (10, 8 * GIB) } else { (2, 2 * GIB) };
+    let (rounds, top) = if ground.long {
+        (10, 8 * GIB)
+    } else {
+        (2, 2 * GIB)
+    };
     let mut vmm = ground.boot(2, top)?;
     let mut first = None;
     for round in 0..rounds {

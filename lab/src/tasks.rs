@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The long tasks: each runs on this machine's KVM or, where that can't carry a kernel, as a whole
+//! in the capsule.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use ebbtide_lab::capsule::{self, Capsule};
+use ebbtide_lab::kernel::Series;
+use ebbtide_lab::probe::{self, Place};
+use ebbtide_lab::system::{self, Ground};
+use ebbtide_lab::{bench as guests, demo as show, image, packages, python};
+
+/// RAM of the capsule for guests that grow to 8 GiB, in MiB.
+const LARGE_CAPSULE_MIB: u64 = 14_000;
+
+#[derive(clap::Args)]
+pub struct DemoOptions {
+    #[command(flatten)]
+    common: Common,
+    /// The kernel: 6.1 or 6.12
+    #[arg(long, default_value = "6.1")]
+    kernel: Series,
+}
+
+#[derive(clap::Args)]
+pub struct SystemOptions {
+    #[command(flatten)]
+    common: Common,
+    /// The kernel: 6.1 or 6.12; both if not given
+    #[arg(long)]
+    kernel: Option<Series>,
+    /// Full length instead of the short form
+    #[arg(long)]
+    long: bool,
+    /// Only scenarios whose name contains this
+    #[arg(long)]
+    only: Option<String>,
+}
+
+#[derive(clap::Args)]
+pub struct EachOptions {
+    #[command(flatten)]
+    common: Common,
+    /// The programs
+    #[arg(last = true, required = true)]
+    programs: Vec<PathBuf>,
+}
+
+#[derive(clap::Args)]
+pub struct BenchOptions {
+    #[command(flatten)]
+    common: Common,
+}
+
+/// What every task is given.
+#[derive(clap::Args)]
+struct Common {
+    /// The ebbtide binary
+    #[arg(long)]
+    ebbtide: PathBuf,
+    /// Where results go; the demo's into DIR/demo
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+/// Where words for people go: tasks whose standard output is read by a program say them elsewhere.
+#[derive(Clone, Copy)]
+pub enum Words {
+    Standard,
+    Error,
+}
+
+pub fn demo(options: &DemoOptions) -> Result<ExitCode> {
+    let image = image::build(options.kernel)?;
+    let dir = options.common.out.join("demo");
+    let place = elsewhere(
+        Some(&options.common.ebbtide),
+        std::slice::from_ref(&dir),
+        Words::Standard,
+    )?;
+    if let Some(code) = place {
+        return Ok(code);
+    }
+    let kvm = if capsule::is_inside() {
+        "capsule"
+    } else {
+        "host"
+    };
+    show::run(&options.common.ebbtide, image, kvm, &dir)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn system(options: &SystemOptions) -> Result<ExitCode> {
+    let kernels = match options.kernel {
+        Some(series) => vec![series],
+        None => Series::ALL.to_vec(),
+    };
+    let python = python::ensure()?;
+    let grounds = kernels
+        .into_iter()
+        .map(|series| {
+            Ok(Ground {
+                ebbtide: options.common.ebbtide.clone(),
+                image: image::build(series)?,
+                series,
+                long: options.long,
+                python: python.clone(),
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Standard)? {
+        return Ok(code);
+    }
+    system::run(&grounds, options.only.as_deref())?;
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn each(options: &EachOptions) -> Result<ExitCode> {
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Standard)? {
+        return Ok(code);
+    }
+    for program in &options.programs {
+        let status = Command::new(program)
+            .env("EBBTIDE_REQUIRE_KVM", "1")
+            .status()
+            .with_context(|| format!("run {}", program.display()))?;
+        if !status.success() {
+            bail!("{} ended with {status}", program.display());
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
+    packages::ensure_packages(&["qemu-system-x86"])?;
+    let image = image::build(Series::V6_1)?;
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Error)? {
+        return Ok(code);
+    }
+    guests::run(&options.common.ebbtide, &image)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Runs this very command line in the capsule if a guest can't run here; None: go on here.
+pub fn elsewhere(
+    ebbtide: Option<&Path>,
+    shares: &[PathBuf],
+    words: Words,
+) -> Result<Option<ExitCode>> {
+    let choice = probe::choose(ebbtide)?;
+    let text = match choice.place {
+        Place::Host if capsule::is_inside() => return Ok(None),
+        Place::Host => format!("KVM: this machine's ({})", choice.reason),
+        Place::Capsule => format!("KVM: the capsule's ({})", choice.reason),
+    };
+    match words {
+        Words::Standard => println!("{text}"),
+        Words::Error => eprintln!("{text}"),
+    }
+    // The capsule writes past our buffer.
+    std::io::stdout().flush()?;
+    if choice.place == Place::Host {
+        return Ok(None);
+    }
+    packages::ensure_packages(&["qemu-system-x86"])?;
+    let itself = std::env::current_exe().context("own path")?;
+    let argv = std::iter::once(itself.into_os_string())
+        .chain(std::env::args_os().skip(1))
+        .map(|word| word.into_string().ok().context("an argument is not UTF-8"))
+        .collect::<Result<Vec<_>>>()?;
+    let capsule = Capsule {
+        memory_mib: LARGE_CAPSULE_MIB,
+        shares: shares.to_vec(),
+        ..Capsule::default()
+    };
+    super::run_and_pass_on(&capsule, argv, false).map(Some)
+}
