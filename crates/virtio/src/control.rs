@@ -69,8 +69,11 @@ impl Link {
         }
         // Under the lock, a change comes either before DRIVER_OK and is pending here, or after it.
         let mut config = lock(&self.config);
-        self.status.set(status::DRIVER_OK);
-        if std::mem::take(&mut config.pending) {
+        let before = self.status.set(status::DRIVER_OK);
+        // An error is not marked under the lock: either it finds DRIVER_OK set, or it is found here.
+        let failed =
+            before & status::NEEDS_RESET != 0 && !cfg!(seeded = "early_needs_reset_unannounced");
+        if std::mem::take(&mut config.pending) || failed {
             self.interrupts.config();
         }
         self.status.session()
@@ -122,6 +125,7 @@ impl Link {
         }
     }
 
+    /// Takes no lock, so that it can be called under any.
     fn needs_reset(&self, session: Session) {
         let Some(before) = self.status.set_needs_reset(session) else {
             return;

@@ -96,7 +96,8 @@ impl ActiveQueue {
         }
     }
 
-    /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, or the kick can never come; the task is to end.
+    /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, or the kick can never
+    /// come; the task is to end.
     pub async fn kicked(&mut self, local: &Local, gate: &Arc<Gate>) -> Option<Lease> {
         if gate.is_closed() {
             return None;

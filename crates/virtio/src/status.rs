@@ -60,10 +60,12 @@ impl Status {
         word >> 8 == session.0 && bits(word) & DRIVER_OK != 0
     }
 
-    /// The driver sets bits; it cannot clear any but by a reset.
-    pub fn set(&self, wanted: u8) {
-        self.0
+    /// The driver sets bits; it cannot clear any but by a reset. Returns the status before.
+    pub fn set(&self, wanted: u8) -> u8 {
+        let before = self
+            .0
             .fetch_or(u64::from(wanted & DRIVERS), Ordering::AcqRel);
+        bits(before)
     }
 
     /// Sets NEEDS_RESET if `session` is still current. `Some(before)` if this call set it.

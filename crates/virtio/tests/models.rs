@@ -8,6 +8,7 @@
 //! seeded: needs_reset_any_session breaks model_reset
 //! seeded: config_change_unlocked breaks model_config_change
 //! seeded: driver_ok_unlocked breaks model_config_pending
+//! seeded: early_needs_reset_unannounced breaks model_early_needs_reset
 #![cfg(loom)]
 
 use std::sync::Arc;
@@ -167,5 +168,25 @@ fn model_config_pending() {
         let interrupts = announced.0.load(Ordering::Acquire);
         assert!(read == 1 || interrupts > 0, "the driver never hears of it");
         assert!(interrupts < 2, "it hears of it once");
+    });
+}
+
+#[test]
+fn model_early_needs_reset() {
+    const INVARIANT: &str =
+        "a driver that is set up hears of an error that came while it set itself up";
+    check("virtio/early_needs_reset", INVARIANT, Some(3), || {
+        let announced = Arc::new(Announced::default());
+        let link = Link::new(Arc::clone(&announced) as _);
+        link.status().set(status::ACKNOWLEDGE | status::DRIVER);
+        let device = {
+            let control = link.control(None);
+            thread::spawn(move || control.needs_reset())
+        };
+
+        link.driver_ok();
+        device.join().expect("device");
+        assert_ne!(link.status().get() & status::NEEDS_RESET, 0);
+        assert_eq!(announced.0.load(Ordering::Acquire), 1, "announced once");
     });
 }
