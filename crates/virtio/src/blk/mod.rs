@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ebbtide_block::Disk;
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_iothread::Remote;
 
 use self::config::{Config, WRITEBACK_OFFSET};
@@ -91,6 +92,7 @@ pub struct VirtioBlk {
     /// The one field a driver can write: 5.2.5.
     writeback: Arc<AtomicBool>,
     counters: Arc<Counters>,
+    complaints: Arc<LogLimit>,
 }
 
 impl VirtioBlk {
@@ -116,6 +118,7 @@ impl VirtioBlk {
             config,
             writeback: Arc::new(AtomicBool::new(true)),
             counters: Arc::default(),
+            complaints: Arc::default(),
         })
     }
 
@@ -199,6 +202,7 @@ impl VirtioDevice for VirtioBlk {
                 terms,
                 id: self.id,
                 counters: Arc::clone(&self.counters),
+                complaints: Arc::clone(&self.complaints),
             };
             let disk = Arc::clone(&self.disk);
             let writeback = Arc::clone(&self.writeback);

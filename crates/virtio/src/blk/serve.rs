@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 use std::time::Instant;
 
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::{Entry, Gate, Lease};
 use ebbtide_iothread::{Event, Local};
 use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
@@ -46,6 +47,7 @@ pub(super) struct Setup {
     pub terms: Terms,
     pub id: [u8; ID_BYTES],
     pub counters: Arc<Counters>,
+    pub complaints: Arc<LogLimit>,
 }
 
 /// Serves the queue until the gate closes or the driver breaks the queue.
@@ -59,6 +61,7 @@ pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
         terms,
         id,
         counters,
+        complaints,
     } = setup;
     let ActiveQueue {
         index,
@@ -109,7 +112,9 @@ pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
             }
             Err(fault) => {
                 if let Some(_lease) = gate.enter(Entry::Io) {
-                    tracing::warn!(device = &*name, queue = index, %fault, "the driver's queue is unusable");
+                    if let Some(suppressed) = complaints.allow() {
+                        tracing::warn!(device = &*name, queue = index, suppressed, %fault, "the driver's queue is unusable");
+                    }
                     control.needs_reset();
                 }
                 break;
@@ -158,16 +163,26 @@ struct Service {
 
 impl Service {
     fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {
-        let guard = self.space.read(&self.reader);
-        self.inbox.kicked.set(false);
-        let popped = self.take_chains(&guard, rings)?;
-        self.give_back(&guard, rings)?;
+        let (turn, interrupt) = {
+            let guard = self.space.read(&self.reader);
+            self.inbox.kicked.set(false);
+            let popped = self.take_chains(&guard, rings)?;
+            let interrupt = self.give_back(&guard, rings)?;
+            (Self::after(&guard, rings, popped)?, interrupt)
+        };
+        if interrupt {
+            rings.interrupt.signal();
+        }
+        Ok(turn)
+    }
+
+    fn after(guard: &ReadGuard<'_>, rings: &mut Rings, popped: usize) -> Result<Turn, Fault> {
         if popped > 0 {
             return Ok(Turn::Busy);
         }
         if !rings.kicks_on {
             rings.kicks_on = true;
-            if rings.queue.enable_kick(&guard)? {
+            if rings.queue.enable_kick(guard)? {
                 // They came while kicks were off.
                 return Ok(Turn::Busy);
             }
@@ -220,11 +235,11 @@ impl Service {
         self.local.spawn(task).detach();
     }
 
-    /// Publishes all answers there are, with one interrupt.
-    fn give_back(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<(), Fault> {
+    /// Publishes all answers there are; whether the driver wants an interrupt for them.
+    fn give_back(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<bool, Fault> {
         let done = self.inbox.done.take();
         if done.is_empty() {
-            return Ok(());
+            return Ok(false);
         }
         for Done { answered, .. } in &done {
             rings
@@ -232,13 +247,9 @@ impl Service {
                 .add_used(guard, answered.head, answered.written)?;
         }
         rings.queue.publish_used(guard)?;
-        let interrupt = rings.queue.needs_interrupt(guard)?;
         // The driver may give back memory it has its answer for: pins go before it is told.
         drop(done);
-        if interrupt {
-            rings.interrupt.signal();
-        }
-        Ok(())
+        Ok(rings.queue.needs_interrupt(guard)?)
     }
 }
 

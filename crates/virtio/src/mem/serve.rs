@@ -73,7 +73,9 @@ pub(super) async fn serve(local: Local, setup: Setup) {
                 if matches!(fault, Fault::Framing { .. } | Fault::UnknownType { .. }) {
                     Counters::count(&device.counters.malformed);
                 }
-                tracing::warn!(device = &*device.id, %fault, "the driver's queue is unusable");
+                if let Some(suppressed) = device.complaints.allow() {
+                    tracing::warn!(device = &*device.id, suppressed, %fault, "the driver's queue is unusable");
+                }
                 device.driver_broke(activation, local.now());
                 control.needs_reset();
                 break;

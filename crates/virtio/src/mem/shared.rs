@@ -4,6 +4,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_iothread::Sender;
 
 use super::blocks::Blocks;
@@ -51,6 +52,7 @@ pub(super) struct Shared {
     pub region: Region,
     pub blocks: Blocks,
     pub counters: Arc<Counters>,
+    pub complaints: LogLimit,
     state: Mutex<State>,
     /// Set once, when the transport takes the device.
     control: OnceLock<TransportControl>,
@@ -94,6 +96,7 @@ impl Shared {
             region,
             blocks,
             counters,
+            complaints: LogLimit::default(),
             state: Mutex::new(state),
             control: OnceLock::new(),
             events,
@@ -324,7 +327,7 @@ impl Shared {
             },
             Progress::Partial(reason) | Progress::Stalled(reason) => {
                 Counters::count(&self.counters.stalls);
-                tracing::warn!(
+                tracing::debug!(
                     device = &*id,
                     requested = sizes.requested,
                     plugged = sizes.plugged,
