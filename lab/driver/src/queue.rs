@@ -124,6 +124,18 @@ impl DriverQueue {
         }
     }
 
+    /// Gives the rings back, with the indirect tables of chains in flight.
+    pub fn free(self) {
+        for (_, InFlight { table, .. }) in self.in_flight {
+            if let Some((gpa, len)) = table {
+                self.ram.free(gpa, len);
+            }
+        }
+        self.ram.free(self.config.desc, self.config.desc_len());
+        self.ram.free(self.config.avail, self.config.avail_len());
+        self.ram.free(self.config.used, self.config.used_len());
+    }
+
     /// Where the rings are.
     pub fn config(&self) -> &QueueConfig {
         &self.config
