@@ -56,6 +56,13 @@ impl KvmVcpu {
                 Error::refused(operation, format!("vcpu {index}"), errno)
             }
         };
+        if index >= cpus {
+            return Err(Error::refused(
+                "creating a processor",
+                format!("vcpu {index} of {cpus}"),
+                io::Error::from(io::ErrorKind::InvalidInput),
+            ));
+        }
         let fd = machine
             .fd
             .create_vcpu(index.into())

@@ -326,3 +326,113 @@ fn owned(event: EventFd) -> OwnedFd {
     // SAFETY: the descriptor was just given up by its owner.
     unsafe { OwnedFd::from_raw_fd(event.into_raw_fd()) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sim::{SimVm, Step};
+
+    /// What the probe says of a guest that goes through `marks` and then does `end`.
+    fn verdict(
+        flavour: Option<Flavour>,
+        host_ns: f64,
+        marks: &[u8],
+        end: &[Step],
+    ) -> Result<(), String> {
+        let vm = SimVm::new();
+        let mut vcpu = vm.create_vcpu(0, 1).unwrap();
+        let script = vm.script(0);
+        for &mark in marks {
+            script.push(Step::Out {
+                port: guest::PORT,
+                size: 1,
+                data: vec![mark],
+            });
+        }
+        end.iter().for_each(|step| script.push(step.clone()));
+        let limit = Duration::from_millis(200);
+        let mut course = Course::new(flavour, host_ns);
+        with_time_limit(vcpu.as_mut(), limit, |vcpu, deadline| {
+            course.follow(vcpu, deadline)
+        })
+    }
+
+    /// Slow enough for any loop that is only a script to look fast.
+    const SLOW_HOST_NS: f64 = 1e6;
+    const LOOPS: [u8; 7] = [1, 2, 3, 2, 3, 2, 3];
+
+    #[test]
+    fn an_instruction_that_is_not_emulated_is_named() {
+        let error = Step::InternalError {
+            detail: "cannot emulate the instruction [0f, 28]".to_owned(),
+        };
+        let reason = verdict(Some(Flavour::Pvm), SLOW_HOST_NS, &LOOPS, &[error]).unwrap_err();
+        for part in [
+            "[0f, 28]",
+            "while using vector registers",
+            "PVM host, which emulates",
+        ] {
+            assert!(reason.contains(part), "{part} in {reason}");
+        }
+    }
+
+    #[test]
+    fn a_slow_loop_is_told_with_its_ratio() {
+        let reason = verdict(None, 1e-6, &LOOPS, &[]).unwrap_err();
+        assert!(
+            reason.contains("times slower than this processor"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn a_guest_that_hangs_is_told_with_its_place() {
+        let reason = verdict(None, SLOW_HOST_NS, &LOOPS[..2], &[]).unwrap_err();
+        assert!(
+            reason.contains("did not end in time, while counting in a loop"),
+            "{reason}"
+        );
+        let marks = [&LOOPS[..], &[4, 5, 6, 7]].concat();
+        let reason = verdict(None, SLOW_HOST_NS, &marks, &[]).unwrap_err();
+        assert!(
+            reason.contains("while waiting for its timer's interrupt"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn a_guest_that_computes_wrongly_does_not_pass() {
+        let marks = [&LOOPS[..], &[4, 0xff]].concat();
+        let reason = verdict(None, SLOW_HOST_NS, &marks, &[]).unwrap_err();
+        assert!(reason.contains("computed wrongly"), "{reason}");
+        let marks = [&LOOPS[..], &[4, 5, 6]].concat();
+        let reason = verdict(None, SLOW_HOST_NS, &marks, &[Step::Shutdown]).unwrap_err();
+        assert!(
+            reason.contains("Shutdown, while running user code"),
+            "{reason}"
+        );
+    }
+
+    #[test]
+    fn a_register_must_carry_what_the_monitor_put_there() {
+        let marks = [&LOOPS[..], &[4, 5, 6, 7, 8]].concat();
+        let mark = |byte| Step::Out {
+            port: guest::PORT,
+            size: 1,
+            data: vec![byte],
+        };
+        let load = Step::Load {
+            gpa: guest::REGISTER,
+            size: 4,
+        };
+        let echo = |value: u32| Step::Store {
+            gpa: guest::ECHO,
+            data: value.to_le_bytes().to_vec(),
+        };
+        let end = [load.clone(), echo(REGISTER_VALUE + 1), mark(9), mark(10)];
+        assert_eq!(verdict(None, SLOW_HOST_NS, &marks, &end), Ok(()));
+        let end = [load, echo(REGISTER_VALUE), mark(9), mark(10)];
+        let reason = verdict(None, SLOW_HOST_NS, &marks, &end).unwrap_err();
+        assert!(reason.contains("register"), "{reason}");
+    }
+}
