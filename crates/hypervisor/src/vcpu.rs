@@ -50,7 +50,8 @@ pub trait Vcpu: Send {
     /// only when [`run`](Self::run) has returned [`Exit::Interrupted`] is it not.
     fn save(&self) -> Result<VcpuState, Error>;
 
-    /// Goes back to a saved state. What was pending (an unanswered exit, an interrupt, an exception) is forgotten.
+    /// Goes back to a saved state. What was pending (an unanswered exit, an interrupt, an exception) is forgotten; a kick
+    /// is not.
     ///
     /// # Errors
     /// The state is another hypervisor's, or it was refused: the vCPU must then not run on.

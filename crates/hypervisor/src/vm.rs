@@ -71,7 +71,7 @@ pub struct Limits {
     pub phys_bits: u8,
     /// Processors of one machine.
     pub vcpus: u8,
-    /// Frequency of the guest's time stamp counter, where the host knows it.
+    /// Frequency of the guest's time stamp counter; known once there is a processor, if the host knows it.
     pub tsc_khz: Option<u32>,
 }
 
