@@ -7,8 +7,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use ebbtide_gate::{Entry, Gate, Lease};
 use ebbtide_iothread::{Local, Remote};
-use ebbtide_lab_driver::{Board, VirtioDriver};
-use ebbtide_memory::AddressSpace;
+use ebbtide_lab_driver::{Board, Part, VirtioDriver};
+use ebbtide_memory::{AddressSpace, Gpa};
 use ebbtide_virtio::virtq::{Chain, QueueError};
 use ebbtide_virtio::{
     ActivateError, Activation, ActiveQueue, TransportControl, VirtioDevice, VirtioPci,
@@ -263,4 +263,18 @@ impl Rig {
         self.driver.driver_ok().expect("activation");
         queue
     }
+}
+
+/// A chain that echoes `text`, and where the echo goes.
+pub fn echo(rig: &Rig, text: &[u8]) -> (Vec<Part>, Gpa) {
+    let ram = rig.board.ram();
+    let (from, to) = (ram.alloc(text.len(), 1), ram.alloc(text.len(), 1));
+    ram.write(from, text);
+    (
+        vec![
+            Part::readable(from, text.len()),
+            Part::writable(to, text.len()),
+        ],
+        to,
+    )
 }
