@@ -139,7 +139,7 @@ mod tests {
                 unsafe { from_guest(source[skip..].as_ptr(), out[1..].as_mut_ptr(), len) };
                 assert_eq!(out[1..=len], source[skip..skip + len]);
                 assert_eq!((out[0], out[len + 1]), (0xee, 0xee));
-                let mut back = vec![0xdd; 200];
+                let mut back = [0xdd; 200];
                 // SAFETY: as above.
                 unsafe { to_guest(out[1..].as_ptr(), back[skip..].as_mut_ptr(), len) };
                 assert_eq!(back[skip..skip + len], source[skip..skip + len]);

@@ -12,7 +12,6 @@
 //! only: submissions, section ends and unpins it waits for all signal it, and no step blocks.
 
 use std::sync::Arc;
-#[cfg(not(loom))]
 use std::time::{Duration, Instant};
 
 use crate::ram::fence::Fence;
@@ -22,10 +21,8 @@ use crate::sync::{Mutex, lock};
 use crate::ticket::Drain;
 
 /// How long retired views may wait for company before they get a grace period of their own.
-#[cfg(not(loom))]
 const LINGER: Duration = Duration::from_millis(5);
 /// A read section that is open for longer is reported.
-#[cfg(not(loom))]
 const LATE: Duration = Duration::from_secs(1);
 /// Retired views after which they no longer wait.
 const LINGER_COUNT: usize = 128;
@@ -134,7 +131,6 @@ impl Job {
 pub(crate) struct Worker {
     grace: Arc<Grace>,
     queued: Vec<Job>,
-    #[cfg(not(loom))]
     lingering_since: Option<Instant>,
     in_grace: Option<(u64, Vec<Job>)>,
     drains: Vec<Arc<Drain>>,
@@ -149,7 +145,6 @@ pub(crate) enum Next {
     /// Sleep until signalled.
     Sleep,
     /// Sleep until signalled, no longer than `LINGER`.
-    #[cfg(not(loom))]
     Linger,
     /// All is done and the memory is gone.
     End,
@@ -160,7 +155,6 @@ impl Worker {
         Worker {
             grace,
             queued: Vec::new(),
-            #[cfg(not(loom))]
             lingering_since: None,
             in_grace: None,
             drains: Vec::new(),
@@ -170,7 +164,6 @@ impl Worker {
     }
 
     /// Runs until the memory is gone and nothing is left to do.
-    #[cfg(not(loom))]
     pub(crate) fn run(mut self) {
         let mut reported = 0;
         loop {
@@ -227,27 +220,26 @@ impl Worker {
         self.next(closing)
     }
 
-    #[cfg(not(loom))]
+    /// Whether a grace period is worth beginning for what is queued.
     fn should_begin(&mut self, closing: bool) -> bool {
         if self.queued.is_empty() {
             self.lingering_since = None;
             return false;
         }
-        let now = Instant::now();
-        let since = *self.lingering_since.get_or_insert(now);
-        let ready = closing
+        // A model has no clock: nothing lingers.
+        let mut ready = cfg!(loom)
+            || closing
             || self.queued.len() >= LINGER_COUNT
-            || self.queued.iter().any(Job::is_urgent)
-            || now.duration_since(since) >= LINGER;
+            || self.queued.iter().any(Job::is_urgent);
+        if !ready {
+            let now = Instant::now();
+            let since = *self.lingering_since.get_or_insert(now);
+            ready = now.duration_since(since) >= LINGER;
+        }
         if ready {
             self.lingering_since = None;
         }
         ready
-    }
-
-    #[cfg(loom)]
-    fn should_begin(&mut self, _closing: bool) -> bool {
-        !self.queued.is_empty()
     }
 
     fn after_grace(&mut self, jobs: Vec<Job>) {
@@ -261,6 +253,7 @@ impl Worker {
                     self.drains.push(drain);
                 }
                 Job::Fence(fence) => {
+                    #[cfg(not(seeded = "unarmed_fence"))]
                     self.grace.hub.arm(fence.slot());
                     self.fences.push(fence);
                 }
@@ -313,7 +306,6 @@ impl Worker {
             }
             self.grace.hub.wake().signal();
         }
-        #[cfg(not(loom))]
         if self.in_grace.is_none() && !self.queued.is_empty() {
             return Next::Linger;
         }

@@ -334,6 +334,13 @@ unsafe impl Send for View {}
 unsafe impl Sync for View {}
 
 impl View {
+    /// A view that shows nothing.
+    pub(crate) fn empty() -> View {
+        View {
+            cells: Box::default(),
+        }
+    }
+
     /// What answers at `address`.
     ///
     /// The caller is in a read section in which it loaded the view (I2).

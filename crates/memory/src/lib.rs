@@ -12,6 +12,9 @@ mod guard;
 mod index;
 mod listener;
 mod memory;
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod modelled;
 mod pin;
 mod ram;
 mod reader;

@@ -4,19 +4,18 @@
 use std::fmt;
 use std::ptr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicPtr;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use crate::guard::ReadGuard;
 use crate::index::{RAM, READONLY, View};
 use crate::reader::hub::Hub;
+use crate::reader::published::Published;
 use crate::tree::RegionKind;
 use crate::{Error, Gpa, Listener, ListenerId, Memory, Mmio, Reader, copy};
 
 /// A root region as CPUs and devices see it: memory, port I/O, a device's bus-master view.
 pub struct AddressSpace {
-    /// Never null; replaced with every change, freed after a grace period (I2).
-    view: AtomicPtr<View>,
+    /// Replaced with every change.
+    view: Published<View>,
     hub: &'static Hub,
     id: u64,
     name: String,
@@ -45,7 +44,7 @@ impl AddressSpace {
         name: &str,
         view: Box<View>,
     ) -> Arc<AddressSpace> {
-        let view = AtomicPtr::new(Box::into_raw(view));
+        let view = Published::new(view);
         let hub = memory.grace_worker().hub();
         Arc::new(AddressSpace {
             view,
@@ -78,22 +77,19 @@ impl AddressSpace {
             "a reader of another memory"
         );
         reader.enter();
-        // SAFETY: loaded inside the section just opened: the view is freed after a grace period
-        // that waits for it (I2).
-        let view = unsafe { &*self.view.load(Acquire) };
+        // SAFETY: the section just opened lasts as long as the guard, which borrows the reader.
+        let view = unsafe { self.view.get() };
         ReadGuard::new(reader, view, self)
     }
 
-    /// The current view's address, to tell whether a section sees the newest.
+    /// Whether a section sees the newest view.
     pub(crate) fn is_current(&self, view: &View) -> bool {
-        ptr::eq(self.view.load(Acquire), view)
+        ptr::eq(self.view.as_ptr(), view)
     }
 
     /// Replaces the view; the old one must live until after a grace period.
     pub(crate) fn publish(&self, view: Box<View>) -> Box<View> {
-        let old = self.view.swap(Box::into_raw(view), AcqRel);
-        // SAFETY: made by `Box::into_raw` here or in `new`, and no longer reachable from here.
-        unsafe { Box::from_raw(old) }
+        self.view.replace(view)
     }
 
     /// Adds a listener and shows it the current view. Listeners of lower priority hear of
@@ -244,11 +240,9 @@ fn target(guard: &ReadGuard<'_>, addr: u64, len: usize) -> Target {
 
 impl Drop for AddressSpace {
     fn drop(&mut self) {
-        let view = *self.view.get_mut();
-        // SAFETY: made by `Box::into_raw`; sections may still use it, so it is handed on to be
-        // freed after a grace period.
-        self.memory
-            .space_dropped(self.id, unsafe { Box::from_raw(view) });
+        // Sections may still use the view: it is handed on to be freed after a grace period.
+        let view = self.view.replace(Box::new(View::empty()));
+        self.memory.space_dropped(self.id, view);
     }
 }
 

@@ -3,11 +3,9 @@
 
 #[cfg(loom)]
 pub(crate) use loom::{
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence},
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64},
     sync::{Condvar, Mutex, MutexGuard},
-    thread_local,
 };
-// std's `thread_local` is in scope everywhere.
 #[cfg(not(loom))]
 pub(crate) use std::{
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, fence},

@@ -69,29 +69,45 @@ impl fmt::Display for Holder {
 /// The holds of external mappers on one RAM block.
 pub(crate) struct Holds {
     hub: &'static Hub,
-    list: Mutex<(u64, Vec<(u64, String, Instant)>)>,
+    list: Mutex<HoldList>,
+}
+
+#[derive(Default)]
+struct HoldList {
+    last_id: u64,
+    holds: Vec<Hold>,
+}
+
+struct Hold {
+    id: u64,
+    what: String,
+    since: Instant,
 }
 
 impl Holds {
     pub(crate) fn new(hub: &'static Hub) -> Arc<Holds> {
         Arc::new(Holds {
             hub,
-            list: Mutex::new((0, Vec::new())),
+            list: Mutex::new(HoldList::default()),
         })
     }
 
     pub(crate) fn add(&self, what: &str) -> u64 {
         let mut list = lock(&self.list);
-        list.0 += 1;
-        let id = list.0;
-        list.1.push((id, what.to_owned(), Instant::now()));
+        list.last_id += 1;
+        let id = list.last_id;
+        list.holds.push(Hold {
+            id,
+            what: what.to_owned(),
+            since: Instant::now(),
+        });
         id
     }
 
     pub(crate) fn remove(&self, id: u64) {
         let mut list = lock(&self.list);
-        list.1.retain(|hold| hold.0 != id);
-        let last = list.1.is_empty();
+        list.holds.retain(|hold| hold.id != id);
+        let last = list.holds.is_empty();
         drop(list);
         if last {
             self.hub.wake().signal();
@@ -99,17 +115,16 @@ impl Holds {
     }
 
     fn is_empty(&self) -> bool {
-        lock(&self.list).1.is_empty()
+        lock(&self.list).holds.is_empty()
     }
 
     fn list(&self) -> Vec<Holder> {
-        let list = lock(&self.list);
-        let holder = |(_, what, since): &(u64, String, Instant)| Holder {
-            what: what.clone(),
+        let holder = |hold: &Hold| Holder {
+            what: hold.what.clone(),
             count: 1,
-            age: since.elapsed(),
+            age: hold.since.elapsed(),
         };
-        list.1.iter().map(holder).collect()
+        lock(&self.list).holds.iter().map(holder).collect()
     }
 }
 
@@ -133,6 +148,11 @@ impl Drain {
 
     pub(crate) fn slot(&self) -> u32 {
         self.slot
+    }
+
+    #[cfg(loom)]
+    pub(crate) fn level(&self) -> Arc<Level> {
+        Arc::clone(&self.level)
     }
 
     /// The view without the block is published.

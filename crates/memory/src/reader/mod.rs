@@ -4,6 +4,7 @@
 
 mod barrier;
 pub(crate) mod hub;
+pub(crate) mod published;
 pub(crate) mod row;
 pub(crate) mod wake;
 

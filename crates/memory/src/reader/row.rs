@@ -107,7 +107,7 @@ thread_local! {
     static TOKEN: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 #[cfg(loom)]
-thread_local! {
+loom::thread_local! {
     static TOKEN: std::cell::Cell<u64> = std::cell::Cell::new(0);
 }
 
@@ -175,6 +175,7 @@ impl Row {
         if depth == 1 {
             own.depth.store(0, Relaxed);
             own.section.store(0, Release);
+            #[cfg(not(seeded = "no_leave_fence"))]
             self.light();
             if self.shared.0.watch.load(Relaxed) & WATCH_SECTION != 0 {
                 self.section_ended();
@@ -257,9 +258,14 @@ impl Row {
         section != 0 && section < target
     }
 
-    /// Makes the end of the current section wake the worker.
-    pub(super) fn watch_section(&self) {
-        self.shared.0.watch.fetch_or(WATCH_SECTION, Relaxed);
+    /// Makes the end of the current section wake the worker. Returns whether it did not already.
+    pub(super) fn watch_section(&self) -> bool {
+        let watch = &self.shared.0.watch;
+        if watch.load(Relaxed) & WATCH_SECTION != 0 {
+            return false;
+        }
+        watch.fetch_or(WATCH_SECTION, Relaxed);
+        true
     }
 
     /// Makes the release of pins of `slot` wake the worker, or no longer so. `any` is whether

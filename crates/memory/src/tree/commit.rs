@@ -66,7 +66,7 @@ impl Tree {
             listeners: Vec::new(),
             index: Index::new(),
         };
-        if let Some(mut delta) = state.delta(0, &[0..u64::MAX]) {
+        if let Some(mut delta) = state.delta(0, std::slice::from_ref(&(0..u64::MAX))) {
             state.apply(&mut delta);
         }
         self.spaces.push(state);
@@ -99,7 +99,7 @@ impl Tree {
     pub(super) fn commit(
         &mut self,
         memory: &Memory,
-        dirty: &mut Vec<(u64, Range<u64>)>,
+        dirty: &mut [(u64, Range<u64>)],
         unplugged: &[(Arc<RamBlock>, Arc<Drain>)],
     ) -> Result<(), Error> {
         let mut deltas = self.deltas(dirty);
@@ -140,7 +140,7 @@ impl Tree {
         Ok(())
     }
 
-    fn deltas(&self, dirty: &mut Vec<(u64, Range<u64>)>) -> Vec<Delta> {
+    fn deltas(&self, dirty: &mut [(u64, Range<u64>)]) -> Vec<Delta> {
         dirty.sort_unstable_by_key(|(space, range)| (*space, range.start));
         let mut deltas = Vec::new();
         for chunk in dirty.chunk_by(|a, b| a.0 == b.0) {

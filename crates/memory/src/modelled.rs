@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The protocols as the loom models drive them: the real code, without mappings and threads.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::grace::{Grace, Job, Worker};
+use crate::pin::Token;
+use crate::ram::fence::{Fence, admit};
+use crate::reader::hub::Hub;
+use crate::reader::published::Published;
+use crate::reader::row::{Row, make_token};
+use crate::reader::wake::Level;
+use crate::ticket::{Drain, Holds, Phase};
+
+/// What a memory has besides its blocks and its tree.
+#[derive(Clone)]
+pub struct Core {
+    grace: Arc<Grace>,
+}
+
+impl Default for Core {
+    fn default() -> Core {
+        Core {
+            grace: Grace::new(),
+        }
+    }
+}
+
+impl Core {
+    /// As `Memory::register`.
+    pub fn register(&self) -> Thread {
+        let hub = self.grace.hub();
+        Thread {
+            hub,
+            row: hub.adopt(make_token(), "model"),
+            _core: self.clone(),
+        }
+    }
+
+    /// A slot for the pins of a RAM block.
+    pub fn slot(&self) -> u32 {
+        self.grace.hub().allocate_slot().unwrap()
+    }
+
+    /// What a commit does once the new view is in place: the generation, then the old view.
+    pub fn published(&self, retire: impl FnOnce() + Send + 'static) {
+        self.grace.hub().bump_generation();
+        self.grace.submit(Job::Retire(Box::new(retire)));
+    }
+
+    /// As `Memory::grace`.
+    pub fn grace(&self) -> Waiting {
+        let level = Level::new(0);
+        self.grace.submit(Job::Grace(Arc::clone(&level)));
+        Waiting { level, wanted: 1 }
+    }
+
+    /// As a commit that unplugs the block of `slot`.
+    pub fn unplug(&self, slot: u32) -> Waiting {
+        self.grace.hub().bump_generation();
+        let drain = Drain::new(slot, Holds::new(self.grace.hub()));
+        drain.unpublish();
+        self.grace.submit(Job::Drain(Arc::clone(&drain)));
+        Waiting {
+            level: drain.level(),
+            wanted: Phase::Drained as u8,
+        }
+    }
+
+    /// The plugged blocks of a sparse RAM block, all of them.
+    pub fn sparse(&self, slot: u32, blocks: u64) -> Sparse {
+        let fence = Fence::new(slot, blocks);
+        fence.map().set(0..blocks);
+        Sparse {
+            fence,
+            core: self.clone(),
+        }
+    }
+
+    /// Plays the worker until `waiting` is over.
+    pub fn work_until(&self, worker: &mut WorkerThread, waiting: &Waiting) {
+        loop {
+            worker.0.turn();
+            if waiting.is_over() {
+                return;
+            }
+            self.grace.hub().wake().wait(None);
+        }
+    }
+
+    /// Plays the worker until `done`, which a retired job sets.
+    pub fn work_while(&self, worker: &mut WorkerThread, mut busy: impl FnMut() -> bool) {
+        loop {
+            worker.0.turn();
+            if !busy() {
+                return;
+            }
+            self.grace.hub().wake().wait(None);
+        }
+    }
+
+    /// The worker's state.
+    pub fn worker(&self) -> WorkerThread {
+        WorkerThread(Worker::new(Arc::clone(&self.grace)))
+    }
+
+    /// The number cached translations compare.
+    pub fn generation(&self) -> u64 {
+        self.grace.hub().generation()
+    }
+}
+
+/// The worker's state.
+pub struct WorkerThread(Worker);
+
+/// Something that the worker brings about.
+pub struct Waiting {
+    level: Arc<Level>,
+    wanted: u8,
+}
+
+impl Waiting {
+    /// Whether it has.
+    pub fn is_over(&self) -> bool {
+        self.level.get() >= self.wanted
+    }
+}
+
+/// A registered thread.
+pub struct Thread {
+    hub: &'static Hub,
+    row: &'static Row,
+    _core: Core,
+}
+
+impl Thread {
+    /// Opens a section.
+    pub fn enter(&self) {
+        self.row.enter(self.hub);
+    }
+
+    /// Closes it.
+    pub fn leave(&self) {
+        self.row.leave();
+    }
+
+    /// Pins, inside a section.
+    pub fn pin(&self, slot: u32, bank: usize) -> PinToken {
+        PinToken(Token::count(self.row, slot, bank))
+    }
+}
+
+impl Drop for Thread {
+    fn drop(&mut self) {
+        self.hub.disown(self.row);
+    }
+}
+
+/// A pin.
+#[derive(Clone)]
+pub struct PinToken(#[allow(dead_code)] Token);
+
+/// A view pointer.
+pub struct ViewPointer<T>(Published<T>);
+
+impl<T> ViewPointer<T> {
+    /// Starts with `value`.
+    pub fn new(value: T) -> ViewPointer<T> {
+        ViewPointer(Published::new(Box::new(value)))
+    }
+
+    /// Follows it.
+    ///
+    /// # Safety
+    /// Inside a section that lasts as long as `'r`.
+    pub unsafe fn get<'r>(&self) -> &'r T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.get() }
+    }
+
+    /// Replaces it.
+    pub fn replace(&self, value: T) -> Box<T> {
+        self.0.replace(Box::new(value))
+    }
+}
+
+/// A sparse RAM block.
+pub struct Sparse {
+    fence: Arc<Fence>,
+    core: Core,
+}
+
+impl Sparse {
+    /// The bank for a pin of one block, if it is plugged.
+    pub fn admit(&self, block: u64) -> Option<usize> {
+        admit(self.fence.map().words(), block, block)
+    }
+
+    /// As `RamBlock::seal`.
+    pub fn seal(&self, blocks: Range<u64>) -> Waiting {
+        let level = Level::new(0);
+        if self
+            .fence
+            .seal(blocks, Arc::clone(&level), self.core.grace.hub())
+        {
+            self.core.grace.submit(Job::Fence(Arc::clone(&self.fence)));
+        }
+        Waiting { level, wanted: 1 }
+    }
+}

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Unplug tickets.
+#![cfg(not(loom))]
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::{Arc, Mutex, mpsc};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use ebbtide_memory::{
+    Access, AddressSpace, Backing, Error, FlatSection, Gpa, Listener, ListenerError, Memory,
+    MemoryConfig, Phase, RamBlock, RamSpec, Region, RegionHold,
+};
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+fn wait<T>(future: impl Future<Output = T>, limit: Duration) -> Option<T> {
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut future = pin!(future);
+    let end = Instant::now() + limit;
+    loop {
+        if let Poll::Ready(value) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+            return Some(value);
+        }
+        thread::park_timeout(end.checked_duration_since(Instant::now())?);
+    }
+}
+
+const LONG: Duration = Duration::from_secs(10);
+const SHORT: Duration = Duration::from_millis(40);
+
+struct Machine {
+    memory: Arc<Memory>,
+    space: Arc<AddressSpace>,
+    root: Arc<Region>,
+}
+
+fn machine() -> Machine {
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 64 << 30,
+    })
+    .unwrap();
+    let root = Region::container("root", 1 << 48);
+    let space = memory.address_space("memory", &root).unwrap();
+    Machine {
+        memory,
+        space,
+        root,
+    }
+}
+
+impl Machine {
+    fn dimm(&self, name: &str, offset: u64) -> (Arc<RamBlock>, Arc<Region>) {
+        let spec = RamSpec {
+            name: name.into(),
+            size_bytes: 4 << 20,
+            max_size_bytes: 4 << 20,
+            backing: Backing::Anon { thp: true },
+            prefault: true,
+            block_size_bytes: None,
+        };
+        let block = self.memory.ram().add(spec).unwrap();
+        let region = Region::ram(name, &block);
+        self.memory
+            .update(|t| t.add(&self.root, &region, offset, 0))
+            .unwrap();
+        (block, region)
+    }
+}
+
+#[test]
+fn nobody_uses_it() {
+    let machine = machine();
+    let (block, region) = machine.dimm("dimm0", 0);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    wait(ticket.drained(), LONG).unwrap();
+    assert_eq!((ticket.phase(), ticket.holders()), (Phase::Drained, vec![]));
+    assert_eq!(machine.memory.ram().blocks().len(), 1);
+    let host = block.host().as_ptr() as u64;
+    let gone = ticket.reached(Phase::Gone);
+    ticket
+        .destroy()
+        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    wait(gone, SHORT).unwrap();
+    assert_eq!(machine.memory.ram().blocks().len(), 0);
+    // The name is free, the address is not used again.
+    let (again, _) = machine.dimm("dimm0", 0);
+    assert_ne!(again.host().as_ptr() as u64, host);
+}
+
+#[test]
+fn pins_and_sections_hold_it_up_and_are_named() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let (other, _) = machine.dimm("dimm1", 1 << 30);
+    let reader = machine.memory.register();
+    let pin = machine
+        .space
+        .read(&reader)
+        .pin(Gpa(0x1000), 64, Access::ReadWrite)
+        .unwrap();
+    let elsewhere = machine
+        .space
+        .read(&reader)
+        .pin(Gpa(1 << 30), 64, Access::Read)
+        .unwrap();
+    let guard = machine.space.read(&reader);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    assert!(ticket.phase() >= Phase::Unpublished);
+    assert!(wait(ticket.reached(Phase::Draining), SHORT).is_none());
+    // The open section still finds it, a new view does not.
+    assert!(guard.pin(Gpa(0x2000), 8, Access::Write).is_ok());
+    drop(guard);
+    wait(ticket.reached(Phase::Draining), LONG).unwrap();
+    assert!(
+        machine
+            .space
+            .read(&reader)
+            .pin(Gpa(0x1000), 64, Access::Write)
+            .is_err()
+    );
+    pin.write_at(0, b"still there").unwrap();
+    assert!(wait(ticket.drained(), SHORT).is_none());
+    let holders = ticket.holders();
+    assert_eq!((holders.len(), holders[0].count), (1, 1));
+    assert_eq!(
+        holders[0].what,
+        format!("pins of {}", thread::current().name().unwrap())
+    );
+    assert!(holders[0].age >= SHORT && holders[0].age <= ticket.age());
+    let (ticket, error) = ticket.destroy().unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .starts_with("RAM block dimm0 is not drained: pins of"),
+        "{error}"
+    );
+    let released = thread::spawn(move || drop(pin));
+    released.join().unwrap();
+    wait(ticket.drained(), LONG).unwrap();
+    ticket
+        .destroy()
+        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    drop(elsewhere);
+    assert!(Arc::ptr_eq(&machine.memory.ram().blocks()[0], &other));
+}
+
+#[test]
+fn the_last_unpin_is_noticed_soon() {
+    let machine = machine();
+    let reader = machine.memory.register();
+    let mut slowest = Duration::ZERO;
+    for round in 0..20 {
+        let (_, region) = machine.dimm(&format!("dimm{round}"), 0);
+        let pin = machine
+            .space
+            .read(&reader)
+            .pin(Gpa(0), 64, Access::Read)
+            .unwrap();
+        let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+        wait(ticket.reached(Phase::Draining), LONG).unwrap();
+        let start = Instant::now();
+        drop(pin);
+        wait(ticket.drained(), LONG).unwrap();
+        slowest = slowest.max(start.elapsed());
+        ticket
+            .destroy()
+            .unwrap_or_else(|(_, error)| panic!("{error}"));
+    }
+    // A loose bound for a loaded machine; the benchmark holds the budget of 1 ms.
+    assert!(slowest < Duration::from_millis(200), "{slowest:?}");
+}
+
+/// Keeps a hold per section until told to let go.
+struct Mapper(Arc<Mutex<Vec<RegionHold>>>);
+
+impl Listener for Mapper {
+    fn region_add(&mut self, section: &FlatSection) -> Result<(), ListenerError> {
+        self.0
+            .lock()
+            .unwrap()
+            .push(section.hold_as("vhost-user net0"));
+        Ok(())
+    }
+    fn region_del(&mut self, _: &FlatSection) {}
+}
+
+#[test]
+fn an_external_mapper_holds_it_until_it_says_so() {
+    let machine = machine();
+    let holds = Arc::new(Mutex::new(Vec::new()));
+    machine
+        .space
+        .add_listener(Box::new(Mapper(Arc::clone(&holds))), 0)
+        .unwrap();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    assert!(wait(ticket.drained(), SHORT).is_none());
+    let holders = ticket.holders();
+    assert_eq!(
+        (holders[0].what.as_str(), holders[0].count),
+        ("vhost-user net0", 1)
+    );
+    holds.lock().unwrap().clear();
+    wait(ticket.drained(), LONG).unwrap();
+    ticket
+        .destroy()
+        .unwrap_or_else(|(_, error)| panic!("{error}"));
+}
+
+#[test]
+fn what_is_still_shown_cannot_be_unplugged() {
+    let machine = machine();
+    let (block, region) = machine.dimm("dimm0", 0);
+    let window = Region::alias("window", &region, 0, 4096);
+    machine
+        .memory
+        .update(|t| t.add(&machine.root, &window, 1 << 40, 0))
+        .unwrap();
+    let error = machine
+        .memory
+        .update(|t| t.unplug(&region))
+        .map(drop)
+        .unwrap_err();
+    assert!(matches!(error, Error::StillMapped { .. }), "{error}");
+    // Taken back: it is where it was, and can be unplugged once the alias is gone.
+    let reader = machine.memory.register();
+    assert_eq!(machine.space.load(&reader, 0, 4), 0);
+    let ticket = machine
+        .memory
+        .update(|t| {
+            t.remove(&window)?;
+            t.unplug(&region)
+        })
+        .unwrap();
+    let error = machine
+        .memory
+        .update(|t| t.add(&machine.root, &region, 0, 0))
+        .unwrap_err();
+    assert_eq!(error.to_string(), "RAM block dimm0 is being unplugged");
+    assert!(machine.memory.update(|t| t.retire(&block)).is_err());
+    wait(ticket.drained(), LONG).unwrap();
+}
+
+#[test]
+fn a_change_taken_back_leaves_the_ticket_live() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let mut kept = None;
+    let result = machine.memory.update(|t| {
+        kept = Some(t.unplug(&region)?);
+        t.remove(&region)
+    });
+    assert!(result.is_err());
+    assert_eq!(kept.unwrap().phase(), Phase::Live);
+    let reader = machine.memory.register();
+    assert!(
+        machine
+            .space
+            .read(&reader)
+            .pin(Gpa(0), 8, Access::Write)
+            .is_ok()
+    );
+}
+
+#[test]
+fn a_block_never_shown_can_be_retired() {
+    let machine = machine();
+    let (block, region) = machine.dimm("dimm0", 0);
+    machine.memory.update(|t| t.remove(&region)).unwrap();
+    let ticket = machine.memory.update(|t| t.retire(&block)).unwrap();
+    wait(ticket.drained(), LONG).unwrap();
+    ticket
+        .destroy()
+        .unwrap_or_else(|(_, error)| panic!("{error}"));
+}
+
+#[test]
+fn a_memory_that_goes_with_pins_out_stays_until_they_are_gone() {
+    let machine = machine();
+    let (block, _) = machine.dimm("dimm0", 0);
+    let reader = machine.memory.register();
+    let pin = machine
+        .space
+        .read(&reader)
+        .pin(Gpa(0), 64, Access::ReadWrite)
+        .unwrap();
+    drop((reader, machine, block));
+    pin.write_at(0, b"no fault").unwrap();
+    let mut bytes = [0; 8];
+    pin.read_at(0, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"no fault");
+    let host = pin.as_ptr() as u64;
+    drop(pin);
+    let mapped = || {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let spans = maps
+            .lines()
+            .filter_map(|line| line.split_once(' ')?.0.split_once('-'));
+        spans
+            .map(|(a, b)| {
+                (
+                    u64::from_str_radix(a, 16).unwrap(),
+                    u64::from_str_radix(b, 16).unwrap(),
+                )
+            })
+            .any(|(start, end)| start <= host && host < end)
+    };
+    let end = Instant::now() + LONG;
+    while mapped() && Instant::now() < end {
+        thread::sleep(Duration::from_millis(5));
+    }
+    assert!(!mapped());
+}
+
+#[test]
+fn a_thread_may_end_before_its_pins() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let (sender, receiver) = mpsc::channel();
+    let (memory, space) = (Arc::clone(&machine.memory), Arc::clone(&machine.space));
+    let spawn = thread::Builder::new().name("short-lived".into());
+    let thread = spawn.spawn(move || {
+        let reader = memory.register();
+        sender
+            .send(space.read(&reader).pin(Gpa(0), 8, Access::Read).unwrap())
+            .unwrap();
+    });
+    thread.unwrap().join().unwrap();
+    let pin = receiver.recv().unwrap();
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    wait(ticket.reached(Phase::Draining), LONG).unwrap();
+    assert_eq!(ticket.holders()[0].what, "pins of short-lived");
+    // This thread adopts the row; the pin is then let go at home.
+    let reader = machine.memory.register();
+    drop(pin);
+    wait(ticket.drained(), LONG).unwrap();
+    drop(reader);
+}
