@@ -53,8 +53,8 @@ pub fn run(ebbtide: &Path, image: &Image) -> Result<()> {
     for round in 1..=RUNS {
         eprintln!("guests: round {round} of {RUNS}");
         let program = Program::Ebbtide(ebbtide.to_owned());
-        ours.push(sample(program, image).context("Ebbtide")?);
-        peers.push(sample(Program::Qemu, image).context(PEER)?);
+        ours.push(sample("Ebbtide", program, image).context("Ebbtide")?);
+        peers.push(sample(PEER, Program::Qemu, image).context(PEER)?);
     }
     let rows = [
         row("boot/ms", "ms", &ours, &peers, |s| s.boot_ms),
@@ -68,7 +68,7 @@ pub fn run(ebbtide: &Path, image: &Image) -> Result<()> {
     Ok(())
 }
 
-fn sample(program: Program, image: &Image) -> Result<Sample> {
+fn sample(name: &str, program: Program, image: &Image) -> Result<Sample> {
     let plain = Machine::new(program, image.clone());
     // The row of the boot is without the memory device: that is the command line both agree on.
     let mut vmm = Vmm::start(&plain)?;
@@ -84,6 +84,12 @@ fn sample(program: Program, image: &Image) -> Result<Sample> {
     let grow = vmm.resize(TOP, LIMIT).context("grow")?;
     let shrink = vmm.resize(BOOT, LIMIT).context("shrink")?;
     vmm.power_off(LIMIT)?;
+    eprintln!(
+        "  {name:<14} boot {:>6.0} ms   grow {:>6.0} ms   shrink {:>6.0} ms   overhead {rss_kib:>7.0} KiB",
+        ms(boot),
+        ms(grow),
+        ms(shrink)
+    );
     Ok(Sample {
         boot_ms: ms(boot),
         grow_ms: ms(grow),

@@ -18,7 +18,7 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
+use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
 use crate::lifecycle::{Request, Requests};
 use crate::machine::{Machine, MemorySlot, PciDevice, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
@@ -334,7 +334,7 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error
         hotplug: layout.device_memory.iter().map(on_node_0).collect(),
         ecam: acpi::Ecam {
             base: ECAM.start,
-            last_bus: 255,
+            last_bus: LAST_BUS,
         },
         windows: Windows {
             mmio32: PCI_MMIO32,
