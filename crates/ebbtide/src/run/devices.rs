@@ -111,7 +111,9 @@ pub fn disk(text: &str, index: usize) -> Result<DiskConfig, OptionError> {
     let config = DiskConfig {
         path,
         readonly: kv.switch("readonly", false)?,
-        serial: kv.take("serial").unwrap_or_else(|| id.chars().take(20).collect()),
+        serial: kv
+            .take("serial")
+            .unwrap_or_else(|| id.chars().take(20).collect()),
         direct: kv.switch("direct", false)?,
         id,
     };
@@ -123,7 +125,10 @@ pub fn disk(text: &str, index: usize) -> Result<DiskConfig, OptionError> {
 pub fn serial(text: &str) -> Result<SerialConfig, OptionError> {
     let path = |p: &str| {
         if p.is_empty() {
-            Err(OptionError::new("--serial", format!("{text:?} has no path")))
+            Err(OptionError::new(
+                "--serial",
+                format!("{text:?} has no path"),
+            ))
         } else {
             Ok(PathBuf::from(p))
         }
@@ -227,14 +232,11 @@ pub fn device(
     }
     let memdev = kv.need("memdev")?;
     let id = kv.take("id").unwrap_or_else(|| format!("vmem{index}"));
-    let at = objects
-        .iter()
-        .position(|o| o.id == memdev)
-        .ok_or_else(|| {
-            kv.error(format!(
-                "memdev={memdev}: there is no such --object, or another device has it"
-            ))
-        })?;
+    let at = objects.iter().position(|o| o.id == memdev).ok_or_else(|| {
+        kv.error(format!(
+            "memdev={memdev}: there is no such --object, or another device has it"
+        ))
+    })?;
     let node = match kv.take("node") {
         None => 0,
         Some(text) => text

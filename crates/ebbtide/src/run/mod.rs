@@ -195,7 +195,9 @@ fn command_line(text: String, grows: bool) -> String {
     if !grows || decided {
         return text;
     }
-    tracing::info!("{ONLINE_MOVABLE} is added to the kernel's command line, so that it uses plugged memory");
+    tracing::info!(
+        "{ONLINE_MOVABLE} is added to the kernel's command line, so that it uses plugged memory"
+    );
     let text = text.trim_end();
     if text.is_empty() {
         ONLINE_MOVABLE.to_owned()

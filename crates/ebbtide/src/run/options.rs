@@ -125,10 +125,7 @@ impl KeyValues {
 pub fn unknown(what: &str, name: &str, known: &[&str]) -> String {
     match nearest(name, known) {
         Some(near) => format!("unknown {what} {name:?}; is {near:?} meant?"),
-        None => format!(
-            "unknown {what} {name:?}; there are: {}",
-            known.join(", ")
-        ),
+        None => format!("unknown {what} {name:?}; there are: {}", known.join(", ")),
     }
 }
 
@@ -217,7 +214,10 @@ mod tests {
     #[test]
     fn distances() {
         assert_eq!(distance("kitten", "sitting"), 3);
-        assert_eq!(nearest("requsted-size", &["requested-size", "size"]), Some("requested-size"));
+        assert_eq!(
+            nearest("requsted-size", &["requested-size", "size"]),
+            Some("requested-size")
+        );
         assert_eq!(nearest("zzz", &["requested-size", "size"]), None);
     }
 }

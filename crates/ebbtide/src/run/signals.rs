@@ -25,7 +25,8 @@ impl Signals {
             for signal in ENDING {
                 libc::sigaddset(set.as_mut_ptr(), signal);
             }
-            let refused = libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
+            let refused =
+                libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), std::ptr::null_mut());
             if refused != 0 {
                 return Err(io::Error::from_raw_os_error(refused));
             }
