@@ -64,7 +64,7 @@ impl CpuEvent {
             CpuEvent::MemoryFault { cpu, gpa, rip } => {
                 let at = gpa.map_or_else(|| "an unknown address".into(), |a| format!("{a:#x}"));
                 tracing::error!(
-                    "vcpu{cpu}: the guest touched memory that is not plugged, at {at}, rip {rip:#x}"
+                    "vcpu{cpu}: the guest touched memory that the host can't give it, at {at}, rip {rip:#x}: an unplugged block, or the host is out of memory"
                 );
             }
             CpuEvent::Failed { cpu, reason } => tracing::error!("vcpu{cpu}: {reason}"),

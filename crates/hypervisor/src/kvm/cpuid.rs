@@ -73,6 +73,7 @@ impl Supported {
         let amd = self.is_amd();
         let tiles = self.has_tiles();
         let has_topology = self.find(TOPOLOGY).is_some();
+        let xsave = self.has_xsave();
         let mut entries: Vec<_> = self
             .entries
             .iter()
@@ -92,6 +93,9 @@ impl Supported {
                 _ => {}
             }
         }
+        if !xsave {
+            entries.iter_mut().for_each(without_xsave);
+        }
         if has_topology {
             entries.extend(topology.leaves());
         }
@@ -107,6 +111,12 @@ impl Supported {
             let name = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
             matches!(name.as_flattened(), b"AuthenticAMD" | b"HygonGenuine")
         })
+    }
+
+    fn has_xsave(&self) -> bool {
+        const XSAVE: u32 = 1 << 26;
+        self.find(FEATURES)
+            .is_some_and(|leaf| leaf.ecx & XSAVE != 0)
     }
 
     /// Whether this process may give a guest the state of the tile registers (AMX). KVM lists the instructions whether
@@ -139,6 +149,35 @@ fn features(entry: &mut kvm_cpuid_entry2, topology: Topology, tsc_deadline: bool
     bit(&mut entry.ecx, 31, true);
     // More than one logical processor in the package.
     bit(&mut entry.edx, 28, topology.cores > 1);
+}
+
+/// Takes away what needs registers that only XSAVE can enable. A processor never offers these without it, so a guest
+/// does not look further: Linux's AES driver takes AVX by its own bit and dies of an invalid opcode.
+fn without_xsave(entry: &mut kvm_cpuid_entry2) {
+    /// FMA, AVX, F16C.
+    const FEATURES_ECX: u32 = 1 << 12 | 1 << 28 | 1 << 29;
+    /// AVX2; AVX-512 F, DQ, IFMA, PF, ER, CD, BW, VL.
+    const MORE_EBX: u32 =
+        1 << 5 | 1 << 16 | 1 << 17 | 1 << 21 | 1 << 26 | 1 << 27 | 1 << 28 | 1 << 30 | 1 << 31;
+    /// AVX-512 VBMI, VBMI2, VNNI, BITALG, VPOPCNTDQ; VAES, VPCLMULQDQ; PKU, which XSAVE saves.
+    const MORE_ECX: u32 = 1 << 1 | 1 << 3 | 1 << 6 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 12 | 1 << 14;
+    /// AVX-512 4VNNIW, 4FMAPS, VP2INTERSECT, FP16.
+    const MORE_EDX: u32 = 1 << 2 | 1 << 3 | 1 << 8 | 1 << 23;
+    /// AVX-VNNI, AVX512-BF16, AVX-IFMA.
+    const MORE_1_EAX: u32 = 1 << 4 | 1 << 5 | 1 << 23;
+    /// XOP, FMA4.
+    const AMD_ECX: u32 = 1 << 11 | 1 << 16;
+    match (entry.function, entry.index) {
+        (FEATURES, _) => entry.ecx &= !FEATURES_ECX,
+        (MORE_FEATURES, 0) => {
+            entry.ebx &= !MORE_EBX;
+            entry.ecx &= !MORE_ECX;
+            entry.edx &= !MORE_EDX;
+        }
+        (MORE_FEATURES, 1) => entry.eax &= !MORE_1_EAX,
+        (AMD_FEATURES, _) => entry.ecx &= !AMD_ECX,
+        _ => {}
+    }
 }
 
 /// Deterministic cache parameters, Intel's leaf and AMD's alike: the last level is shared by all, the others by none.
@@ -380,5 +419,30 @@ mod tests {
         assert_eq!(host.phys_bits(), 0x2e);
         host.entries.retain(|entry| entry.function != ADDRESS_SIZES);
         assert_eq!(host.phys_bits(), 36);
+    }
+
+    #[test]
+    fn without_xsave_there_is_no_avx() {
+        let avx = |host: &Supported| {
+            let entries = host.entries_for(0, 1);
+            let [_, _, ecx, _] = get(&entries, FEATURES, 0);
+            let [_, ebx, _, _] = get(&entries, MORE_FEATURES, 0);
+            (ecx >> 28 & 1, ebx >> 5 & 1)
+        };
+        let mut host = host(b"AuthenticAMD");
+        for entry in &mut host.entries {
+            match (entry.function, entry.index) {
+                (FEATURES, _) => entry.ecx |= 1 << 28 | 1 << 26,
+                (MORE_FEATURES, 0) => entry.ebx |= 1 << 5,
+                _ => {}
+            }
+        }
+        assert_eq!(avx(&host), (1, 1));
+        for entry in &mut host.entries {
+            if entry.function == FEATURES {
+                entry.ecx &= !(1 << 26);
+            }
+        }
+        assert_eq!(avx(&host), (0, 0));
     }
 }
