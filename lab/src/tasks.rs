@@ -99,6 +99,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
         None => Series::ALL.to_vec(),
     };
     let python = python::ensure()?;
+    let log = std::env::temp_dir().join(format!("ebbtide-system-{}.log", std::process::id()));
     let grounds = kernels
         .into_iter()
         .map(|series| {
@@ -108,14 +109,17 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
                 series,
                 long: options.long,
                 python: python.clone(),
+                log: log.clone(),
             })
         })
         .collect::<Result<Vec<_>>>()?;
     if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Standard)? {
         return Ok(code);
     }
-    system::run(&grounds, options.only.as_deref())?;
-    Ok(ExitCode::SUCCESS)
+    let result = system::run(&grounds, options.only.as_deref());
+    // Only there if a VM was started.
+    let _ = std::fs::remove_file(log);
+    result.map(|()| ExitCode::SUCCESS)
 }
 
 pub fn each(options: &EachOptions) -> Result<ExitCode> {

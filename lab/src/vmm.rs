@@ -62,6 +62,8 @@ pub struct Machine {
     pub disks: Vec<Disk>,
     /// More arguments for the VMM.
     pub more: Vec<String>,
+    /// Where what it says goes, to be read when it has ended; by default a file that is deleted.
+    pub log: Option<PathBuf>,
 }
 
 impl Machine {
@@ -76,6 +78,7 @@ impl Machine {
             max_bytes: None,
             disks: Vec::new(),
             more: Vec::new(),
+            log: None,
         }
     }
 
@@ -205,6 +208,7 @@ pub struct Vmm {
     guest: Guest,
     qmp: Qmp,
     directory: tempfile::TempDir,
+    log: PathBuf,
     begun: Instant,
     boot_bytes: u64,
     ready: Option<Ready>,
@@ -226,7 +230,10 @@ impl Vmm {
             directory.path().join("qmp"),
         );
         let mut command = machine.command(&serial, &qmp)?;
-        let log = directory.path().join("log");
+        let log = machine
+            .log
+            .clone()
+            .unwrap_or_else(|| directory.path().join("log"));
         let output = std::fs::File::create(&log).context("log of the VMM")?;
         command
             .stdin(Stdio::null())
@@ -244,6 +251,7 @@ impl Vmm {
             guest,
             qmp,
             directory,
+            log,
             begun,
             boot_bytes: machine.boot_bytes,
             ready: None,
@@ -289,7 +297,7 @@ impl Vmm {
     /// As [`Guest::wait_ready`], with what the VMM said.
     pub fn wait_ready(&mut self, timeout: Duration) -> Result<Duration> {
         let result = self.guest.wait_ready_at(timeout);
-        let (ready, at) = result.with_context(|| log_tail(&self.directory.path().join("log")))?;
+        let (ready, at) = result.with_context(|| log_tail(&self.log))?;
         self.ready = Some(ready);
         Ok(at.saturating_duration_since(self.begun))
     }
@@ -388,11 +396,12 @@ impl Vmm {
 
     /// The end of what the VMM has said.
     pub fn log(&self) -> String {
-        log_tail(&self.directory.path().join("log"))
+        log_tail(&self.log)
     }
 }
 
-fn log_tail(log: &Path) -> String {
+/// The end of what a VMM has said into the file `log`.
+pub fn log_tail(log: &Path) -> String {
     let text = std::fs::read(log)
         .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
         .unwrap_or_default();

@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use crate::deny;
 use crate::image::Image;
 use crate::kernel::Series;
-use crate::vmm::{Machine, Program, Vmm};
+use crate::vmm::{Machine, Program, Vmm, log_tail};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
@@ -38,6 +38,8 @@ pub struct Ground {
     pub long: bool,
     /// A Python interpreter that has `qemu.qmp`.
     pub python: PathBuf,
+    /// Where the VMM of the moment writes its log.
+    pub log: PathBuf,
 }
 
 impl Ground {
@@ -46,6 +48,7 @@ impl Ground {
         Machine {
             cpus,
             max_bytes: Some(max_bytes),
+            log: Some(self.log.clone()),
             ..Machine::new(Program::Ebbtide(self.ebbtide.clone()), self.image.clone())
         }
     }
@@ -121,7 +124,7 @@ pub fn run(grounds: &[Ground], only: Option<&str>) -> Result<()> {
             match result {
                 Ok(()) => passed += 1,
                 Err(e) => {
-                    println!("{e:#}");
+                    println!("{e:#}{}", log_tail(&ground.log));
                     failed.push(format!("{} on {}", scenario.name, ground.series));
                 }
             }

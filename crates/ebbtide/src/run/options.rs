@@ -109,7 +109,11 @@ impl KeyValues {
     /// # Errors
     /// Names the first unknown key and, if one is close, the key that may be meant.
     pub fn finish(self, known: &[&str]) -> Result<(), OptionError> {
-        match self.pairs.first() {
+        let stranger = self
+            .pairs
+            .iter()
+            .find(|(k, _)| !known.contains(&k.as_str()));
+        match stranger {
             None => Ok(()),
             Some((key, _)) => Err(self.error(unknown("property", key, known))),
         }
@@ -134,7 +138,7 @@ fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
         .iter()
         .map(|k| (distance(name, k), *k))
         .min()
-        .filter(|(d, k)| *d <= (k.len() / 3).max(1))
+        .filter(|(d, k)| *d <= (k.len() / 2).clamp(1, 3))
         .map(|(_, k)| k)
 }
 
