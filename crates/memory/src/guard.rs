@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::index::{Entry, RAM, READONLY, SPARSE, View};
+use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
 use crate::pin::Token;
 use crate::{
     Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
@@ -70,10 +70,10 @@ impl<'r> ReadGuard<'r> {
     /// Of `len` bytes of RAM at host address `host`, those up to the first unplugged one.
     pub(crate) fn plugged_prefix(&self, entry: &Entry, host: u64, len: u64) -> u64 {
         if entry.kind & SPARSE == 0 {
-            len
-        } else {
-            entry.flat().admitted(host, len)
+            return len;
         }
+        // SAFETY: callers have the host address from the entry, and a length that ends in it.
+        unsafe { entry.flat().admitted(host, len) }
     }
 
     /// Copies from RAM or ROM, across regions.
@@ -138,27 +138,16 @@ impl<'r> ReadGuard<'r> {
     /// # Errors
     /// `SpansRegions` when they do not; `Overflow` when `len` is 0 or the end is past 2^64;
     /// otherwise what is in the way.
-    #[inline]
+    #[inline(always)]
     pub fn pin(&self, gpa: Gpa, len: usize, access: Access) -> Result<Pin, AccessError> {
-        let addr = gpa.raw();
-        let entry = match self.entry(addr) {
-            Some(entry) if entry.kind & RAM != 0 => entry,
-            _ => return Err(self.refusal(gpa, len as u64, access)),
+        // The cold path finds the place only, and not by way of `self`: guard and pin then stay
+        // in registers, and it is the stores that a pin takes longest for.
+        let place = match place(self.view, gpa.raw(), len as u64, access) {
+            Some(place) => place,
+            None => place_slowly(self.view, gpa, len as u64, access)?,
         };
-        let readonly = entry.kind & READONLY != 0 && access.writes();
-        if len == 0 || readonly || (len as u64 - 1) > entry.last - addr {
-            return Err(self.refusal(gpa, len as u64, access));
-        }
-        let host = entry.host(addr);
-        let mut bank = 0;
-        if entry.kind & SPARSE != 0 {
-            match entry.flat().admit(host, len as u64) {
-                Some(current) => bank = current,
-                None => return Err(self.refusal(gpa, len as u64, access)),
-            }
-        }
-        let token = Token::take(self.reader, entry.slot, bank);
-        Ok(Pin::new(token, host as *mut u8, len, gpa, access))
+        let token = Token::take(self.reader, place.slot, place.bank);
+        Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
     }
 
     /// Pins several ranges for one request: splits them at region borders, takes one pin per
@@ -200,8 +189,9 @@ impl<'r> ReadGuard<'r> {
             let count = (entry.last - at).saturating_add(1).min(len - done);
             let mut bank = 0;
             if entry.kind & SPARSE != 0 {
-                let admitted = entry.flat().admit(host as u64, count);
-                bank = admitted.ok_or_else(|| self.refusal(Gpa(at), count, access))?;
+                // SAFETY: the host address of an address in the section.
+                let admitted = unsafe { entry.flat().admit(host as u64, count) };
+                bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             }
             if !list.holds(self.reader.row(), entry.slot, bank) {
                 list.hold(Token::take(self.reader, entry.slot, bank));
@@ -222,7 +212,7 @@ impl<'r> ReadGuard<'r> {
     ) -> Result<(&Entry, *mut u8, u64), AccessError> {
         let entry = match self.entry(address) {
             Some(entry) if entry.kind & RAM != 0 => entry,
-            _ => return Err(self.refusal(Gpa(address), len, access)),
+            _ => return Err(refusal(self.view, Gpa(address), len, access)),
         };
         if entry.kind & READONLY != 0 && access.writes() {
             return Err(AccessError::ReadOnly {
@@ -264,36 +254,97 @@ impl<'r> ReadGuard<'r> {
         }
         Ok(())
     }
+}
 
-    /// Why `len` bytes at `gpa` cannot be had in one piece.
-    #[cold]
-    #[inline(never)]
-    fn refusal(&self, gpa: Gpa, len: u64, access: Access) -> AccessError {
-        if len == 0 || gpa.raw().checked_add(len - 1).is_none() {
-            return AccessError::Overflow { gpa, len };
-        }
-        let Some(entry) = self.entry(gpa.raw()) else {
-            return AccessError::Unmapped { gpa, len };
-        };
-        if entry.kind & RAM == 0 {
-            return AccessError::NotRam { gpa, len };
-        }
-        if entry.kind & READONLY != 0 && access.writes() {
-            return AccessError::ReadOnly { gpa, len };
-        }
-        let rest = entry.last - gpa.raw();
-        if rest < len - 1 {
-            let next = Gpa(entry.last.saturating_add(1));
-            return match self.entry(next.raw()) {
-                None => AccessError::Unmapped {
-                    gpa: next,
-                    len: len - 1 - rest,
-                },
-                Some(_) => AccessError::SpansRegions { gpa, len },
-            };
-        }
-        AccessError::Unplugged { gpa, len }
+/// Where a pin points to, and where it counts.
+struct Place {
+    host: u64,
+    slot: u32,
+    bank: usize,
+}
+
+/// The place of `len` bytes in one block, when there is nothing special about them.
+#[inline(always)]
+fn place(view: &View, addr: u64, len: u64, access: Access) -> Option<Place> {
+    let entry = view.first(addr);
+    let asked = if access.writes() {
+        RAM | READONLY | NODE
+    } else {
+        RAM | NODE
+    };
+    // A length of 0 is longer than any.
+    let fits = len.wrapping_sub(1) <= entry.last.wrapping_sub(addr);
+    if entry.kind & asked != RAM || !fits {
+        return None;
     }
+    let host = entry.host(addr);
+    let mut bank = 0;
+    if entry.kind & SPARSE != 0 {
+        // SAFETY: the host address of an address in the section.
+        bank = unsafe { entry.flat().admit_one(host, len) }?;
+    }
+    Some(Place {
+        host,
+        slot: entry.slot,
+        bank,
+    })
+}
+
+/// As [`place`], also behind further nodes and across blocks; says what is in the way.
+#[cold]
+#[inline(never)]
+fn place_slowly(view: &View, gpa: Gpa, len: u64, access: Access) -> Result<Place, AccessError> {
+    let addr = gpa.raw();
+    let refused = || refusal(view, gpa, len, access);
+    let entry = view
+        .lookup(addr)
+        .filter(|entry| entry.kind & RAM != 0)
+        .ok_or_else(refused)?;
+    let readonly = entry.kind & READONLY != 0 && access.writes();
+    if len == 0 || readonly || len - 1 > entry.last - addr {
+        return Err(refused());
+    }
+    let host = entry.host(addr);
+    let mut bank = 0;
+    if entry.kind & SPARSE != 0 {
+        // SAFETY: the host addresses of addresses in the section.
+        bank = unsafe { entry.flat().admit(host, len) }.ok_or_else(refused)?;
+    }
+    Ok(Place {
+        host,
+        slot: entry.slot,
+        bank,
+    })
+}
+
+/// Why `len` bytes at `gpa` cannot be had in one piece.
+#[cold]
+#[inline(never)]
+fn refusal(view: &View, gpa: Gpa, len: u64, access: Access) -> AccessError {
+    if len == 0 || gpa.raw().checked_add(len - 1).is_none() {
+        return AccessError::Overflow { gpa, len };
+    }
+    let Some(entry) = view.lookup(gpa.raw()) else {
+        return AccessError::Unmapped { gpa, len };
+    };
+    if entry.kind & RAM == 0 {
+        return AccessError::NotRam { gpa, len };
+    }
+    if entry.kind & READONLY != 0 && access.writes() {
+        return AccessError::ReadOnly { gpa, len };
+    }
+    let rest = entry.last - gpa.raw();
+    if rest < len - 1 {
+        let next = Gpa(entry.last.saturating_add(1));
+        return match view.lookup(next.raw()) {
+            None => AccessError::Unmapped {
+                gpa: next,
+                len: len - 1 - rest,
+            },
+            Some(_) => AccessError::SpansRegions { gpa, len },
+        };
+    }
+    AccessError::Unplugged { gpa, len }
 }
 
 impl Drop for ReadGuard<'_> {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::grace::{Grace, Job, Worker};
 use crate::pin::Token;
-use crate::ram::fence::{Fence, admit};
+use crate::ram::fence::{Fence, admit_one};
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
@@ -194,7 +194,8 @@ pub struct Sparse {
 impl Sparse {
     /// The bank for a pin of one block, if it is plugged.
     pub fn admit(&self, block: u64) -> Option<usize> {
-        admit(self.fence.map().words(), block, block)
+        // SAFETY: the models ask for blocks they made.
+        unsafe { admit_one(self.fence.map().words().as_ptr(), block) }
     }
 
     /// As `RamBlock::seal`.

@@ -84,31 +84,33 @@ fn masks(blocks: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
     })
 }
 
-/// Whether all blocks `first..=last` are plugged, and if so the bank to count in. `words` are
-/// those of a [`BlockMap`]. Call inside a read section.
+/// Whether `block` is plugged, and if so the bank to count in. Call inside a read section.
+///
+/// # Safety
+/// `words` are those of a [`BlockMap`], and `block` is one of its blocks.
 #[inline(always)]
-pub(crate) fn admit(words: &[AtomicU64], first: u64, last: u64) -> Option<usize> {
+pub(crate) unsafe fn admit_one(words: *const AtomicU64, block: u64) -> Option<usize> {
+    // SAFETY: a map has the bank and the word of each of its blocks.
+    let (bank, word) = unsafe { (&*words, &*words.add((block / 64) as usize + 1)) };
     #[cfg(not(seeded = "bank_after_bits"))]
-    let bank = (words[0].load(Acquire) & 1) as usize;
-    let word = (first / 64) as usize + 1;
-    let plugged = if first / 64 == last / 64 {
-        let mask = (u64::MAX >> (63 - (last - first))) << (first % 64);
-        words.get(word)?.load(Acquire) & mask == mask
-    } else {
-        all_set(words, first, last)
-    };
+    let bank = bank.load(Acquire);
+    let plugged = word.load(Acquire) >> (block % 64) & 1 == 1;
     #[cfg(seeded = "bank_after_bits")]
-    let bank = (words[0].load(Acquire) & 1) as usize;
-    plugged.then_some(bank)
+    let bank = bank.load(Acquire);
+    plugged.then_some((bank & 1) as usize)
 }
 
-#[cold]
-fn all_set(words: &[AtomicU64], first: u64, last: u64) -> bool {
-    masks(first..last + 1).all(|(word, mask)| {
+/// As [`admit_one`], for the blocks `first..=last`.
+pub(crate) fn admit(words: &[AtomicU64], first: u64, last: u64) -> Option<usize> {
+    let bank = words.first()?.load(Acquire);
+    let mut plugged = masks(first..last + 1).map(|(word, mask)| {
         words
             .get(word)
-            .is_some_and(|w| w.load(Acquire) & mask == mask)
-    })
+            .is_some_and(|word| word.load(Acquire) & mask == mask)
+    });
+    plugged
+        .all(|plugged| plugged)
+        .then_some((bank & 1) as usize)
 }
 
 /// The fence of one sparse block.
@@ -208,6 +210,12 @@ mod tests {
         let map = BlockMap::new(200);
         map.set(10..140);
         assert_eq!(admit(map.words(), 10, 10), Some(0));
+        // SAFETY: blocks of the map.
+        let one = |block| unsafe { admit_one(map.words().as_ptr(), block) };
+        assert_eq!(
+            (one(9), one(10), one(139), one(140)),
+            (None, Some(0), Some(0), None)
+        );
         assert_eq!(admit(map.words(), 10, 139), Some(0));
         assert_eq!(admit(map.words(), 9, 10), None);
         assert_eq!(admit(map.words(), 10, 140), None);

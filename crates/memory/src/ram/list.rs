@@ -10,7 +10,7 @@ use super::backing::Source;
 use super::{Backing, HostMemory, NotifierId, RamBlock, RamNotifier, RamSpec};
 use crate::Error;
 use crate::grace::Grace;
-use crate::reader::hub::MAX_SLOTS;
+use crate::reader::counters::MAX_SLOTS;
 
 /// Alignment of RAM offsets: the bits of two blocks never share a word of a dirty bitmap.
 const OFFSET_ALIGN: u64 = 64 * 4096;

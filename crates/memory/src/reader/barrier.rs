@@ -26,7 +26,7 @@ pub(crate) enum Barrier {
     Fence,
 }
 
-/// The reader's side. `fenced` is whether [`Barrier::Fence`] was chosen.
+/// The reader's side; `fenced` where [`Barrier::Fence`] was chosen.
 #[cfg(not(loom))]
 #[inline(always)]
 pub(crate) fn light(fenced: bool) {

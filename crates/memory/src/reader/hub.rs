@@ -4,12 +4,10 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::barrier::Barrier;
-use super::row::{CHUNK_SLOTS, CHUNKS, Line, Row};
+use super::counters::MAX_SLOTS;
+use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::sync::{AtomicU64, Mutex, lock};
-
-/// Pin slots a memory can have, and with that RAM blocks.
-pub(crate) const MAX_SLOTS: usize = CHUNK_SLOTS * CHUNKS;
 
 /// Shared by the readers of one memory. Never freed, only used again (I6).
 pub(crate) struct Hub {
@@ -64,7 +62,8 @@ impl Hub {
         let mut registry = lock(&self.registry);
         let mut rows = std::mem::take(&mut registry.rows);
         // A row whose owner forgot a guard stays in its section for ever.
-        rows.retain(|row| row.owner() == 0);
+        rows.retain(|row| row.owner() == NOBODY);
+        rows.iter().for_each(|row| row.clear(registry.slots));
         registry.slots = 0;
         registry.free.clear();
         registry.armed.clear();
@@ -114,7 +113,7 @@ impl Hub {
         }
         // A free row keeps its counters: the pins still out are counted where they were taken,
         // and the new owner goes on counting from there. The lock orders the two owners.
-        let row = match registry.rows.iter().find(|row| row.owner() == 0) {
+        let row = match registry.rows.iter().find(|row| row.owner() == NOBODY) {
             Some(row) => row,
             None => registry.add_row(self),
         };
@@ -130,7 +129,7 @@ impl Hub {
         row.set_handles(handles);
         // A forgotten guard keeps its section open for ever; nobody may inherit that.
         if handles == 0 && row.depth() == 0 {
-            row.set_owner(0, "");
+            row.set_owner(NOBODY, "");
         }
     }
 
@@ -196,10 +195,6 @@ impl Hub {
             return None;
         }
         registry.slots += 1;
-        let chunks = registry.chunks();
-        for row in &registry.rows {
-            row.grow(chunks);
-        }
         Some(slot)
     }
 
@@ -278,17 +273,13 @@ impl Hub {
 }
 
 impl Registry {
-    fn chunks(&self) -> usize {
-        (self.slots as usize).div_ceil(CHUNK_SLOTS)
-    }
-
     fn add_row(&mut self, hub: &'static Hub) -> &'static Row {
         #[cfg(not(loom))]
         let spare = lock(&SPARE).1.pop();
         #[cfg(loom)]
         let spare: Option<&'static Row> = None;
         let row = spare.unwrap_or_else(|| Box::leak(Row::new()));
-        row.attach(hub, self.barrier == Barrier::Fence, self.chunks());
+        row.attach(hub, self.barrier == Barrier::Fence);
         for slot in &self.armed {
             row.watch_pins(*slot, true, true);
         }

@@ -3,6 +3,7 @@
 //! for them.
 
 mod barrier;
+pub(crate) mod counters;
 pub(crate) mod hub;
 pub(crate) mod published;
 pub(crate) mod row;

@@ -8,23 +8,23 @@ use std::ptr;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::barrier::light;
+use super::counters::Counters;
 use super::hub::Hub;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Mutex};
+use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, Mutex};
 
-/// Slots of pin counters per chunk, and chunks per row.
-#[cfg(not(loom))]
-pub(crate) const CHUNK_SLOTS: usize = 256;
-#[cfg(not(loom))]
-pub(crate) const CHUNKS: usize = 256;
-#[cfg(loom)]
-pub(crate) const CHUNK_SLOTS: usize = 2;
-#[cfg(loom)]
-pub(crate) const CHUNKS: usize = 1;
+/// Owner of a free row; no thread's token, nor 0, which threads have that never registered.
+pub(super) const NOBODY: u64 = u64::MAX;
 
 /// The worker waits for this row's read section to end.
 pub(crate) const WATCH_SECTION: u32 = 1;
-/// The worker waits for pins; which ones is in `Chunk::armed`.
+/// The worker waits for pins; which ones is in `Counters::armed`.
 pub(crate) const WATCH_PINS: u32 = 2;
+
+/// No watch: readers need real fences.
+const WATCH_FENCED: u32 = 4;
+/// Added to the depth where readers need real fences: the fast path, which asks for 0 and 1, is
+/// then never taken.
+const FENCED: u64 = 1 << 63;
 
 /// Two lines apart: the adjacent-line prefetcher makes pairs of lines travel together.
 #[repr(align(128))]
@@ -41,64 +41,21 @@ pub(crate) struct Row {
 struct Own {
     /// 0 outside read sections, else the grace number the section began under.
     section: AtomicU64,
-    /// How many read guards are nested. Only the owner touches it.
+    /// How many read guards are nested, plus `FENCED`. Only the owner touches it.
     depth: AtomicU64,
 }
 
 struct Shared {
+    /// `WATCH_` flags, and `WATCH_FENCED`.
     watch: AtomicU32,
-    fenced: AtomicBool,
-    /// Token of the owning thread; 0 when the row is free to be adopted.
+    /// Token of the owning thread, or `NOBODY` when the row is free to be adopted.
     owner: AtomicU64,
     /// Readers of the owning thread that share the row. Changed under the registry's lock.
     handles: AtomicU32,
     hub: AtomicPtr<Hub>,
     /// Names the owner in reports; only ever changed under the registry's lock.
     name: Mutex<String>,
-    chunks: [AtomicPtr<Chunk>; CHUNKS],
-}
-
-/// Pin counters of `CHUNK_SLOTS` slots.
-pub(crate) struct Chunk {
-    home: [Home; CHUNK_SLOTS],
-    away: [Line<Away>; CHUNK_SLOTS],
-    armed: [AtomicBool; CHUNK_SLOTS],
-}
-
-/// Pins taken and let go by the owning thread, per bank: plain stores. A slot's counters share
-/// one line of 32 bytes with nothing another thread writes.
-#[repr(align(32))]
-struct Home {
-    acquired: [AtomicU64; 2],
-    released: [AtomicU64; 2],
-}
-
-/// Pins of this row cloned or let go by other threads, per bank: atomic additions.
-struct Away {
-    acquired: [AtomicU64; 2],
-    released: [AtomicU64; 2],
-}
-
-fn pair() -> [AtomicU64; 2] {
-    [AtomicU64::new(0), AtomicU64::new(0)]
-}
-
-impl Chunk {
-    fn new() -> Box<Chunk> {
-        Box::new(Chunk {
-            home: std::array::from_fn(|_| Home {
-                acquired: pair(),
-                released: pair(),
-            }),
-            away: std::array::from_fn(|_| {
-                Line(Away {
-                    acquired: pair(),
-                    released: pair(),
-                })
-            }),
-            armed: std::array::from_fn(|_| AtomicBool::new(false)),
-        })
-    }
+    counters: Counters,
 }
 
 #[cfg(not(loom))]
@@ -138,12 +95,11 @@ impl Row {
             }),
             shared: Line(Shared {
                 watch: AtomicU32::new(0),
-                fenced: AtomicBool::new(false),
-                owner: AtomicU64::new(0),
+                owner: AtomicU64::new(NOBODY),
                 handles: AtomicU32::new(0),
                 hub: AtomicPtr::new(ptr::null_mut()),
                 name: Mutex::new(String::new()),
-                chunks: std::array::from_fn(|_| AtomicPtr::new(ptr::null_mut())),
+                counters: Counters::new(),
             }),
         })
     }
@@ -154,16 +110,28 @@ impl Row {
     #[inline(always)]
     pub(crate) fn enter(&self, hub: &Hub) {
         let own = &self.own.0;
-        let depth = own.depth.load(Relaxed);
-        if depth == 0 {
+        if own.depth.load(Relaxed) == 0 {
             // Constants, not increments: the stores of one section must not wait for the loads
             // of the one before.
             own.depth.store(1, Relaxed);
             own.section.store(hub.grace_number(), Relaxed);
             #[cfg(not(seeded = "no_reader_fence"))]
-            self.light();
+            light(false);
         } else {
-            own.depth.store(depth + 1, Relaxed);
+            self.enter_slowly(hub);
+        }
+    }
+
+    /// A nested section, or one of a process without `membarrier`.
+    #[cold]
+    #[inline(never)]
+    fn enter_slowly(&self, hub: &Hub) {
+        let own = &self.own.0;
+        let depth = own.depth.load(Relaxed);
+        own.depth.store(depth + 1, Relaxed);
+        if depth == FENCED {
+            own.section.store(hub.grace_number(), Relaxed);
+            light(true);
         }
     }
 
@@ -171,17 +139,31 @@ impl Row {
     #[inline(always)]
     pub(crate) fn leave(&self) {
         let own = &self.own.0;
-        let depth = own.depth.load(Relaxed);
-        if depth == 1 {
+        if own.depth.load(Relaxed) == 1 {
             own.depth.store(0, Relaxed);
             own.section.store(0, Release);
             #[cfg(not(seeded = "no_leave_fence"))]
-            self.light();
+            light(false);
             if self.shared.0.watch.load(Relaxed) & WATCH_SECTION != 0 {
                 self.section_ended();
             }
         } else {
-            own.depth.store(depth - 1, Relaxed);
+            self.leave_slowly();
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn leave_slowly(&self) {
+        let own = &self.own.0;
+        let depth = own.depth.load(Relaxed) - 1;
+        own.depth.store(depth, Relaxed);
+        if depth == FENCED {
+            own.section.store(0, Release);
+            light(true);
+            if self.shared.0.watch.load(Relaxed) & WATCH_SECTION != 0 {
+                self.section_ended();
+            }
         }
     }
 
@@ -193,7 +175,7 @@ impl Row {
 
     /// How deep the owner's read sections are nested.
     pub(crate) fn depth(&self) -> u64 {
-        self.own.0.depth.load(Relaxed)
+        self.own.0.depth.load(Relaxed) & !FENCED
     }
 
     // --- pins -------------------------------------------------------------------------------
@@ -201,15 +183,13 @@ impl Row {
     /// Whether the calling thread owns the row.
     #[inline(always)]
     fn is_home(&self) -> bool {
-        let token = token();
-        token != 0 && self.shared.0.owner.load(Relaxed) == token
+        self.shared.0.owner.load(Relaxed) == token()
     }
 
     /// Counts a pin taken inside a read section of the owner.
     #[inline(always)]
     pub(crate) fn acquire_home(&self, slot: u32, bank: usize) {
-        let (chunk, at) = self.chunk(slot);
-        let count = &chunk.home[at].acquired[bank & 1];
+        let count = &self.shared.0.counters.home(slot).acquired[bank & 1];
         count.store(count.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
@@ -218,34 +198,35 @@ impl Row {
         if self.is_home() {
             self.acquire_home(slot, bank);
         } else {
-            let (chunk, at) = self.chunk(slot);
-            chunk.away[at].0.acquired[bank & 1].fetch_add(1, Relaxed);
+            self.shared.0.counters.away(slot).acquired[bank & 1].fetch_add(1, Relaxed);
         }
     }
 
     /// Lets a pin go; on any thread.
     #[inline(always)]
     pub(crate) fn release(&self, slot: u32, bank: usize) {
-        let (chunk, at) = self.chunk(slot);
         if self.is_home() {
-            let count = &chunk.home[at].released[bank & 1];
+            let count = &self.shared.0.counters.home(slot).released[bank & 1];
             count.store(count.load(Relaxed).wrapping_add(1), Release);
         } else {
-            chunk.away[at].0.released[bank & 1].fetch_add(1, Release);
+            self.shared.0.counters.away(slot).released[bank & 1].fetch_add(1, Release);
         }
         #[cfg(not(seeded = "no_unpin_fence"))]
-        self.light();
-        if self.shared.0.watch.load(Relaxed) & WATCH_PINS != 0 {
+        light(false);
+        if self.shared.0.watch.load(Relaxed) & (WATCH_PINS | WATCH_FENCED) != 0 {
             self.pin_released(slot);
         }
     }
 
     #[cold]
+    #[inline(never)]
     fn pin_released(&self, slot: u32) {
-        // The pin is gone and with it perhaps the `Memory`; row, chunk and hub are still there
-        // (I6). Should they serve another memory by now, that one's worker wakes for nothing.
-        let (chunk, at) = self.chunk(slot);
-        if chunk.armed[at].load(Relaxed) {
+        if self.shared.0.watch.load(Relaxed) & WATCH_FENCED != 0 {
+            light(true);
+        }
+        // The pin is gone and with it perhaps the `Memory`; row and hub are still there (I6).
+        // Should they serve another memory by now, that one's worker wakes for nothing.
+        if self.shared.0.counters.armed(slot).load(Relaxed) {
             self.hub().wake().signal();
         }
     }
@@ -271,8 +252,7 @@ impl Row {
     /// Makes the release of pins of `slot` wake the worker, or no longer so. `any` is whether
     /// any slot is waited for.
     pub(super) fn watch_pins(&self, slot: u32, armed: bool, any: bool) {
-        let (chunk, at) = self.chunk(slot);
-        chunk.armed[at].store(armed, Relaxed);
+        self.shared.0.counters.armed(slot).store(armed, Relaxed);
         if any {
             self.shared.0.watch.fetch_or(WATCH_PINS, Relaxed);
         } else {
@@ -282,16 +262,16 @@ impl Row {
 
     /// Pins let go so far, of one bank.
     pub(super) fn released(&self, slot: u32, bank: usize) -> u64 {
-        let (chunk, at) = self.chunk(slot);
-        let home = chunk.home[at].released[bank & 1].load(Acquire);
-        home.wrapping_add(chunk.away[at].0.released[bank & 1].load(Acquire))
+        let counters = &self.shared.0.counters;
+        let home = counters.home(slot).released[bank & 1].load(Acquire);
+        home.wrapping_add(counters.away(slot).released[bank & 1].load(Acquire))
     }
 
     /// Pins taken so far, of one bank.
     pub(super) fn acquired(&self, slot: u32, bank: usize) -> u64 {
-        let (chunk, at) = self.chunk(slot);
-        let home = chunk.home[at].acquired[bank & 1].load(Acquire);
-        home.wrapping_add(chunk.away[at].0.acquired[bank & 1].load(Acquire))
+        let counters = &self.shared.0.counters;
+        let home = counters.home(slot).acquired[bank & 1].load(Acquire);
+        home.wrapping_add(counters.away(slot).acquired[bank & 1].load(Acquire))
     }
 
     // --- the registry's side (under its lock) -----------------------------------------------
@@ -309,7 +289,7 @@ impl Row {
     }
 
     pub(super) fn set_owner(&self, token: u64, name: &str) {
-        if token != 0 {
+        if token != NOBODY {
             name.clone_into(&mut crate::sync::lock(&self.shared.0.name));
         }
         self.shared.0.owner.store(token, Relaxed);
@@ -319,31 +299,20 @@ impl Row {
         crate::sync::lock(&self.shared.0.name).clone()
     }
 
-    /// Makes the row serve `hub`, with counters for `chunks` chunks, all zero.
-    pub(super) fn attach(&self, hub: &'static Hub, fenced: bool, chunks: usize) {
-        self.shared.0.fenced.store(fenced, Relaxed);
-        self.shared.0.watch.store(0, Relaxed);
-        self.shared
-            .0
-            .hub
-            .store(ptr::from_ref(hub).cast_mut(), Release);
-        for chunk in &self.shared.0.chunks {
-            let chunk = chunk.load(Acquire);
-            if !chunk.is_null() {
-                // SAFETY: a chunk once stored is never freed (I6).
-                unsafe { &*chunk }.clear();
-            }
-        }
-        self.grow(chunks);
+    /// Makes the row serve `hub`, whose memory uses no slots yet but the first `slots`.
+    pub(super) fn attach(&self, hub: &'static Hub, fenced: bool) {
+        let own = &self.own.0;
+        own.depth.store(if fenced { FENCED } else { 0 }, Relaxed);
+        let shared = &self.shared.0;
+        shared
+            .watch
+            .store(if fenced { WATCH_FENCED } else { 0 }, Relaxed);
+        shared.hub.store(ptr::from_ref(hub).cast_mut(), Release);
     }
 
-    /// Makes sure the first `chunks` chunks exist.
-    pub(super) fn grow(&self, chunks: usize) {
-        for place in self.shared.0.chunks.iter().take(chunks) {
-            if place.load(Relaxed).is_null() {
-                place.store(Box::into_raw(Chunk::new()), Release);
-            }
-        }
+    /// Forgets the pins of the first `slots` slots, for the next memory.
+    pub(super) fn clear(&self, slots: u32) {
+        self.shared.0.counters.clear(slots);
     }
 
     /// Frees the row; only the models do, which know that all threads have ended.
@@ -352,46 +321,11 @@ impl Row {
         let row = ptr::from_ref(row).cast_mut();
         // SAFETY: made by `Box::leak`; the model has joined every thread that knew it.
         let row = unsafe { Box::from_raw(row) };
-        for chunk in &row.shared.0.chunks {
-            let chunk = chunk.load(Relaxed);
-            if !chunk.is_null() {
-                // SAFETY: made by `Box::into_raw` in `grow`, and gone with the row.
-                drop(unsafe { Box::from_raw(chunk) });
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn light(&self) {
-        light(self.shared.0.fenced.load(Relaxed));
-    }
-
-    #[inline(always)]
-    fn chunk(&self, slot: u32) -> (&Chunk, usize) {
-        let slot = slot as usize;
-        let chunk = self.shared.0.chunks[(slot / CHUNK_SLOTS) % CHUNKS].load(Relaxed);
-        // SAFETY: the registry made the chunk before it handed out the slot, in every row (I5);
-        // whoever knows the slot learnt of it after that. Chunks are never freed (I6).
-        (unsafe { &*chunk }, slot % CHUNK_SLOTS)
+        row.shared.0.counters.free();
     }
 
     fn hub(&self) -> &'static Hub {
         // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (I6).
         unsafe { &*self.shared.0.hub.load(Acquire) }
-    }
-}
-
-impl Chunk {
-    fn clear(&self) {
-        let banks = |counts: &[AtomicU64; 2]| counts.iter().for_each(|c| c.store(0, Relaxed));
-        for (home, away) in self.home.iter().zip(&self.away) {
-            banks(&home.acquired);
-            banks(&home.released);
-            banks(&away.0.acquired);
-            banks(&away.0.released);
-        }
-        for armed in &self.armed {
-            armed.store(false, Relaxed);
-        }
     }
 }

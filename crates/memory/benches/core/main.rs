@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The memory core beside vm-memory and a floor, in one run.
+//!
+//! Prints one JSON object per row: medians of paired runs (the contenders take turns), in
+//! nanoseconds per operation. `lookup` and `pin` are throughput over random addresses, `_dep` is
+//! latency: each address depends on the answer before. Arguments other than `--bench` choose the
+//! rows whose id contains them.
+//!
+//! - `lookup/N`: section, look-up, host address; N regions of 1 MiB, one every 2 MiB.
+//! - `lookup_pc/N`: a PC's map: 640 KiB, a hole, RAM to 3 GiB, N BARs of 16 KiB in a window of
+//!   64 MiB, RAM above 4 GiB, a DIMM that ends at 2^46. Addresses are spread over the regions.
+//! - `pin/home/N`: section, look-up, pin with the check of the plugged bitmap, unpin; random
+//!   addresses in a virtio-mem region of 8 GiB (blocks of 2 MiB), one of N regions.
+//! - `pin/remote/N`: the same, let go on another thread. Both threads run on one CPU, so that it
+//!   measures the work and not the transfer of cache lines, which any hand-over pays.
+//! - `publish/N`: one region added or removed (half each) and the view published.
+
+mod contenders;
+mod measure;
+
+use contenders::{Direct, Ours, VmMemory};
+use measure::{Plan, Row, dependent, spread};
+
+const COUNTS: [usize; 5] = [1, 8, 64, 512, 4096];
+
+fn main() {
+    let wanted: Vec<String> = std::env::args()
+        .skip(1)
+        .filter(|a| !a.starts_with("--"))
+        .collect();
+    let plan = Plan::new(wanted);
+    for count in COUNTS {
+        let uniform: Vec<(u64, u64)> = (0..count as u64).map(|at| (at << 21, 1 << 20)).collect();
+        lookups(&plan, "lookup", count, &uniform, false);
+        lookups(&plan, "lookup_dep", count, &uniform, true);
+    }
+    for count in COUNTS {
+        lookups(&plan, "lookup_pc", count, &pc(count as u64), false);
+    }
+    for count in COUNTS {
+        pins(&plan, count);
+    }
+    for count in COUNTS {
+        publishes(&plan, count);
+    }
+}
+
+/// Start and length of `count` regions of 1 MiB, one every 2 MiB.
+fn uniform(count: usize) -> Vec<(u64, u64)> {
+    (0..count as u64).map(|at| (at << 21, 1 << 20)).collect()
+}
+
+/// Start and length of a PC's regions.
+fn pc(bars: u64) -> Vec<(u64, u64)> {
+    let mut regions = vec![(0, 0xa_0000), (0x10_0000, 0xbff0_0000)];
+    regions.extend((0..bars).map(|bar| (0xc000_0000 + (bar << 14), 1 << 14)));
+    regions.extend([(1 << 32, 4 << 30), ((1 << 46) - (1 << 30), 1 << 30)]);
+    regions
+}
+
+fn lookups(plan: &Plan, id: &str, count: usize, regions: &[(u64, u64)], dep: bool) {
+    let id = format!("{id}/{count}");
+    if !plan.wants(&id) {
+        return;
+    }
+    let addresses = spread(regions);
+    let ours = Ours::new(regions, None);
+    let peer = VmMemory::new(regions);
+    let floor = Direct::new(regions);
+    let run = |look: &mut dyn FnMut(&[u64]) -> u64| plan.time(addresses.len(), || look(&addresses));
+    let (mut a, mut b, mut c) = (
+        |all: &[u64]| {
+            if dep {
+                dependent(all, |at| ours.lookup(at))
+            } else {
+                ours.lookups(all)
+            }
+        },
+        |all: &[u64]| {
+            if dep {
+                dependent(all, |at| peer.lookup(at))
+            } else {
+                peer.lookups(all)
+            }
+        },
+        |all: &[u64]| {
+            if dep {
+                dependent(all, |at| floor.lookup(at))
+            } else {
+                floor.lookups(all)
+            }
+        },
+    );
+    let mut row = Row::new(&id);
+    for _ in 0..plan.rounds {
+        row.add(run(&mut a), run(&mut b), run(&mut c));
+    }
+    row.print();
+}
+
+fn pins(plan: &Plan, count: usize) {
+    let (home, remote) = (format!("pin/home/{count}"), format!("pin/remote/{count}"));
+    if !plan.wants(&home) && !plan.wants(&remote) {
+        return;
+    }
+    // The last one is the virtio-mem region, and the one that is used.
+    let mut regions = uniform(count);
+    let device = (1 << 40, 8 << 30);
+    regions[count - 1] = device;
+    let addresses = spread(&[device]);
+    let ours = Ours::new(&regions, Some(2 << 20));
+    let peer = VmMemory::new(&regions);
+    let floor = Direct::new(&[device]);
+    if plan.wants(&home) {
+        let mut row = Row::new(&home);
+        for _ in 0..plan.rounds {
+            row.add(
+                plan.time(addresses.len(), || ours.pins(&addresses)),
+                plan.time(addresses.len(), || peer.pins(&addresses)),
+                plan.time(addresses.len(), || floor.pins(&addresses)),
+            );
+        }
+        row.print();
+    }
+    if plan.wants(&remote) {
+        let mut row = Row::new(&remote);
+        let batch = &addresses[..256];
+        measure::on_one_cpu(|| {
+            for _ in 0..plan.rounds {
+                row.add(
+                    plan.time_handover(batch.len(), || ours.pinned(batch)),
+                    plan.time_handover(batch.len(), || peer.pinned(batch)),
+                    plan.time_handover(batch.len(), || floor.pinned(batch)),
+                );
+            }
+        });
+        row.print();
+    }
+}
+
+fn publishes(plan: &Plan, count: usize) {
+    let id = format!("publish/{count}");
+    if !plan.wants(&id) {
+        return;
+    }
+    let regions = uniform(count);
+    let ours = Ours::new(&regions, None);
+    let peer = VmMemory::new(&regions);
+    let floor = Direct::new(&regions);
+    // In the middle of the map, between two regions.
+    let place = ((count as u64 / 2) << 21) + (1 << 20);
+    let (mut extra, mut other) = (ours.extra(place), peer.extra(place));
+    let mut row = Row::new(&id);
+    for _ in 0..plan.rounds {
+        row.add(
+            plan.time(2, || ours.publish_twice(&mut extra)),
+            plan.time(2, || peer.publish_twice(&mut other)),
+            plan.time(2, || floor.copy_twice()),
+        );
+    }
+    row.print();
+}
