@@ -22,7 +22,7 @@ pub fn rounds(ground: &Ground) -> Result<()> {
     } else {
         (2, 2 * GIB)
     };
-    let mut vmm = ground.boot(2, top)?;
+    let mut vmm = ground.boot(ground.usual_cpus(), top)?;
     let mut first = None;
     for round in 0..rounds {
         vmm.resize(top, STEP_LIMIT)
