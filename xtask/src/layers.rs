@@ -40,7 +40,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         "ebbtide-lab-driver",
         &["gate", "iothread", "memory", "bus", "block", "virtio"],
     ),
-    ("ebbtide-lab", &["qmp"]),
+    ("ebbtide-lab", &["agent"]),
     ("ebbtide-agent", &[]),
     ("xtask", &["lab"]),
 ];
