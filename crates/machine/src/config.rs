@@ -111,7 +111,7 @@ impl MachineConfig {
             return config_error(format!("cpus={}: 1 to {MAX_CPUS} are accepted", self.cpus));
         }
         let size = self.ram.size_bytes;
-        if size % MEMORY_GRANULE != 0 {
+        if !size.is_multiple_of(MEMORY_GRANULE) {
             return config_error(format!("memory size={size}: must be a multiple of 2 MiB"));
         }
         if size < MIN_RAM {

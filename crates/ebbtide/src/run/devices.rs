@@ -27,7 +27,7 @@ pub fn memory(text: &str) -> Result<(RamConfig, Option<MemoryDeviceConfig>), Opt
     let path = kv.take("path").map(PathBuf::from);
     let backing = backing(&kv, &backend, path)?;
     let prefault = kv.switch("prefault", false)?;
-    if size_bytes == 0 || size_bytes % MEMORY_GRANULE != 0 {
+    if size_bytes == 0 || !size_bytes.is_multiple_of(MEMORY_GRANULE) {
         return Err(kv.error(format!(
             "size={size_bytes}: a multiple of 2 MiB, not 0, is accepted"
         )));
@@ -37,7 +37,7 @@ pub fn memory(text: &str) -> Result<(RamConfig, Option<MemoryDeviceConfig>), Opt
         Some(max) if max < size_bytes => {
             return Err(kv.error(format!("max={max} is smaller than size={size_bytes}")));
         }
-        Some(max) if max % MEMORY_GRANULE != 0 => {
+        Some(max) if !max.is_multiple_of(MEMORY_GRANULE) => {
             return Err(kv.error(format!("max={max}: a multiple of 2 MiB is accepted")));
         }
         Some(max) if max == size_bytes => None,
