@@ -331,7 +331,7 @@ fn loads_and_stores_are_split_as_the_map_wants() {
     space.store(&reader, 0x2010, 4, 0xab);
     assert_eq!(
         space.load(&reader, 0x2000, 2),
-        (0xab << 16 | 0x10 << 8 | 4) + 2 & 0xffff
+        (((0xab << 16) | (0x10 << 8) | 4) + 2) & 0xffff
     );
     // At offset 1, 4 bytes: 1 + 2 + 1; the last store went to offset 4.
     space.store(&reader, 0x2001, 4, 0x4433_2211);

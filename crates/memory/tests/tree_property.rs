@@ -99,7 +99,10 @@ fn step(nodes: usize) -> impl Strategy<Value = Step> {
 }
 
 /// Keeps its own map from what it is told.
-struct Mirror(Arc<Mutex<BTreeMap<u64, (u64, usize, u64)>>>);
+struct Mirror(Arc<Mutex<Told>>);
+
+/// By start: end, region, offset in the region.
+type Told = BTreeMap<u64, (u64, usize, u64)>;
 
 impl Listener for Mirror {
     fn region_add(&mut self, section: &FlatSection) -> Result<(), ListenerError> {
@@ -145,10 +148,10 @@ fn apply(memory: &Memory, model: &mut Model, step: Step) {
         }
         Step::Move(child, offset) => {
             let c = region(child);
-            if memory.update(|t| t.set_offset(&c, offset)).is_ok() {
-                if let Some(place) = &mut model.nodes[child].place {
-                    place.1 = offset;
-                }
+            if memory.update(|t| t.set_offset(&c, offset)).is_ok()
+                && let Some(place) = &mut model.nodes[child].place
+            {
+                place.1 = offset;
             }
         }
         Step::Toggle(node) => {

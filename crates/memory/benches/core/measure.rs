@@ -102,10 +102,8 @@ pub fn on_one_cpu(f: impl FnOnce()) {
     }
     f();
     // SAFETY: as above.
-    assert_eq!(
-        unsafe { libc::sched_setaffinity(0, size, &raw const old) },
-        0
-    );
+    let restored = unsafe { libc::sched_setaffinity(0, size, &raw const old) };
+    assert_eq!(restored, 0);
 }
 
 pub fn median(values: &mut [f64]) -> f64 {
