@@ -23,6 +23,7 @@ fn bzimage(body: usize) -> Vec<u8> {
     image[0x202..0x206].copy_from_slice(b"HdrS");
     image[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
     image[0x211] = 1;
+    image[0x214..0x218].copy_from_slice(&(MIB as u32).to_le_bytes());
     image[0x22c..0x230].copy_from_slice(&0x7fff_ffffu32.to_le_bytes());
     image[0x236..0x238].copy_from_slice(&XLF_KERNEL_64.to_le_bytes());
     image[0x238..0x23c].copy_from_slice(&2047u32.to_le_bytes());
