@@ -8,8 +8,6 @@ use std::ptr;
 use std::sync::{Arc, OnceLock};
 
 use crate::index::Node;
-use crate::ram::fence;
-use crate::sync::AtomicU64;
 use crate::tree::RegionKind;
 use crate::{RamBlock, Region};
 
@@ -152,49 +150,19 @@ impl PartialEq for FlatIoeventfd {
     }
 }
 
-/// A section as views hold it: what pins of sparse RAM need comes first.
-#[repr(C)]
+/// A section as views hold it.
 pub(crate) struct Flat {
-    /// Bank and plugged bitmap of a sparse block, else null.
-    words: *const AtomicU64,
-    words_len: usize,
-    /// Host address of the block.
-    block_host: u64,
-    /// Size of the blocks less 1, and log2 of it.
-    block_mask: u64,
-    block_shift: u32,
     pub(crate) section: FlatSection,
     /// A node of the index that shows nothing but this section.
     solo: OnceLock<Node>,
 }
 
-// SAFETY: `words` points into the block that `section` keeps alive.
-unsafe impl Send for Flat {}
-// SAFETY: as above; what it points to are atomics.
-unsafe impl Sync for Flat {}
-
 impl Flat {
     pub(crate) fn new(section: FlatSection) -> Arc<Flat> {
-        let mut flat = Flat {
-            words: ptr::null(),
-            words_len: 0,
-            block_host: 0,
-            block_mask: 0,
-            block_shift: 0,
+        Arc::new(Flat {
             section,
             solo: OnceLock::new(),
-        };
-        if let SectionKind::Ram { block, .. } = &flat.section.kind {
-            flat.block_host = block.host().as_ptr() as u64;
-            if let Some((fence, shift)) = block.fence() {
-                let words = fence.map().words();
-                flat.words = words.as_ptr();
-                flat.words_len = words.len();
-                flat.block_mask = (1 << shift) - 1;
-                flat.block_shift = shift;
-            }
-        }
-        Arc::new(flat)
+        })
     }
 
     pub(crate) fn block(&self) -> Option<&Arc<RamBlock>> {
@@ -202,57 +170,6 @@ impl Flat {
             SectionKind::Ram { block, .. } => Some(block),
             SectionKind::Mmio | SectionKind::Reservation => None,
         }
-    }
-
-    pub(crate) fn is_sparse(&self) -> bool {
-        !self.words.is_null()
-    }
-
-    /// Whether `len` bytes (at least 1) at host address `host` of a sparse block lie in one
-    /// plugged block of it, and the bank a pin of them counts in. Inside a read section.
-    ///
-    /// # Safety
-    /// `host` is the address of a byte of this section.
-    #[inline(always)]
-    pub(crate) unsafe fn admit_one(&self, host: u64, len: u64) -> Option<usize> {
-        let offset = host.wrapping_sub(self.block_host);
-        if (offset & self.block_mask) + (len - 1) > self.block_mask {
-            return None;
-        }
-        // SAFETY: the words belong to the block, which lives as long as the section does; a byte
-        // of the section lies in a block of the map.
-        unsafe { fence::admit_one(self.words, offset >> (self.block_shift & 63)) }
-    }
-
-    /// As [`Flat::admit_one`], across blocks.
-    ///
-    /// # Safety
-    /// `host` is the address of a byte of this section, and `len` bytes from there are.
-    pub(crate) unsafe fn admit(&self, host: u64, len: u64) -> Option<usize> {
-        let offset = host.wrapping_sub(self.block_host);
-        let last = (offset + (len - 1)) >> self.block_shift;
-        // SAFETY: set together in `new`; the block lives as long as the section does.
-        let words = unsafe { std::slice::from_raw_parts(self.words, self.words_len) };
-        fence::admit(words, offset >> self.block_shift, last)
-    }
-
-    /// Bytes from `host` on, at most `len`, that are plugged. Inside a read section.
-    ///
-    /// # Safety
-    /// `host` is the address of a byte of this section, and `len` bytes from there are.
-    pub(crate) unsafe fn admitted(&self, host: u64, len: u64) -> u64 {
-        let block = 1u64 << self.block_shift;
-        let mut done = 0;
-        while done < len {
-            let at = host + done;
-            let step = (block - (at.wrapping_sub(self.block_host) & (block - 1))).min(len - done);
-            // SAFETY: a byte of the section, by the caller's promise.
-            if unsafe { self.admit(at, step) }.is_none() {
-                break;
-            }
-            done += step;
-        }
-        done
     }
 
     /// The node that shows nothing but this section.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::ram::fence::Fence;
+use crate::reader::barrier::Barrier;
 use crate::reader::hub::Hub;
 use crate::reader::wake::Level;
 use crate::sync::{Mutex, lock};
@@ -48,6 +49,8 @@ pub(crate) struct Grace {
 #[derive(Default)]
 struct Inbox {
     jobs: Vec<Job>,
+    /// The worker will look by itself soon.
+    lingering: bool,
     /// The memory is gone: end when nothing is left to do.
     closing: bool,
     /// The worker has ended, and with it all readers and pins.
@@ -55,9 +58,9 @@ struct Inbox {
 }
 
 impl Grace {
-    pub(crate) fn new() -> Arc<Grace> {
+    pub(crate) fn new(barrier: Barrier) -> Arc<Grace> {
         Arc::new(Grace {
-            hub: Hub::take(),
+            hub: Hub::take(barrier),
             inbox: Mutex::new(Inbox::default()),
         })
     }
@@ -79,12 +82,10 @@ impl Grace {
             jobs.into_iter().for_each(Job::finish_without_readers);
             return;
         }
-        let was_empty = inbox.jobs.is_empty();
         let before = inbox.jobs.len();
         inbox.jobs.extend(jobs);
         let urgent = inbox.jobs.iter().skip(before).any(Job::is_urgent);
-        let wake =
-            urgent || (was_empty && !inbox.jobs.is_empty()) || inbox.jobs.len() == LINGER_COUNT;
+        let wake = urgent || !inbox.lingering || inbox.jobs.len() == LINGER_COUNT;
         drop(inbox);
         if wake {
             self.hub.wake().signal();
@@ -193,6 +194,7 @@ impl Worker {
         let closing = {
             let mut inbox = lock(&self.grace.inbox);
             self.queued.append(&mut inbox.jobs);
+            inbox.lingering = false;
             inbox.closing
         };
         loop {
@@ -307,6 +309,11 @@ impl Worker {
             self.grace.hub.wake().signal();
         }
         if self.in_grace.is_none() && !self.queued.is_empty() {
+            let mut inbox = lock(&self.grace.inbox);
+            inbox.lingering = inbox.jobs.is_empty();
+            if !inbox.lingering {
+                self.grace.hub.wake().signal();
+            }
             return Next::Linger;
         }
         Next::Sleep

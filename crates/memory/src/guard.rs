@@ -10,6 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
 use crate::pin::Token;
+use crate::reader::hub::Hub;
 use crate::{
     Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
 };
@@ -65,15 +66,6 @@ impl<'r> ReadGuard<'r> {
             gpa: gpa.raw(),
             _guard: PhantomData,
         })
-    }
-
-    /// Of `len` bytes of RAM at host address `host`, those up to the first unplugged one.
-    pub(crate) fn plugged_prefix(&self, entry: &Entry, host: u64, len: u64) -> u64 {
-        if entry.kind & SPARSE == 0 {
-            return len;
-        }
-        // SAFETY: callers have the host address from the entry, and a length that ends in it.
-        unsafe { entry.flat().admitted(host, len) }
     }
 
     /// Copies from RAM or ROM, across regions.
@@ -142,9 +134,10 @@ impl<'r> ReadGuard<'r> {
     pub fn pin(&self, gpa: Gpa, len: usize, access: Access) -> Result<Pin, AccessError> {
         // The cold path finds the place only, and not by way of `self`: guard and pin then stay
         // in registers, and it is the stores that a pin takes longest for.
-        let place = match place(self.view, gpa.raw(), len as u64, access) {
+        let hub = self.reader.hub();
+        let place = match place(self.view, hub, gpa.raw(), len as u64, access) {
             Some(place) => place,
-            None => place_slowly(self.view, gpa, len as u64, access)?,
+            None => place_slowly(self.view, hub, gpa, len as u64, access)?,
         };
         let token = Token::take(self.reader, place.slot, place.bank);
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
@@ -190,7 +183,7 @@ impl<'r> ReadGuard<'r> {
             let mut bank = 0;
             if entry.kind & SPARSE != 0 {
                 // SAFETY: the host address of an address in the section.
-                let admitted = unsafe { entry.flat().admit(host as u64, count) };
+                let admitted = unsafe { entry.admit(self.reader.hub(), host as u64, count) };
                 bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             }
             if !list.holds(self.reader.row(), entry.slot, bank) {
@@ -222,7 +215,8 @@ impl<'r> ReadGuard<'r> {
         }
         let host = entry.host(address);
         let here = (entry.last - address).saturating_add(1).min(len);
-        let count = self.plugged_prefix(entry, host, here);
+        // SAFETY: bytes of the section, from its entry.
+        let count = unsafe { entry.plugged_prefix(self.reader.hub(), host, here) };
         if count == 0 {
             return Err(AccessError::Unplugged {
                 gpa: Gpa(address),
@@ -265,7 +259,7 @@ struct Place {
 
 /// The place of `len` bytes in one block, when there is nothing special about them.
 #[inline(always)]
-fn place(view: &View, addr: u64, len: u64, access: Access) -> Option<Place> {
+fn place(view: &View, hub: &Hub, addr: u64, len: u64, access: Access) -> Option<Place> {
     let entry = view.first(addr);
     let asked = if access.writes() {
         RAM | READONLY | NODE
@@ -281,7 +275,7 @@ fn place(view: &View, addr: u64, len: u64, access: Access) -> Option<Place> {
     let mut bank = 0;
     if entry.kind & SPARSE != 0 {
         // SAFETY: the host address of an address in the section.
-        bank = unsafe { entry.flat().admit_one(host, len) }?;
+        bank = unsafe { entry.admit_one(hub, host, len) }?;
     }
     Some(Place {
         host,
@@ -293,7 +287,13 @@ fn place(view: &View, addr: u64, len: u64, access: Access) -> Option<Place> {
 /// As [`place`], also behind further nodes and across blocks; says what is in the way.
 #[cold]
 #[inline(never)]
-fn place_slowly(view: &View, gpa: Gpa, len: u64, access: Access) -> Result<Place, AccessError> {
+fn place_slowly(
+    view: &View,
+    hub: &Hub,
+    gpa: Gpa,
+    len: u64,
+    access: Access,
+) -> Result<Place, AccessError> {
     let addr = gpa.raw();
     let refused = || refusal(view, gpa, len, access);
     let entry = view
@@ -308,7 +308,7 @@ fn place_slowly(view: &View, gpa: Gpa, len: u64, access: Access) -> Result<Place
     let mut bank = 0;
     if entry.kind & SPARSE != 0 {
         // SAFETY: the host addresses of addresses in the section.
-        bank = unsafe { entry.flat().admit(host, len) }.ok_or_else(refused)?;
+        bank = unsafe { entry.admit(hub, host, len) }.ok_or_else(refused)?;
     }
     Ok(Place {
         host,

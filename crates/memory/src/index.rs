@@ -21,6 +21,9 @@ use std::sync::Arc;
 
 use crate::SectionKind;
 use crate::flat::Flat;
+use crate::ram::fence;
+use crate::reader::hub::Hub;
+use crate::sync::AtomicU64;
 
 /// log2 of the cells per octave.
 const CELL_BITS: u32 = 6;
@@ -43,64 +46,72 @@ pub(crate) const SPARSE: u32 = 4;
 /// The entry names a further node.
 pub(crate) const NODE: u32 = 8;
 /// Registers or a reservation.
-pub(crate) const OTHER: u32 = 16;
+const OTHER: u32 = 16;
+/// Where in the kind the block shift of a `SPARSE` entry is.
+const SHIFT_AT: u32 = 8;
 
-/// One answer of the index.
+/// One answer of the index: what look-ups and pins need comes first.
 #[repr(C)]
 pub(crate) struct Entry {
     /// Host address of address 0, were it in this section (wrapping).
     bias: u64,
+    pub(crate) slot: u32,
+    /// 0 when nothing is mapped. Above `SHIFT_AT`, log2 of the block size of a sparse block.
+    pub(crate) kind: u32,
     /// Last address of the section.
     pub(crate) last: u64,
+    /// Block size of a sparse block, less 1.
+    block_mask: u64,
+    /// The `word_zero` of a sparse block's map.
+    words: *const AtomicU64,
     /// The `Flat`; for `NODE`, the node.
     to: *const u8,
-    pub(crate) slot: u32,
-    /// 0 when nothing is mapped.
-    pub(crate) kind: u32,
 }
 
 impl Entry {
     const UNMAPPED: Entry = Entry {
         bias: 0,
-        last: 0,
-        to: ptr::null(),
         slot: 0,
         kind: 0,
+        last: 0,
+        block_mask: 0,
+        words: ptr::null(),
+        to: ptr::null(),
     };
 
     fn section(flat: &Arc<Flat>) -> Entry {
         let section = &flat.section;
-        let (mut kind, mut slot, mut bias) = (OTHER, 0, 0);
+        let to = Arc::as_ptr(flat).cast();
+        let mut entry = Entry {
+            kind: OTHER,
+            last: section.range.end - 1,
+            to,
+            ..Entry::UNMAPPED
+        };
         if let SectionKind::Ram {
             block,
             block_offset,
             readonly,
         } = &section.kind
         {
-            kind = RAM
-                | if *readonly { READONLY } else { 0 }
-                | if flat.is_sparse() { SPARSE } else { 0 };
-            slot = block.slot();
-            bias = (block.host().as_ptr() as u64)
-                .wrapping_add(*block_offset)
-                .wrapping_sub(section.range.start);
+            entry.kind = RAM | if *readonly { READONLY } else { 0 };
+            entry.slot = block.slot();
+            let host = (block.host().as_ptr() as u64).wrapping_add(*block_offset);
+            entry.bias = host.wrapping_sub(section.range.start);
+            if let Some((fence, shift)) = block.fence() {
+                entry.kind |= SPARSE | (shift << SHIFT_AT);
+                entry.block_mask = (1 << shift) - 1;
+                entry.words = fence.map().word_zero();
+            }
         }
-        Entry {
-            bias,
-            last: section.range.end - 1,
-            to: Arc::as_ptr(flat).cast(),
-            slot,
-            kind,
-        }
+        entry
     }
 
     fn node(node: Node) -> Entry {
         Entry {
-            bias: 0,
-            last: 0,
-            to: node.into_raw().cast(),
-            slot: 0,
             kind: NODE,
+            to: node.into_raw().cast(),
+            ..Entry::UNMAPPED
         }
     }
 
@@ -117,6 +128,62 @@ impl Entry {
         // the view's `Flat`s outlive the view (I2).
         unsafe { &*self.to.cast() }
     }
+
+    /// Whether `len` bytes (at least 1) at host address `host` lie in one plugged block of a
+    /// sparse RAM block, and the bank a pin of them counts in. Inside a read section.
+    ///
+    /// # Safety
+    /// The entry is `SPARSE`, and `host` the address of a byte of its section.
+    #[inline(always)]
+    pub(crate) unsafe fn admit_one(&self, hub: &Hub, host: u64, len: u64) -> Option<usize> {
+        if (host & self.block_mask) + (len - 1) > self.block_mask {
+            return None;
+        }
+        let block = host >> ((self.kind >> SHIFT_AT) & 63);
+        // SAFETY: words and slot are those of the block; a byte of the section lies in it.
+        unsafe { fence::admit_one(hub, self.slot, self.words, block) }
+    }
+
+    /// As [`Entry::admit_one`], across blocks.
+    ///
+    /// # Safety
+    /// The entry is `SPARSE`, and `len` bytes from `host` on are in its section.
+    pub(crate) unsafe fn admit(&self, hub: &Hub, host: u64, len: u64) -> Option<usize> {
+        let shift = (self.kind >> SHIFT_AT) & 63;
+        // SAFETY: as in `admit_one`.
+        unsafe {
+            fence::admit(
+                hub,
+                self.slot,
+                self.words,
+                host >> shift,
+                (host + (len - 1)) >> shift,
+            )
+        }
+    }
+
+    /// Of `len` bytes at host address `host`, those up to the first unplugged one. Inside a read
+    /// section.
+    ///
+    /// # Safety
+    /// `len` bytes from `host` on are in the entry's section.
+    pub(crate) unsafe fn plugged_prefix(&self, hub: &Hub, host: u64, len: u64) -> u64 {
+        if self.kind & SPARSE == 0 {
+            return len;
+        }
+        let block = self.block_mask + 1;
+        let mut done = 0;
+        while done < len {
+            let at = host + done;
+            let step = (block - (at & (block - 1))).min(len - done);
+            // SAFETY: in the section, by the caller's promise.
+            if unsafe { self.admit_one(hub, at, step) }.is_none() {
+                break;
+            }
+            done += step;
+        }
+        done
+    }
 }
 
 /// Head of a node; its slots and its entries follow.
@@ -124,7 +191,7 @@ impl Entry {
 /// A slot (`u16`) is the distance of its entry from the head, in units of 8 bytes. Slots are
 /// numbered through the whole address space: address `a` has slot `a >> shift`, and what lies
 /// behind the last slot belongs to it.
-#[repr(C, align(32))]
+#[repr(C)]
 struct Head {
     /// Where slot 0 would be, were the node that long.
     slot_zero: *const u16,
@@ -147,7 +214,8 @@ impl Node {
     /// The layout of a node, and where its entries start, in bytes.
     fn layout(slots: usize, entries: usize) -> (Layout, usize) {
         let entry = size_of::<Entry>();
-        let entries_at = size_of::<Head>() + (slots * size_of::<u16>()).next_multiple_of(entry);
+        let slots = (slots * size_of::<u16>()).next_multiple_of(align_of::<Entry>());
+        let entries_at = size_of::<Head>() + slots;
         let layout = Layout::from_size_align(entries_at + entries * entry, 64);
         (
             layout.unwrap_or_else(|_| unreachable!("{slots} slots are too many")),

@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 use crate::grace::{Grace, Job, Worker};
 use crate::index::View;
 use crate::ram::arena::Arena;
+use crate::reader::barrier::Barrier;
 use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
@@ -55,9 +56,13 @@ impl Memory {
     /// # Errors
     /// `Reserve` when the address space cannot be had, `Thread`.
     pub fn new(config: MemoryConfig) -> Result<Arc<Memory>, Error> {
+        Memory::with_barrier(config, Barrier::choose())
+    }
+
+    fn with_barrier(config: MemoryConfig, barrier: Barrier) -> Result<Arc<Memory>, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         let arena = Arc::new(Arena::new(config.arena_bytes)?);
-        let grace = Grace::new();
+        let grace = Grace::new(barrier);
         let worker = Worker::new(Arc::clone(&grace));
         let keep = Arc::clone(&arena);
         let run = move || {
@@ -303,5 +308,53 @@ impl Drop for Memory {
         if worker.thread().id() != thread::current().id() && worker.join().is_err() {
             tracing::error!("the grace worker panicked");
         }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+    use crate::{Access, Backing, Gpa, RamSpec};
+
+    /// A process without `membarrier`: readers use real fences.
+    #[test]
+    fn sections_pins_and_seals_without_membarrier() {
+        let config = MemoryConfig {
+            arena_bytes: 1 << 30,
+        };
+        let memory = Memory::with_barrier(config, Barrier::Fence).unwrap();
+        let root = Region::container("root", 1 << 30);
+        let space = memory.address_space("memory", &root).unwrap();
+        let spec = RamSpec {
+            name: "ram".into(),
+            size_bytes: 4 << 20,
+            max_size_bytes: 4 << 20,
+            backing: Backing::Anon { thp: false },
+            prefault: false,
+            block_size_bytes: Some(1 << 20),
+        };
+        let block = memory.ram().add(spec).unwrap();
+        block.plug(0..4 << 20, false).unwrap();
+        memory
+            .update(|t| t.add(&root, &Region::ram("ram", &block), 0, 0))
+            .unwrap();
+        let reader = memory.register();
+        {
+            let outer = space.read(&reader);
+            let inner = space.read(&reader);
+            drop(outer);
+            assert!(reader.in_section() && inner.lookup(Gpa(0)).is_some());
+        }
+        assert!(!reader.in_section());
+        let pin = space.read(&reader).pin(Gpa(0), 8, Access::Write).unwrap();
+        let seal = block.seal(0..1 << 20).unwrap();
+        memory.synchronize();
+        assert!(!seal.is_drained());
+        thread::spawn(move || drop(pin)).join().unwrap();
+        while !seal.is_drained() {
+            memory.synchronize();
+        }
+        seal.discard()
+            .unwrap_or_else(|(_, error)| panic!("{error}"));
     }
 }

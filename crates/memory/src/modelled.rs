@@ -7,6 +7,7 @@ use std::sync::Arc;
 use crate::grace::{Grace, Job, Worker};
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
+use crate::reader::barrier::Barrier;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
@@ -22,7 +23,7 @@ pub struct Core {
 impl Default for Core {
     fn default() -> Core {
         Core {
-            grace: Grace::new(),
+            grace: Grace::new(Barrier::choose()),
         }
     }
 }
@@ -70,7 +71,7 @@ impl Core {
 
     /// The plugged blocks of a sparse RAM block, all of them.
     pub fn sparse(&self, slot: u32, blocks: u64) -> Sparse {
-        let fence = Fence::new(slot, blocks);
+        let fence = Fence::new(self.grace.hub(), slot, 0, blocks);
         fence.map().set(0..blocks);
         Sparse {
             fence,
@@ -195,16 +196,20 @@ impl Sparse {
     /// The bank for a pin of one block, if it is plugged.
     pub fn admit(&self, block: u64) -> Option<usize> {
         // SAFETY: the models ask for blocks they made.
-        unsafe { admit_one(self.fence.map().words().as_ptr(), block) }
+        unsafe {
+            admit_one(
+                self.core.grace.hub(),
+                self.fence.slot(),
+                self.fence.map().word_zero(),
+                block,
+            )
+        }
     }
 
     /// As `RamBlock::seal`.
     pub fn seal(&self, blocks: Range<u64>) -> Waiting {
         let level = Level::new(0);
-        if self
-            .fence
-            .seal(blocks, Arc::clone(&level), self.core.grace.hub())
-        {
+        if self.fence.seal(blocks, Arc::clone(&level)) {
             self.core.grace.submit(Job::Fence(Arc::clone(&self.fence)));
         }
         Waiting { level, wanted: 1 }

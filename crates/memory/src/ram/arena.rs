@@ -57,9 +57,10 @@ impl Arena {
         })
     }
 
-    /// Takes `bytes` that were never handed out before; inaccessible until mapped over.
-    pub(crate) fn place(&self, name: &str, bytes: u64) -> Result<NonNull<u8>, Error> {
-        let align = if bytes >= LARGE { LARGE } else { SMALL };
+    /// Takes `bytes` that were never handed out before, aligned to `align` at least (a power of
+    /// two); inaccessible until mapped over.
+    pub(crate) fn place(&self, name: &str, bytes: u64, align: u64) -> Result<NonNull<u8>, Error> {
+        let align = align.max(if bytes >= LARGE { LARGE } else { SMALL });
         let mut next = lock(&self.next);
         let full = |left| Error::ArenaFull {
             name: name.to_owned(),
@@ -97,13 +98,13 @@ mod tests {
     #[test]
     fn blocks_are_aligned_apart_and_never_placed_twice() {
         let arena = Arena::new(8 << 30).unwrap();
-        let small = arena.place("a", 4096).unwrap().as_ptr() as u64;
-        let other = arena.place("b", 5 << 20).unwrap().as_ptr() as u64;
-        let large = arena.place("c", 1 << 30).unwrap().as_ptr() as u64;
+        let small = arena.place("a", 4096, 1).unwrap().as_ptr() as u64;
+        let other = arena.place("b", 5 << 20, 1).unwrap().as_ptr() as u64;
+        let large = arena.place("c", 1 << 30, 1).unwrap().as_ptr() as u64;
         assert_eq!(small % SMALL, 0);
         assert!(other >= small + 4096 + SMALL && other.is_multiple_of(SMALL));
         assert!(large >= other + (5 << 20) + SMALL && large.is_multiple_of(LARGE));
-        let error = arena.place("d", 7 << 30).unwrap_err().to_string();
+        let error = arena.place("d", 7 << 30, 1).unwrap_err().to_string();
         assert!(error.contains("do not fit"), "{error}");
     }
 }

@@ -67,7 +67,11 @@ impl RamBlock {
     ) -> Result<RamBlock, Error> {
         let source = Source::open(spec)?;
         spec.check_against(&source)?;
-        let host = arena.place(&spec.name, spec.max_size_bytes)?;
+        let host = arena.place(
+            &spec.name,
+            spec.max_size_bytes,
+            spec.block_size_bytes.unwrap_or(1),
+        )?;
         let mapping = Mapping::new(spec, host, source)?;
         if spec.prefault
             && spec.block_size_bytes.is_none()
@@ -81,7 +85,12 @@ impl RamBlock {
             let blocks = spec.max_size_bytes / block_bytes;
             Sparse {
                 block_bytes,
-                fence: Fence::new(slot, blocks),
+                fence: Fence::new(
+                    grace.hub(),
+                    slot,
+                    host.as_ptr() as u64 / block_bytes,
+                    blocks,
+                ),
                 plugged_bytes: AtomicU64::new(0),
                 busy: Mutex::new(vec![0; blocks.div_ceil(64) as usize]),
             }
@@ -246,9 +255,7 @@ impl RamBlock {
             sparse
                 .plugged_bytes
                 .fetch_sub(range.end - range.start, Relaxed);
-            sparse
-                .fence
-                .seal(blocks, Arc::clone(&level), self.grace.hub())
+            sparse.fence.seal(blocks, Arc::clone(&level))
         };
         if submit {
             self.grace.submit(Job::Fence(Arc::clone(&sparse.fence)));

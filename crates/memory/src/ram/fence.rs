@@ -23,54 +23,60 @@ use crate::reader::hub::Hub;
 use crate::reader::wake::Level;
 use crate::sync::{AtomicU64, Mutex, lock};
 
-/// The plugged bitmap and the bank, in one allocation: the bank first, so that a pin of a small
-/// device touches one line.
+/// The plugged bitmap. Blocks are numbered by their host addresses, divided by the block size, so
+/// that a pin finds its bit without knowing where the RAM block starts.
 pub(crate) struct BlockMap {
+    /// Number of the first block.
+    first: u64,
     words: Box<[AtomicU64]>,
 }
 
 impl BlockMap {
-    /// A map of `blocks` unplugged blocks.
-    pub(crate) fn new(blocks: u64) -> BlockMap {
-        let words = usize::try_from(blocks.div_ceil(64)).unwrap_or(usize::MAX);
+    /// A map of `blocks` unplugged blocks, of which the first has number `first`.
+    fn new(first: u64, blocks: u64) -> BlockMap {
+        let words = (first + blocks).div_ceil(64) - first / 64;
         BlockMap {
-            words: (0..=words).map(|_| AtomicU64::new(0)).collect(),
+            first,
+            words: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
     }
 
-    /// The words: bank, then bits.
-    pub(crate) fn words(&self) -> &[AtomicU64] {
-        &self.words
+    /// Where the word of block 0 would be.
+    pub(crate) fn word_zero(&self) -> *const AtomicU64 {
+        self.words.as_ptr().wrapping_sub((self.first / 64) as usize)
     }
 
-    fn flip(&self) -> usize {
-        (self.words[0].fetch_xor(1, AcqRel) & 1) as usize
+    /// The words of `blocks` (counted from the first) with a mask each.
+    fn parts(&self, blocks: Range<u64>) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        let first_word = self.first / 64;
+        let parts = masks(self.first + blocks.start..self.first + blocks.end);
+        parts.map(move |(word, mask)| (&self.words[(word - first_word) as usize], mask))
     }
 
-    /// Sets the bits of `blocks`.
+    /// Sets the bits of `blocks`, counted from the first.
     pub(crate) fn set(&self, blocks: Range<u64>) {
-        masks(blocks).for_each(|(word, mask)| {
-            self.words[word].fetch_or(mask, AcqRel);
+        self.parts(blocks).for_each(|(word, mask)| {
+            word.fetch_or(mask, AcqRel);
         });
     }
 
-    /// Clears the bits of `blocks`.
-    pub(crate) fn clear(&self, blocks: Range<u64>) {
-        masks(blocks).for_each(|(word, mask)| {
-            self.words[word].fetch_and(!mask, AcqRel);
+    /// Clears the bits of `blocks`, counted from the first.
+    fn clear(&self, blocks: Range<u64>) {
+        self.parts(blocks).for_each(|(word, mask)| {
+            word.fetch_and(!mask, AcqRel);
         });
     }
 
-    /// How many of `blocks` are plugged.
+    /// How many of `blocks`, counted from the first, are plugged.
     pub(crate) fn count(&self, blocks: Range<u64>) -> u64 {
-        masks(blocks)
-            .map(|(word, mask)| u64::from((self.words[word].load(Acquire) & mask).count_ones()))
+        self.parts(blocks)
+            .map(|(word, mask)| u64::from((word.load(Acquire) & mask).count_ones()))
             .sum()
     }
 }
 
-/// The words that hold the bits of `blocks`, with a mask each.
-fn masks(blocks: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
+/// Numbers of the words that hold the bits of `blocks`, with a mask each.
+fn masks(blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
     let mut next = blocks.start;
     std::iter::from_fn(move || {
         if next >= blocks.end {
@@ -78,43 +84,58 @@ fn masks(blocks: Range<u64>) -> impl Iterator<Item = (usize, u64)> {
         }
         let first = next % 64;
         let count = (64 - first).min(blocks.end - next);
-        let word = 1 + (next / 64) as usize;
+        let word = next / 64;
         next += count;
         Some((word, (u64::MAX >> (64 - count)) << first))
     })
 }
 
-/// Whether `block` is plugged, and if so the bank to count in. Call inside a read section.
+/// Whether a block is plugged, and if so the bank to count a pin of it in. Call inside a read
+/// section.
 ///
 /// # Safety
-/// `words` are those of a [`BlockMap`], and `block` is one of its blocks.
+/// `word_zero` is that of the [`BlockMap`] of the RAM block of `slot`, and `block` one of its
+/// blocks.
 #[inline(always)]
-pub(crate) unsafe fn admit_one(words: *const AtomicU64, block: u64) -> Option<usize> {
-    // SAFETY: a map has the bank and the word of each of its blocks.
-    let (bank, word) = unsafe { (&*words, &*words.add((block / 64) as usize + 1)) };
+pub(crate) unsafe fn admit_one(
+    hub: &Hub,
+    slot: u32,
+    word_zero: *const AtomicU64,
+    block: u64,
+) -> Option<usize> {
+    // SAFETY: the map has the words of all its blocks.
+    let word = unsafe { &*word_zero.wrapping_add((block / 64) as usize) };
     #[cfg(not(seeded = "bank_after_bits"))]
-    let bank = bank.load(Acquire);
+    let bank = hub.bank(slot);
     let plugged = word.load(Acquire) >> (block % 64) & 1 == 1;
     #[cfg(seeded = "bank_after_bits")]
-    let bank = bank.load(Acquire);
-    plugged.then_some((bank & 1) as usize)
+    let bank = hub.bank(slot);
+    plugged.then_some(bank)
 }
 
 /// As [`admit_one`], for the blocks `first..=last`.
-pub(crate) fn admit(words: &[AtomicU64], first: u64, last: u64) -> Option<usize> {
-    let bank = words.first()?.load(Acquire);
+///
+/// # Safety
+/// As for [`admit_one`], of all the blocks.
+pub(crate) unsafe fn admit(
+    hub: &Hub,
+    slot: u32,
+    word_zero: *const AtomicU64,
+    first: u64,
+    last: u64,
+) -> Option<usize> {
+    let bank = hub.bank(slot);
     let mut plugged = masks(first..last + 1).map(|(word, mask)| {
-        words
-            .get(word)
-            .is_some_and(|word| word.load(Acquire) & mask == mask)
+        // SAFETY: the map has the words of all its blocks.
+        let word = unsafe { &*word_zero.wrapping_add(word as usize) };
+        word.load(Acquire) & mask == mask
     });
-    plugged
-        .all(|plugged| plugged)
-        .then_some((bank & 1) as usize)
+    plugged.all(|plugged| plugged).then_some(bank)
 }
 
 /// The fence of one sparse block.
 pub(crate) struct Fence {
+    hub: &'static Hub,
     slot: u32,
     map: BlockMap,
     state: Mutex<FenceState>,
@@ -132,10 +153,13 @@ struct FenceState {
 }
 
 impl Fence {
-    pub(crate) fn new(slot: u32, blocks: u64) -> Arc<Fence> {
+    /// The fence of a RAM block of `blocks` blocks; for `first` see [`BlockMap`].
+    pub(crate) fn new(hub: &'static Hub, slot: u32, first: u64, blocks: u64) -> Arc<Fence> {
+        let map = BlockMap::new(first, blocks);
         Arc::new(Fence {
+            hub,
             slot,
-            map: BlockMap::new(blocks),
+            map,
             state: Mutex::default(),
         })
     }
@@ -150,14 +174,12 @@ impl Fence {
 
     /// Clears the bits of `blocks` and queues a fence that raises the level to 1. Returns
     /// whether the fence must be submitted to the worker.
-    pub(crate) fn seal(&self, blocks: Range<u64>, level: Arc<Level>, hub: &Hub) -> bool {
+    pub(crate) fn seal(&self, blocks: Range<u64>, level: Arc<Level>) -> bool {
         self.map.clear(blocks);
         // Before the worker can know of the seal: its grace period must also end the sections
         // that still trust a cached translation.
         #[cfg(not(seeded = "no_seal_bump"))]
-        hub.bump_generation();
-        #[cfg(seeded = "no_seal_bump")]
-        let _ = hub;
+        self.hub.bump_generation();
         let mut state = lock(&self.state);
         state.queued.push(level);
         !std::mem::replace(&mut state.active, true)
@@ -167,7 +189,7 @@ impl Fence {
     pub(crate) fn begin(&self) {
         let mut state = lock(&self.state);
         state.running = std::mem::take(&mut state.queued);
-        state.old_bank = self.map.flip();
+        state.old_bank = self.hub.flip_bank(self.slot);
     }
 
     pub(crate) fn old_bank(&self) -> usize {
@@ -189,6 +211,7 @@ impl Fence {
 #[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
+    use crate::reader::barrier::Barrier;
 
     #[test]
     fn masks_cover_exactly_the_range() {
@@ -198,7 +221,7 @@ mod tests {
                 blocks.extend(
                     (0..64)
                         .filter(|b| mask >> b & 1 == 1)
-                        .map(|b| (word as u64 - 1) * 64 + b),
+                        .map(|b| word * 64 + b),
                 );
             }
             assert_eq!(blocks, (start..end).collect::<Vec<_>>());
@@ -206,25 +229,33 @@ mod tests {
     }
 
     #[test]
-    fn admit_needs_every_block() {
-        let map = BlockMap::new(200);
-        map.set(10..140);
-        assert_eq!(admit(map.words(), 10, 10), Some(0));
-        // SAFETY: blocks of the map.
-        let one = |block| unsafe { admit_one(map.words().as_ptr(), block) };
-        assert_eq!(
-            (one(9), one(10), one(139), one(140)),
-            (None, Some(0), Some(0), None)
-        );
-        assert_eq!(admit(map.words(), 10, 139), Some(0));
-        assert_eq!(admit(map.words(), 9, 10), None);
-        assert_eq!(admit(map.words(), 10, 140), None);
-        assert_eq!(admit(map.words(), 199, 100_000), None);
-        map.clear(70..71);
-        assert_eq!(admit(map.words(), 10, 139), None);
-        assert_eq!(admit(map.words(), 71, 139), Some(0));
-        assert_eq!(map.flip(), 0);
-        assert_eq!(admit(map.words(), 71, 139), Some(1));
-        assert_eq!(map.count(0..200), 129);
+    fn admission_needs_every_block() {
+        let hub = Hub::take(Barrier::choose());
+        for first in [0, 3, 64, 0x7f12_3456_7800, 0x3_ffff_ffff] {
+            let map = BlockMap::new(first, 200);
+            // SAFETY: blocks of the map.
+            let many =
+                |from, to| unsafe { admit(hub, 5, map.word_zero(), first + from, first + to) };
+            // SAFETY: as above.
+            let one = |block| unsafe { admit_one(hub, 5, map.word_zero(), first + block) };
+            let bank = hub.bank(5);
+            map.set(10..140);
+            assert_eq!(map.count(0..200), 130);
+            assert_eq!((many(10, 10), many(10, 139)), (Some(bank), Some(bank)));
+            assert_eq!(
+                (many(9, 10), many(10, 140), many(0, 199)),
+                (None, None, None)
+            );
+            assert_eq!(
+                (one(9), one(10), one(139), one(140)),
+                (None, Some(bank), Some(bank), None)
+            );
+            map.clear(70..71);
+            assert_eq!((many(10, 139), many(71, 139)), (None, Some(bank)));
+            assert_eq!(hub.flip_bank(5), bank);
+            assert_eq!(many(71, 139), Some(1 - bank));
+            assert_eq!(map.count(60..80), 19);
+        }
+        hub.give_back();
     }
 }

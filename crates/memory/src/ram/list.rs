@@ -12,6 +12,9 @@ use crate::Error;
 use crate::grace::Grace;
 use crate::reader::counters::MAX_SLOTS;
 
+/// Blocks of sparse RAM are aligned to their size in this process, as pins look them up by host
+/// address, and the arena goes no further than this.
+const MAX_BLOCK: u64 = 1 << 30;
 /// Alignment of RAM offsets: the bits of two blocks never share a word of a dirty bitmap.
 const OFFSET_ALIGN: u64 = 64 * 4096;
 
@@ -58,8 +61,9 @@ impl RamSpec {
             return self.refuse("size is 0".to_owned());
         }
         if let Some(block) = self.block_size_bytes {
-            if !block.is_power_of_two() {
-                return self.refuse(format!("block size {block} is not a power of two"));
+            if !block.is_power_of_two() || block > MAX_BLOCK {
+                let reason = "is not a power of two up to 1 GiB";
+                return self.refuse(format!("block size {block} {reason}"));
             }
             if self.size_bytes != self.max_size_bytes || !self.size_bytes.is_multiple_of(block) {
                 let (size, max) = (self.size_bytes, self.max_size_bytes);

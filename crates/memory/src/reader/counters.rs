@@ -29,47 +29,29 @@ pub(super) struct Away {
     pub(super) released: [AtomicU64; 2],
 }
 
-/// One counter of each kind per slot. The memory comes from the host as it is touched, so that a
-/// row costs a page or two and a pin finds its counter without a table in between.
+/// The counters of a row.
 pub(super) struct Counters {
-    home: NonNull<Home>,
-    away: NonNull<Line<Away>>,
-    armed: NonNull<AtomicBool>,
+    /// Pins at home.
+    pub(super) home: PerSlot<Home>,
+    /// Pins elsewhere.
+    pub(super) away: PerSlot<Line<Away>>,
+    /// Whether the worker waits for pins of the slot.
+    pub(super) armed: PerSlot<AtomicBool>,
 }
 
-// SAFETY: all that is reached through the pointers are atomics, valid for ever.
-unsafe impl Send for Counters {}
-// SAFETY: as above.
-unsafe impl Sync for Counters {}
-
 impl Counters {
-    /// Pins at home.
-    #[inline(always)]
-    pub(super) fn home(&self, slot: u32) -> &Home {
-        debug_assert!((slot as usize) < MAX_SLOTS);
-        // SAFETY: there are `MAX_SLOTS` counters, all slots are below (I5), none is ever freed.
-        unsafe { self.home.add(slot as usize).as_ref() }
-    }
-
-    /// Pins elsewhere.
-    #[inline(always)]
-    pub(super) fn away(&self, slot: u32) -> &Away {
-        debug_assert!((slot as usize) < MAX_SLOTS);
-        // SAFETY: as above.
-        unsafe { &self.away.add(slot as usize).as_ref().0 }
-    }
-
-    /// Whether the worker waits for pins of the slot.
-    pub(super) fn armed(&self, slot: u32) -> &AtomicBool {
-        debug_assert!((slot as usize) < MAX_SLOTS);
-        // SAFETY: as above.
-        unsafe { self.armed.add(slot as usize).as_ref() }
+    pub(super) fn new() -> Counters {
+        Counters {
+            home: PerSlot::new(),
+            away: PerSlot::new(),
+            armed: PerSlot::new(),
+        }
     }
 
     /// Sets the counters of the first `slots` slots to zero.
     pub(super) fn clear(&self, slots: u32) {
         for slot in 0..slots {
-            let (home, away) = (self.home(slot), self.away(slot));
+            let (home, away) = (self.home.at(slot), &self.away.at(slot).0);
             for counts in [
                 &home.acquired,
                 &home.released,
@@ -78,65 +60,83 @@ impl Counters {
             ] {
                 counts.iter().for_each(|count| count.store(0, Relaxed));
             }
-            self.armed(slot).store(false, Relaxed);
-        }
-    }
-}
-
-#[cfg(not(loom))]
-impl Counters {
-    pub(super) fn new() -> Counters {
-        // All zeroes is what new counters are.
-        Counters {
-            home: zeroed(),
-            away: zeroed(),
-            armed: zeroed(),
-        }
-    }
-}
-
-/// `MAX_SLOTS` zeroed things, which the host provides as they are touched.
-#[cfg(not(loom))]
-fn zeroed<T>() -> NonNull<T> {
-    let bytes = MAX_SLOTS * size_of::<T>();
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    let protection = libc::PROT_READ | libc::PROT_WRITE;
-    // SAFETY: a new mapping at an address of the kernel's choice.
-    let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
-    let error = std::io::Error::last_os_error();
-    assert!(
-        address != libc::MAP_FAILED,
-        "no address space for a thread's pin counters: {error}"
-    );
-    // SAFETY: the mapping just made. Huge pages would cost 2 MiB for the first counter.
-    unsafe { libc::madvise(address, bytes, libc::MADV_NOHUGEPAGE) };
-    let address = NonNull::new(address.cast());
-    address.unwrap_or_else(|| unreachable!("the kernel maps nothing at 0 unless told to"))
-}
-
-#[cfg(loom)]
-impl Counters {
-    pub(super) fn new() -> Counters {
-        fn leak<T: Default>() -> NonNull<T> {
-            let things: Box<[T]> = (0..MAX_SLOTS).map(|_| T::default()).collect();
-            NonNull::from(Box::leak(things)).cast()
-        }
-        Counters {
-            home: leak(),
-            away: leak(),
-            armed: leak(),
+            self.armed.at(slot).store(false, Relaxed);
         }
     }
 
     /// Frees the counters of a model that has ended.
+    #[cfg(loom)]
     pub(super) fn free(&self) {
-        fn free<T>(things: NonNull<T>) {
-            let things = std::ptr::slice_from_raw_parts_mut(things.as_ptr(), MAX_SLOTS);
-            // SAFETY: leaked by `new`, and not used any more.
-            drop(unsafe { Box::from_raw(things) });
-        }
-        free(self.home);
-        free(self.away);
-        free(self.armed);
+        self.home.free();
+        self.away.free();
+        self.armed.free();
+    }
+}
+
+/// One `T` per slot. The memory comes from the host as it is touched, so that it costs a page or
+/// two, and one is found without a table in between.
+pub(super) struct PerSlot<T>(NonNull<T>);
+
+// SAFETY: gives out shared references only, to things that are never freed.
+unsafe impl<T: Sync> Send for PerSlot<T> {}
+// SAFETY: as above.
+unsafe impl<T: Sync> Sync for PerSlot<T> {}
+
+impl<T: Zero> PerSlot<T> {
+    /// The one of `slot`.
+    #[inline(always)]
+    pub(super) fn at(&self, slot: u32) -> &T {
+        debug_assert!((slot as usize) < MAX_SLOTS);
+        // SAFETY: there are `MAX_SLOTS`, all slots are below (I5), and none is ever freed (I6).
+        unsafe { self.0.add(slot as usize).as_ref() }
+    }
+}
+
+/// Types for which all zeroes is the value to start with.
+///
+/// # Safety
+/// All zeroes must be a valid value.
+pub(super) unsafe trait Zero: Default {}
+// SAFETY: atomics are as valid with all zeroes as the plain types are, here and below.
+unsafe impl Zero for AtomicBool {}
+// SAFETY: as above.
+unsafe impl Zero for AtomicU64 {}
+// SAFETY: made of atomics.
+unsafe impl Zero for Home {}
+// SAFETY: made of atomics.
+unsafe impl Zero for Line<Away> {}
+
+#[cfg(not(loom))]
+impl<T: Zero> PerSlot<T> {
+    pub(super) fn new() -> PerSlot<T> {
+        let bytes = MAX_SLOTS * size_of::<T>();
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let address = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+        let error = std::io::Error::last_os_error();
+        assert!(
+            address != libc::MAP_FAILED,
+            "no address space for pin counters: {error}"
+        );
+        // SAFETY: the mapping just made. Huge pages would cost 2 MiB for the first counter.
+        unsafe { libc::madvise(address, bytes, libc::MADV_NOHUGEPAGE) };
+        let address = NonNull::new(address.cast());
+        PerSlot(address.unwrap_or_else(|| unreachable!("nothing is mapped at 0 unasked")))
+    }
+}
+
+#[cfg(loom)]
+impl<T: Zero> PerSlot<T> {
+    pub(super) fn new() -> PerSlot<T> {
+        let things: Box<[T]> = (0..MAX_SLOTS).map(|_| T::default()).collect();
+        PerSlot(NonNull::from(Box::leak(things)).cast())
+    }
+
+    /// Frees them; the model has ended.
+    pub(super) fn free(&self) {
+        let things = std::ptr::slice_from_raw_parts_mut(self.0.as_ptr(), MAX_SLOTS);
+        // SAFETY: leaked by `new`, and not used any more.
+        drop(unsafe { Box::from_raw(things) });
     }
 }

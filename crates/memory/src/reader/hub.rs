@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::barrier::Barrier;
-use super::counters::MAX_SLOTS;
+use super::counters::{MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -15,6 +15,8 @@ pub(crate) struct Hub {
     grace: Line<AtomicU64>,
     /// Counts published views and seals; a [`crate::CachedMap`] compares it.
     generation: Line<AtomicU64>,
+    /// By slot, the bank new pins of a sparse block count in.
+    banks: PerSlot<AtomicU64>,
     wake: Wake,
     registry: Mutex<Registry>,
 }
@@ -34,14 +36,14 @@ struct Registry {
 static SPARE: Mutex<(Vec<&'static Hub>, Vec<&'static Row>)> = Mutex::new((Vec::new(), Vec::new()));
 
 impl Hub {
-    pub(crate) fn take() -> &'static Hub {
+    pub(crate) fn take(barrier: Barrier) -> &'static Hub {
         #[cfg(not(loom))]
         if let Some(hub) = lock(&SPARE).0.pop() {
-            lock(&hub.registry).barrier = Barrier::choose();
+            lock(&hub.registry).barrier = barrier;
             return hub;
         }
         let registry = Registry {
-            barrier: Barrier::choose(),
+            barrier,
             rows: Vec::new(),
             slots: 0,
             free: Vec::new(),
@@ -50,6 +52,7 @@ impl Hub {
         Box::leak(Box::new(Hub {
             grace: Line(AtomicU64::new(1)),
             generation: Line(AtomicU64::new(1)),
+            banks: PerSlot::new(),
             wake: Wake::new(),
             registry: Mutex::new(registry),
         }))
@@ -79,6 +82,7 @@ impl Hub {
         for row in std::mem::take(&mut lock(&self.registry).rows) {
             Row::free(row);
         }
+        self.banks.free();
         // SAFETY: made by `Box::leak` in `take`; nobody knows it any more.
         drop(unsafe { Box::from_raw(std::ptr::from_ref(self).cast_mut()) });
     }
@@ -100,6 +104,17 @@ impl Hub {
     /// Makes every cached translation stale. Call after the change is visible.
     pub(crate) fn bump_generation(&self) {
         self.generation.0.fetch_add(1, AcqRel);
+    }
+
+    /// The bank new pins of a sparse block count in.
+    #[inline(always)]
+    pub(crate) fn bank(&self, slot: u32) -> usize {
+        (self.banks.at(slot).load(Acquire) & 1) as usize
+    }
+
+    /// Makes new pins count in the other bank; returns the one they counted in.
+    pub(crate) fn flip_bank(&self, slot: u32) -> usize {
+        (self.banks.at(slot).fetch_xor(1, AcqRel) & 1) as usize
     }
 
     // --- rows -------------------------------------------------------------------------------

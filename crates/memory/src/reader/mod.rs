@@ -2,7 +2,7 @@
 //! Registered readers: read sections that cost two plain stores, and grace periods that wait
 //! for them.
 
-mod barrier;
+pub(crate) mod barrier;
 pub(crate) mod counters;
 pub(crate) mod hub;
 pub(crate) mod published;

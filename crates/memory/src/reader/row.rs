@@ -27,6 +27,7 @@ const WATCH_FENCED: u32 = 4;
 const FENCED: u64 = 1 << 63;
 
 /// Two lines apart: the adjacent-line prefetcher makes pairs of lines travel together.
+#[derive(Default)]
 #[repr(align(128))]
 pub(crate) struct Line<T>(pub(crate) T);
 
@@ -189,7 +190,7 @@ impl Row {
     /// Counts a pin taken inside a read section of the owner.
     #[inline(always)]
     pub(crate) fn acquire_home(&self, slot: u32, bank: usize) {
-        let count = &self.shared.0.counters.home(slot).acquired[bank & 1];
+        let count = &self.shared.0.counters.home.at(slot).acquired[bank & 1];
         count.store(count.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
@@ -198,7 +199,7 @@ impl Row {
         if self.is_home() {
             self.acquire_home(slot, bank);
         } else {
-            self.shared.0.counters.away(slot).acquired[bank & 1].fetch_add(1, Relaxed);
+            self.shared.0.counters.away.at(slot).0.acquired[bank & 1].fetch_add(1, Relaxed);
         }
     }
 
@@ -206,10 +207,10 @@ impl Row {
     #[inline(always)]
     pub(crate) fn release(&self, slot: u32, bank: usize) {
         if self.is_home() {
-            let count = &self.shared.0.counters.home(slot).released[bank & 1];
+            let count = &self.shared.0.counters.home.at(slot).released[bank & 1];
             count.store(count.load(Relaxed).wrapping_add(1), Release);
         } else {
-            self.shared.0.counters.away(slot).released[bank & 1].fetch_add(1, Release);
+            self.shared.0.counters.away.at(slot).0.released[bank & 1].fetch_add(1, Release);
         }
         #[cfg(not(seeded = "no_unpin_fence"))]
         light(false);
@@ -226,7 +227,7 @@ impl Row {
         }
         // The pin is gone and with it perhaps the `Memory`; row and hub are still there (I6).
         // Should they serve another memory by now, that one's worker wakes for nothing.
-        if self.shared.0.counters.armed(slot).load(Relaxed) {
+        if self.shared.0.counters.armed.at(slot).load(Relaxed) {
             self.hub().wake().signal();
         }
     }
@@ -252,7 +253,7 @@ impl Row {
     /// Makes the release of pins of `slot` wake the worker, or no longer so. `any` is whether
     /// any slot is waited for.
     pub(super) fn watch_pins(&self, slot: u32, armed: bool, any: bool) {
-        self.shared.0.counters.armed(slot).store(armed, Relaxed);
+        self.shared.0.counters.armed.at(slot).store(armed, Relaxed);
         if any {
             self.shared.0.watch.fetch_or(WATCH_PINS, Relaxed);
         } else {
@@ -263,15 +264,15 @@ impl Row {
     /// Pins let go so far, of one bank.
     pub(super) fn released(&self, slot: u32, bank: usize) -> u64 {
         let counters = &self.shared.0.counters;
-        let home = counters.home(slot).released[bank & 1].load(Acquire);
-        home.wrapping_add(counters.away(slot).released[bank & 1].load(Acquire))
+        let home = counters.home.at(slot).released[bank & 1].load(Acquire);
+        home.wrapping_add(counters.away.at(slot).0.released[bank & 1].load(Acquire))
     }
 
     /// Pins taken so far, of one bank.
     pub(super) fn acquired(&self, slot: u32, bank: usize) -> u64 {
         let counters = &self.shared.0.counters;
-        let home = counters.home(slot).acquired[bank & 1].load(Acquire);
-        home.wrapping_add(counters.away(slot).acquired[bank & 1].load(Acquire))
+        let home = counters.home.at(slot).acquired[bank & 1].load(Acquire);
+        home.wrapping_add(counters.away.at(slot).0.acquired[bank & 1].load(Acquire))
     }
 
     // --- the registry's side (under its lock) -----------------------------------------------
