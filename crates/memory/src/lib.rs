@@ -24,6 +24,8 @@ mod sweeper;
 mod sync;
 mod ticket;
 mod tree;
+#[cfg(feature = "vm-memory")]
+mod vm_memory;
 
 pub use access::{Access, AccessError};
 pub use cached::CachedMap;
@@ -42,3 +44,5 @@ pub use slice::GuestSlice;
 pub use space::AddressSpace;
 pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{Ioeventfd, Mmio, Region, Transaction};
+#[cfg(feature = "vm-memory")]
+pub use vm_memory::{PinnedRam, PinnedRegion};

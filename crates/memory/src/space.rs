@@ -10,7 +10,7 @@ use crate::index::{RAM, READONLY, View};
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::tree::RegionKind;
-use crate::{Error, Gpa, Listener, ListenerId, Memory, Mmio, Reader, copy};
+use crate::{Error, FlatSection, Gpa, Listener, ListenerId, Memory, Mmio, Reader, copy};
 
 /// A root region as CPUs and devices see it: memory, port I/O, a device's bus-master view.
 pub struct AddressSpace {
@@ -90,6 +90,16 @@ impl AddressSpace {
     /// Replaces the view; the old one must live until after a grace period.
     pub(crate) fn publish(&self, view: Box<View>) -> Box<View> {
         self.view.replace(view)
+    }
+
+    /// The sections of the current view, by address.
+    ///
+    /// # Errors
+    /// `Reentrant` from within a change.
+    pub fn sections(&self) -> Result<Vec<FlatSection>, Error> {
+        let mut guard = self.memory.lock_tree()?;
+        let state = guard.tree.space(self.id);
+        Ok(state.map(|state| state.sections()).unwrap_or_default())
     }
 
     /// Adds a listener and shows it the current view. Listeners of lower priority hear of

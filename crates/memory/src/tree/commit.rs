@@ -228,6 +228,10 @@ impl SpaceState {
         self.index.view()
     }
 
+    pub(crate) fn sections(&self) -> Vec<FlatSection> {
+        self.flats.iter().map(|flat| flat.section.clone()).collect()
+    }
+
     /// Adds a listener and shows it what there is.
     pub(crate) fn add_listener(
         &mut self,
