@@ -383,7 +383,7 @@ fn the_bar_can_be_reached_through_configuration_space() {
     let data = window(&rig, 0, common::STATUS, 1);
     pci.write_config(data, 1, status::ACKNOWLEDGE.into());
     assert_eq!(rig.driver.status(), status::ACKNOWLEDGE);
-    assert_eq!(pci.read_config(data, 1), status::ACKNOWLEDGE.into());
+    assert_eq!(pci.read_config(data, 1), u32::from(status::ACKNOWLEDGE));
     // Nonsense does nothing.
     for (bar, offset, size) in [
         (2, 0, 4),
