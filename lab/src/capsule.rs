@@ -13,6 +13,7 @@
 //! - standard output and error come through live, and nothing else does: kernel
 //!   messages go to the console log.
 
+mod core;
 mod host;
 mod session;
 
@@ -168,7 +169,8 @@ impl Capsule {
         let ports = host::Ports::open()?;
         let mut command = host::command(self, &kernel, &files, &job.shares, &ports)?;
         command.stderr(files.log.try_clone().context("QEMU's log")?);
-        session::Session::start(&mut command, ports, files)?.run(self, &job, stdout, stderr)
+        let core = core::Core::take()?;
+        session::Session::start(&mut command, ports, files, core)?.run(self, &job, stdout, stderr)
     }
 
     fn job(&self, invocation: &Invocation) -> Result<Job> {

@@ -63,6 +63,9 @@ struct SelftestOptions {
     /// How much guest memory to fill, in MiB
     #[arg(long, default_value_t = 1024)]
     fill: u64,
+    /// Only boot, so many times, and count the failures
+    #[arg(long, value_name = "TIMES")]
+    boots: Option<u32>,
 }
 
 #[derive(clap::Args)]
@@ -140,13 +143,21 @@ fn selftest(options: &SelftestOptions) -> Result<ExitCode> {
         .iter()
         .map(|series| image::build(*series))
         .collect::<Result<Vec<_>>>()?;
-    if let Some(code) = tasks::elsewhere(binary.as_deref(), &[], tasks::Words::Standard)? {
+    if let Some(code) = tasks::elsewhere(
+        binary.as_deref(),
+        &[],
+        tasks::GUESTS,
+        tasks::Words::Standard,
+    )? {
         return Ok(code);
     }
     for image in &images {
         for cpus in &options.cpus {
-            selftest::run(&program, image, *cpus, options.fill << 20)
-                .with_context(|| format!("{} with {cpus} CPUs", image.version))?;
+            let result = match options.boots {
+                Some(times) => selftest::boots(&program, image, *cpus, times),
+                None => selftest::run(&program, image, *cpus, options.fill << 20),
+            };
+            result.with_context(|| format!("{} with {cpus} CPUs", image.version))?;
         }
     }
     Ok(ExitCode::SUCCESS)

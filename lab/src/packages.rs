@@ -97,11 +97,9 @@ pub fn unpacked(names: &[&str], prefix: &str) -> Result<PathBuf> {
     if let Some(tree) = remembered_tree(&cache, &remembered) {
         return Ok(tree);
     }
+    let _lock = crate::places::lock_cache(&cache)?;
     fs::create_dir_all(cache.join("packages"))
         .with_context(|| format!("create {}", cache.display()))?;
-    let lock = fs::File::create(cache.join("lock")).context("lock the cache")?;
-    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
-        .context("lock the cache")?;
     // Another process may have been faster.
     if let Some(tree) = remembered_tree(&cache, &remembered) {
         return Ok(tree);

@@ -43,6 +43,18 @@ pub fn cache_dir() -> Result<PathBuf> {
         .with_context(|| format!("cache directory {}", directory.display()))
 }
 
+/// Makes this process the only one that adds to the cache, until the file is closed.
+///
+/// # Errors
+/// The cache can't be created.
+pub fn lock_cache(cache: &Path) -> Result<std::fs::File> {
+    std::fs::create_dir_all(cache).with_context(|| format!("create {}", cache.display()))?;
+    let lock = std::fs::File::create(cache.join("lock")).context("lock the cache")?;
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive)
+        .context("lock the cache")?;
+    Ok(lock)
+}
+
 /// Looks for a program in `PATH` and where Debian keeps the administrator's.
 pub fn find_program(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();

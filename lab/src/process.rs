@@ -26,6 +26,18 @@ impl Contained {
     /// # Errors
     /// The program can't be started.
     pub fn spawn(command: &mut Command, inherited: &[BorrowedFd<'_>]) -> Result<Contained> {
+        Contained::spawn_on(command, inherited, None)
+    }
+
+    /// As [`Contained::spawn`]; all threads of the program run on the core `core`.
+    ///
+    /// # Errors
+    /// The program can't be started, or may not run on that core.
+    pub fn spawn_on(
+        command: &mut Command,
+        inherited: &[BorrowedFd<'_>],
+        core: Option<usize>,
+    ) -> Result<Contained> {
         let name = command.get_program().to_string_lossy().into_owned();
         let numbers: Vec<RawFd> = inherited.iter().map(AsRawFd::as_raw_fd).collect();
         let parent = std::process::id();
@@ -34,6 +46,9 @@ impl Contained {
         unsafe {
             command.pre_exec(move || {
                 die_with_parent(parent)?;
+                if let Some(core) = core {
+                    run_on(core)?;
+                }
                 numbers
                     .iter()
                     .try_for_each(|&number| keep_across_exec(number))
@@ -139,6 +154,13 @@ fn die_with_parent(parent: u32) -> io::Result<()> {
     }
 }
 
+fn run_on(core: usize) -> io::Result<()> {
+    let mut cores = rustix::thread::CpuSet::new();
+    cores.set(core);
+    rustix::thread::sched_setaffinity(None, &cores)?;
+    Ok(())
+}
+
 fn keep_across_exec(number: RawFd) -> io::Result<()> {
     // SAFETY: the caller of `spawn` holds this descriptor open; the fork has its own copy.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
@@ -228,6 +250,17 @@ mod tests {
                 .to_string()
                 .contains("still runs")
         );
+    }
+
+    #[test]
+    fn a_child_stays_on_its_core() {
+        let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+        let core = (0..1024).find(|&core| allowed.is_set(core)).unwrap();
+        let mut sleep = Command::new("sleep");
+        let child = Contained::spawn_on(sleep.arg("60"), &[], Some(core)).unwrap();
+        let pid = Pid::from_raw(child.pid() as i32);
+        let cores = rustix::thread::sched_getaffinity(pid).unwrap();
+        assert_eq!((cores.count(), cores.is_set(core)), (1, true));
     }
 
     #[test]

@@ -17,6 +17,8 @@ const DISK_BYTES: u64 = 256 << 20;
 const DISKS: [(&str, &str); 2] = [("disk0", "/dev/vda"), ("disk1", "/dev/vdb")];
 const MAX_BYTES: u64 = 4 << 30;
 const BOOT: Duration = Duration::from_secs(120);
+/// In [`boots`], where a guest that hangs is one of several.
+const BOOT_LIMIT: Duration = Duration::from_secs(40);
 const LONG: Duration = Duration::from_secs(300);
 
 /// Prints what happens and when.
@@ -237,4 +239,40 @@ fn dmesg_is_clean(vmm: &mut Vmm) -> Result<()> {
         denied.join("\n")
     );
     Ok(())
+}
+
+/// Boots the guest `times` times and counts how often that failed: what tells
+/// a VMM's fault from one of the machine it runs on.
+///
+/// # Errors
+/// A boot failed; the others have been tried.
+pub fn boots(program: &Program, image: &Image, cpus: u32, times: u32) -> Result<()> {
+    let directory = tempfile::tempdir().context("temporary directory")?;
+    let machine = machine(program, image, cpus, directory.path())?;
+    let mut failed = 0;
+    for attempt in 1..=times {
+        let result = boot_once(&machine);
+        match &result {
+            Ok(took) => println!("{attempt:>4}  ready after {took:.2?}"),
+            Err(error) => {
+                failed += 1;
+                println!("{attempt:>4}  {error:#}");
+            }
+        }
+    }
+    println!(
+        "{} with {cpus} CPUs: {failed} of {times} boots failed",
+        image.version
+    );
+    ensure!(failed == 0, "{failed} of {times} boots failed");
+    Ok(())
+}
+
+fn boot_once(machine: &Machine) -> Result<Duration> {
+    let mut vmm = Vmm::start(machine)?;
+    let took = vmm.wait_ready(BOOT_LIMIT)?;
+    check_report(&vmm.guest().report()?, machine)?;
+    dmesg_is_clean(&mut vmm)?;
+    vmm.power_off(Duration::from_secs(30))?;
+    Ok(took)
 }

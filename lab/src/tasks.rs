@@ -5,6 +5,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ebbtide_lab::capsule::{self, Capsule};
@@ -15,6 +16,13 @@ use ebbtide_lab::{bench as guests, demo as show, image, packages, python};
 
 /// RAM of the capsule for guests that grow to 8 GiB, in MiB.
 const LARGE_CAPSULE_MIB: u64 = 14_000;
+/// Processors of the capsule for guests: it runs on one core, and a second one only adds switches
+/// between them.
+pub const GUESTS: u32 = 1;
+/// Processors of the capsule where one thread's kick must meet another's guest.
+const KICKS: u32 = 2;
+/// No task takes this long; one that does has come to a stop.
+const TASK_LIMIT: Duration = Duration::from_secs(2 * 3600);
 
 #[derive(clap::Args)]
 pub struct DemoOptions {
@@ -79,6 +87,7 @@ pub fn demo(options: &DemoOptions) -> Result<ExitCode> {
     let place = elsewhere(
         Some(&options.common.ebbtide),
         std::slice::from_ref(&dir),
+        GUESTS,
         Words::Standard,
     )?;
     if let Some(code) = place {
@@ -113,7 +122,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Standard)? {
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], GUESTS, Words::Standard)? {
         return Ok(code);
     }
     let result = system::run(&grounds, options.only.as_deref());
@@ -123,7 +132,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
 }
 
 pub fn each(options: &EachOptions) -> Result<ExitCode> {
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Standard)? {
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], KICKS, Words::Standard)? {
         return Ok(code);
     }
     for program in &options.programs {
@@ -141,17 +150,19 @@ pub fn each(options: &EachOptions) -> Result<ExitCode> {
 pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     packages::ensure_packages(&["qemu-system-x86"])?;
     let image = image::build(Series::V6_1)?;
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], Words::Error)? {
+    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], GUESTS, Words::Error)? {
         return Ok(code);
     }
     guests::run(&options.common.ebbtide, &image)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs this very command line in the capsule if a guest can't run here; None: go on here.
+/// Runs this very command line in the capsule, with `cpus` processors, if a guest can't run here;
+/// None: go on here.
 pub fn elsewhere(
     ebbtide: Option<&Path>,
     shares: &[PathBuf],
+    cpus: u32,
     words: Words,
 ) -> Result<Option<ExitCode>> {
     let choice = probe::choose(ebbtide)?;
@@ -178,6 +189,8 @@ pub fn elsewhere(
     let capsule = Capsule {
         memory_mib: LARGE_CAPSULE_MIB,
         shares: shares.to_vec(),
+        cpus,
+        timeout: Some(TASK_LIMIT),
         ..Capsule::default()
     };
     super::run_and_pass_on(&capsule, argv, false).map(Some)

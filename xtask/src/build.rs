@@ -40,6 +40,30 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// Runs all `commands` at once; what they print comes as it is printed.
+///
+/// # Errors
+/// When one can't be started or fails, after the others have ended; names each.
+pub fn run_together(commands: &mut [Command]) -> Result<()> {
+    let results: Vec<Result<()>> = std::thread::scope(|scope| {
+        let runs: Vec<_> = commands
+            .iter_mut()
+            .map(|command| scope.spawn(|| run(command)))
+            .collect();
+        runs.into_iter()
+            .map(|run| run.join().unwrap_or_else(|_| bail!("a run panicked")))
+            .collect()
+    });
+    let failed: Vec<String> = results
+        .into_iter()
+        .filter_map(|result| result.err().map(|e| format!("{e:#}")))
+        .collect();
+    if !failed.is_empty() {
+        bail!("{}", failed.join("\n"));
+    }
+    Ok(())
+}
+
 /// Runs `command` and returns what it printed on standard output.
 pub fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);

@@ -20,6 +20,9 @@ struct Layer {
     run: fn() -> Result<()>,
 }
 
+/// Debian's kernels that guests boot.
+const KERNELS: [&str; 2] = ["6.1", "6.12"];
+
 const LAYERS: &[Layer] = &[
     Layer {
         name: "lint",
@@ -44,7 +47,7 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "system",
         what: "Debian guests: memory, disks, resets, monitors",
-        run: || build::run(&mut lab::command("system")?),
+        run: system,
     },
     Layer {
         name: "demo",
@@ -57,6 +60,17 @@ const LAYERS: &[Layer] = &[
 fn kvm() -> Result<()> {
     let programs = build::test_programs("ebbtide-hypervisor", "kvm_")?;
     build::run(lab::command("each")?.arg("--").args(programs))
+}
+
+/// Each kernel on its own, side by side: a capsule takes one core.
+fn system() -> Result<()> {
+    let mut runs = Vec::new();
+    for kernel in KERNELS {
+        let mut command = lab::command("system")?;
+        command.args(["--kernel", kernel]);
+        runs.push(command);
+    }
+    build::run_together(&mut runs)
 }
 
 fn unit() -> Result<()> {

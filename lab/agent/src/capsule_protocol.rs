@@ -66,6 +66,8 @@ pub enum Notice {
         /// Whether the capsule has a /dev/kvm.
         kvm: bool,
     },
+    /// The capsule works. Sent every few seconds while the command runs.
+    Alive,
     /// The command ended, and all it wrote has been handed over.
     Exit {
         /// Its exit code.

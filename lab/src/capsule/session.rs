@@ -13,11 +13,14 @@ use anyhow::{Context, Result, anyhow, bail};
 use ebbtide_agent::capsule_protocol::{Job, Notice};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
+use super::core::Core;
 use super::host::{self, Files, Ports};
 use super::{Capsule, Interrupted, Outcome};
 use crate::process::{Contained, Interrupts};
 
 const LOG_LINES: usize = 25;
+/// A capsule that works reports every few seconds, however busy it is.
+const SILENCE: Duration = Duration::from_secs(120);
 /// What begins the interesting part of a kernel's last words.
 const TROUBLE: [&str; 4] = ["BUG:", "Oops", "Kernel panic", "invoked oom-killer"];
 
@@ -66,7 +69,11 @@ pub(super) struct Session {
     interrupts: Interrupts,
     files: Files,
     begun: Instant,
+    /// When the capsule last said anything on the control port.
+    heard: Instant,
     pending: Vec<u8>,
+    /// Given back when QEMU is gone.
+    _core: Core,
 }
 
 /// What the next step of a session brought.
@@ -77,10 +84,11 @@ enum Step {
 }
 
 impl Session {
-    pub fn start(command: &mut Command, ports: Ports, files: Files) -> Result<Session> {
+    pub fn start(command: &mut Command, ports: Ports, files: Files, core: Core) -> Result<Session> {
         let interrupts = Interrupts::watch()?;
         let begun = Instant::now();
-        let qemu = Contained::spawn(command, &host::inherited(&ports, &files))?;
+        let qemu =
+            Contained::spawn_on(command, &host::inherited(&ports, &files), Some(core.number))?;
         // QEMU's ends are closed here, so that its end shows as the end of the stream.
         Ok(Session {
             qemu,
@@ -90,7 +98,9 @@ impl Session {
             interrupts,
             files,
             begun,
+            heard: begun,
             pending: Vec::new(),
+            _core: core,
         })
     }
 
@@ -105,7 +115,7 @@ impl Session {
         loop {
             let limit = self.limit(capsule, boot.is_some())?;
             match self.step(limit, stdout, stderr)? {
-                Step::Nothing => {}
+                Step::Nothing | Step::Notice(Notice::Alive) => {}
                 Step::Notice(Notice::Up { .. }) => self.send(job)?,
                 Step::Notice(Notice::Started { kvm: true, .. }) => {
                     boot = Some(self.begun.elapsed())
@@ -129,21 +139,30 @@ impl Session {
         }
     }
 
-    /// Time left; an error when there is none.
-    fn limit(&self, capsule: &Capsule, booted: bool) -> Result<Option<Duration>> {
+    /// Time until something must have happened; an error when it has not.
+    fn limit(&self, capsule: &Capsule, booted: bool) -> Result<Duration> {
         let (limit, what) = match (booted, capsule.timeout) {
-            (true, None) => return Ok(None),
-            (true, Some(limit)) => (limit, "the command did not end"),
+            (true, limit) => (limit.unwrap_or(Duration::MAX), "the command did not end"),
             (false, limit) => (
                 limit.unwrap_or(Duration::MAX).min(capsule.boot_timeout),
                 "the capsule did not come up",
             ),
         };
-        match limit.checked_sub(self.begun.elapsed()) {
-            Some(left) => Ok(Some(left)),
-            None => bail!(
+        let Some(left) = limit.checked_sub(self.begun.elapsed()) else {
+            bail!(
                 "{what} within {:.1} s{}",
                 limit.as_secs_f64(),
+                last_words(&self.files)
+            )
+        };
+        if !booted {
+            return Ok(left);
+        }
+        match SILENCE.checked_sub(self.heard.elapsed()) {
+            Some(patience) => Ok(left.min(patience)),
+            None => bail!(
+                "the capsule stands still: not a word for {} s{}",
+                SILENCE.as_secs(),
                 last_words(&self.files)
             ),
         }
@@ -165,17 +184,17 @@ impl Session {
 
     fn step(
         &mut self,
-        limit: Option<Duration>,
+        limit: Duration,
         stdout: &mut dyn Write,
         stderr: &mut dyn Write,
     ) -> Result<Step> {
         if let Some(notice) = self.take_notice()? {
             return Ok(Step::Notice(notice));
         }
-        let limit = limit.map(|limit| Timespec {
+        let limit = Timespec {
             tv_sec: i64::try_from(limit.as_secs()).unwrap_or(i64::MAX),
             tv_nsec: limit.subsec_nanos().into(),
-        });
+        };
         let [out, err, control, interrupt] = {
             let sources = [
                 self.stdout.as_fd(),
@@ -184,7 +203,7 @@ impl Session {
                 self.interrupts.as_fd(),
             ];
             let mut polled = sources.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
-            match poll(&mut polled, limit.as_ref()) {
+            match poll(&mut polled, Some(&limit)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => polled.map(|fd| !fd.revents().is_empty()),
                 Err(error) => return Err(error).context("poll"),
             }
@@ -206,6 +225,7 @@ impl Session {
         if length == 0 {
             return Ok(Step::Closed);
         }
+        self.heard = Instant::now();
         self.pending.extend(buffer.iter().take(length));
         Ok(Step::Nothing)
     }

@@ -24,6 +24,8 @@ pub(crate) const GIB: u64 = 1 << 30;
 pub(crate) const BOOT: u64 = 512 * MIB;
 /// A guest under emulated KVM is up well within this.
 pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// vCPUs of a guest whose number of them does not matter.
+pub(crate) const USUAL_CPUS: u32 = 2;
 pub(crate) const STEP_LIMIT: Duration = Duration::from_secs(180);
 
 /// What the scenarios run on.
@@ -53,11 +55,6 @@ impl Ground {
         }
     }
 
-    /// vCPUs of a guest whose number of them does not matter.
-    pub(crate) fn usual_cpus(&self) -> u32 {
-        if self.long { 2 } else { 1 }
-    }
-
     /// Starts such a guest and waits for its agent.
     pub(crate) fn boot(&self, cpus: u32, max_bytes: u64) -> Result<Vmm> {
         let mut vmm = Vmm::start(&self.machine(cpus, max_bytes))?;
@@ -69,51 +66,26 @@ impl Ground {
 /// One test.
 struct Scenario {
     name: &'static str,
-    /// Needs one kernel only: what it tests is on the host's side.
-    once: bool,
-    /// Left to the long form: does not pass every time yet, see ARCHITECTURE.md.
-    long: bool,
     run: fn(&Ground) -> Result<()>,
 }
 
-const fn each(name: &'static str, run: fn(&Ground) -> Result<()>) -> Scenario {
-    Scenario {
-        name,
-        once: false,
-        long: false,
-        run,
-    }
-}
-
-const fn once(name: &'static str, run: fn(&Ground) -> Result<()>) -> Scenario {
-    Scenario {
-        name,
-        once: true,
-        long: false,
-        run,
-    }
-}
-
-const fn long(name: &'static str, run: fn(&Ground) -> Result<()>) -> Scenario {
-    Scenario {
-        long: true,
-        ..each(name, run)
-    }
+const fn scenario(name: &'static str, run: fn(&Ground) -> Result<()>) -> Scenario {
+    Scenario { name, run }
 }
 
 const SCENARIOS: &[Scenario] = &[
-    once("mistakes on the command line", mistakes::command_line),
-    once("mistakes with files and sockets", mistakes::files),
-    each("boot", boot::processors),
-    each("grow and shrink with a pattern", resize::rounds),
-    each("targets at random", resize::random_targets),
-    long("reboot, reset, stop and continue", reset::in_mid_resize),
-    once("a triple fault ends with --no-reboot", reset::no_reboot),
-    once("signals end the VM in order", endings::signals),
-    once("quit ends the VM in order", endings::quit),
-    once("a monitor client is killed", monitor::killed_client),
-    once("garbage on the monitor", monitor::garbage),
-    once("qemu.qmp", monitor::python_client),
+    scenario("mistakes on the command line", mistakes::command_line),
+    scenario("mistakes with files and sockets", mistakes::files),
+    scenario("boot", boot::processors),
+    scenario("grow and shrink with a pattern", resize::rounds),
+    scenario("targets at random", resize::random_targets),
+    scenario("reboot, reset, stop and continue", reset::in_mid_resize),
+    scenario("a triple fault ends with --no-reboot", reset::no_reboot),
+    scenario("signals end the VM in order", endings::signals),
+    scenario("quit ends the VM in order", endings::quit),
+    scenario("a monitor client is killed", monitor::killed_client),
+    scenario("garbage on the monitor", monitor::garbage),
+    scenario("qemu.qmp", monitor::python_client),
 ];
 
 /// Runs the scenarios whose name contains `only`, on each of `grounds`.
@@ -123,17 +95,9 @@ const SCENARIOS: &[Scenario] = &[
 pub fn run(grounds: &[Ground], only: Option<&str>) -> Result<()> {
     let mut passed = 0u32;
     let mut failed = Vec::new();
-    for (index, ground) in grounds.iter().enumerate() {
+    for ground in grounds {
         for scenario in SCENARIOS {
-            let wanted = only.is_none_or(|o| scenario.name.contains(o));
-            if !wanted || (scenario.once && index > 0) {
-                continue;
-            }
-            if scenario.long && !ground.long {
-                println!(
-                    "{:<5} {:<40} left to the long form",
-                    ground.series, scenario.name
-                );
+            if only.is_some_and(|part| !scenario.name.contains(part)) {
                 continue;
             }
             let begun = Instant::now();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::{BOOT, BOOT_LIMIT, GIB, Ground, STEP_LIMIT, clean_kernel_log, finish};
+use super::{BOOT, BOOT_LIMIT, GIB, Ground, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 
 const EVENT_LIMIT: Duration = Duration::from_secs(30);
@@ -15,7 +15,7 @@ const MID_RESIZE: Duration = Duration::from_millis(150);
 
 /// One guest goes through all of it: booting is what takes the time.
 pub fn in_mid_resize(ground: &Ground) -> Result<()> {
-    let mut vmm = ground.boot(ground.usual_cpus(), 3 * GIB)?;
+    let mut vmm = ground.boot(USUAL_CPUS, 3 * GIB)?;
     stop_and_continue(&mut vmm).context("stop and cont in mid-resize")?;
     guest_reboot(&mut vmm).context("guest reboot with memory plugged")?;
     system_reset(&mut vmm).context("system_reset in mid-resize")?;

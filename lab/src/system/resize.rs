@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use super::{BOOT, GIB, Ground, MIB, STEP_LIMIT, clean_kernel_log, finish};
+use super::{BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish};
 
 /// How far the host's memory after a round may be from that after the first.
 const RSS_SLACK: u64 = 64 * MIB;
@@ -22,7 +22,7 @@ pub fn rounds(ground: &Ground) -> Result<()> {
     } else {
         (2, 2 * GIB)
     };
-    let mut vmm = ground.boot(ground.usual_cpus(), top)?;
+    let mut vmm = ground.boot(USUAL_CPUS, top)?;
     let mut first = None;
     for round in 0..rounds {
         vmm.resize(top, STEP_LIMIT)
