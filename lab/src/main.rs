@@ -145,8 +145,7 @@ fn selftest(options: &SelftestOptions) -> Result<ExitCode> {
         .collect::<Result<Vec<_>>>()?;
     if let Some(code) = tasks::elsewhere(
         binary.as_deref(),
-        &[],
-        tasks::GUESTS,
+        tasks::Needs::guests(true),
         tasks::Words::Standard,
     )? {
         return Ok(code);

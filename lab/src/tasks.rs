@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use ebbtide_lab::capsule::{self, Capsule};
 use ebbtide_lab::kernel::Series;
 use ebbtide_lab::probe::{self, Place};
+use ebbtide_lab::process::Contained;
 use ebbtide_lab::system::{self, Ground};
 use ebbtide_lab::{bench as guests, demo as show, image, packages, python};
 
@@ -18,11 +19,15 @@ use ebbtide_lab::{bench as guests, demo as show, image, packages, python};
 const LARGE_CAPSULE_MIB: u64 = 14_000;
 /// Processors of the capsule for guests: it runs on one core, and a second one only adds switches
 /// between them.
-pub const GUESTS: u32 = 1;
+const GUESTS: u32 = 1;
 /// Processors of the capsule where one thread's kick must meet another's guest.
 const KICKS: u32 = 2;
-/// No task takes this long; one that does has come to a stop.
-const TASK_LIMIT: Duration = Duration::from_secs(2 * 3600);
+/// No short task takes this long, whatever else the machine does.
+const SHORT: Duration = Duration::from_secs(20 * 60);
+/// Nor a long one this.
+const LONG: Duration = Duration::from_secs(3 * 3600);
+/// Nor a single program of `each`.
+const PROGRAM: Duration = Duration::from_secs(5 * 60);
 
 #[derive(clap::Args)]
 pub struct DemoOptions {
@@ -81,13 +86,37 @@ pub enum Words {
     Error,
 }
 
+/// What a task needs of a capsule.
+#[derive(Clone, Copy)]
+pub struct Needs<'a> {
+    /// Directories it writes to.
+    pub shares: &'a [PathBuf],
+    /// Processors.
+    pub cpus: u32,
+    /// It is ended after this.
+    pub limit: Duration,
+}
+
+impl Needs<'_> {
+    /// Of a task that boots guests.
+    pub fn guests(long: bool) -> Self {
+        Needs {
+            shares: &[],
+            cpus: GUESTS,
+            limit: if long { LONG } else { SHORT },
+        }
+    }
+}
+
 pub fn demo(options: &DemoOptions) -> Result<ExitCode> {
     let image = image::build(options.kernel)?;
     let dir = options.common.out.join("demo");
     let place = elsewhere(
         Some(&options.common.ebbtide),
-        std::slice::from_ref(&dir),
-        GUESTS,
+        Needs {
+            shares: std::slice::from_ref(&dir),
+            ..Needs::guests(false)
+        },
         Words::Standard,
     )?;
     if let Some(code) = place {
@@ -122,7 +151,11 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], GUESTS, Words::Standard)? {
+    if let Some(code) = elsewhere(
+        Some(&options.common.ebbtide),
+        Needs::guests(options.long),
+        Words::Standard,
+    )? {
         return Ok(code);
     }
     let result = system::run(&grounds, options.only.as_deref());
@@ -132,14 +165,20 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
 }
 
 pub fn each(options: &EachOptions) -> Result<ExitCode> {
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], KICKS, Words::Standard)? {
+    if let Some(code) = elsewhere(
+        Some(&options.common.ebbtide),
+        Needs {
+            cpus: KICKS,
+            ..Needs::guests(false)
+        },
+        Words::Standard,
+    )? {
         return Ok(code);
     }
     for program in &options.programs {
-        let status = Command::new(program)
-            .env("EBBTIDE_REQUIRE_KVM", "1")
-            .status()
-            .with_context(|| format!("run {}", program.display()))?;
+        let mut command = Command::new(program);
+        command.env("EBBTIDE_REQUIRE_KVM", "1");
+        let status = Contained::spawn(&mut command, &[])?.wait(PROGRAM)?;
         if !status.success() {
             bail!("{} ended with {status}", program.display());
         }
@@ -150,19 +189,21 @@ pub fn each(options: &EachOptions) -> Result<ExitCode> {
 pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     packages::ensure_packages(&["qemu-system-x86"])?;
     let image = image::build(Series::V6_1)?;
-    if let Some(code) = elsewhere(Some(&options.common.ebbtide), &[], GUESTS, Words::Error)? {
+    if let Some(code) = elsewhere(
+        Some(&options.common.ebbtide),
+        Needs::guests(true),
+        Words::Error,
+    )? {
         return Ok(code);
     }
     guests::run(&options.common.ebbtide, &image)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Runs this very command line in the capsule, with `cpus` processors, if a guest can't run here;
-/// None: go on here.
+/// Runs this very command line in the capsule if a guest can't run here; None: go on here.
 pub fn elsewhere(
     ebbtide: Option<&Path>,
-    shares: &[PathBuf],
-    cpus: u32,
+    needs: Needs<'_>,
     words: Words,
 ) -> Result<Option<ExitCode>> {
     let choice = probe::choose(ebbtide)?;
@@ -188,9 +229,9 @@ pub fn elsewhere(
         .collect::<Result<Vec<_>>>()?;
     let capsule = Capsule {
         memory_mib: LARGE_CAPSULE_MIB,
-        shares: shares.to_vec(),
-        cpus,
-        timeout: Some(TASK_LIMIT),
+        shares: needs.shares.to_vec(),
+        cpus: needs.cpus,
+        timeout: Some(needs.limit),
         ..Capsule::default()
     };
     super::run_and_pass_on(&capsule, argv, false).map(Some)
