@@ -70,6 +70,14 @@ struct HostRss {
 /// The first step that fails, with the reason.
 pub fn run(ebbtide: &Path, image: Image, kvm: &'static str, dir: &Path) -> Result<()> {
     fs::create_dir_all(dir).with_context(|| format!("create {}", dir.display()))?;
+    let file = dir.join("summary.json");
+    // A demo that fails must not leave the summary of one that did not.
+    match fs::remove_file(&file) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(e).with_context(|| format!("remove {}", file.display()));
+        }
+        _ => {}
+    }
     let work = tempfile::tempdir()?;
     let disk = make_disk(work.path())?;
     let mut machine = Machine::new(Program::Ebbtide(ebbtide.to_owned()), image.clone());
@@ -86,7 +94,6 @@ pub fn run(ebbtide: &Path, image: Image, kvm: &'static str, dir: &Path) -> Resul
         BOOT / MIB
     ));
     let summary = live(machine, image.version, kvm, &mut show)?;
-    let file = dir.join("summary.json");
     fs::write(&file, serde_json::to_string(&summary)? + "\n")
         .with_context(|| format!("write {}", file.display()))?;
     table(&summary);
