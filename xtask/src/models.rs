@@ -7,11 +7,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::build;
+
+/// Crates whose models run at the same time.
+const WORKERS: usize = 2;
 
 #[derive(clap::Args, Default)]
 pub struct ModelsArgs {
@@ -78,77 +82,122 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
     Ok(())
 }
 
-fn all(say: impl Fn(&str)) -> Result<Vec<Row>> {
-    let mut rows = Vec::new();
+/// Two crates at a time, each in a target directory of its own: one waits for the compiler while
+/// the other searches.
+fn all(say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
     let crates = build::root().join("crates");
     let mut dirs: Vec<_> = fs::read_dir(&crates)?
         .filter_map(|e| e.ok().map(|e| e.path()))
         .filter(|p| p.join("models.toml").exists())
         .collect();
     dirs.sort();
-    for dir in dirs {
-        rows.extend(of_crate(&dir, &say)?);
-    }
+    let waiting = Mutex::new(dirs.iter().enumerate());
+    let done = Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..WORKERS)
+            .map(|worker| {
+                let (waiting, done, say) = (&waiting, &done, &say);
+                scope.spawn(move || {
+                    let target = build::target_dir().join(format!("models-{worker}"));
+                    while let Some((place, dir)) = next(waiting) {
+                        let rows = of_crate(dir, &target, say)?;
+                        if let Ok(mut done) = done.lock() {
+                            done.push((place, rows));
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        workers
+            .into_iter()
+            .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker panicked")))
+    })?;
+    let mut done = done.into_inner().unwrap_or_default();
+    done.sort_by_key(|(place, _)| *place);
+    let rows: Vec<Row> = done.into_iter().flat_map(|(_, rows)| rows).collect();
     if rows.is_empty() {
         bail!("no models.toml found under {}", crates.display());
     }
     Ok(rows)
 }
 
-fn of_crate(dir: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
+fn next<T>(waiting: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
+    waiting.lock().ok()?.next()
+}
+
+/// First every model as it is, then every bug: a bug is compiled in, and each is compiled once.
+fn of_crate(dir: &Path, target: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
     let file = dir.join("models.toml");
     let listing: Listing = toml::from_str(&fs::read_to_string(&file)?)
         .with_context(|| format!("{}", file.display()))?;
-    let package = format!(
-        "ebbtide-{}",
-        dir.file_name().unwrap_or_default().to_string_lossy()
-    );
+    let name = dir.file_name().unwrap_or_default().to_string_lossy();
+    let package = format!("ebbtide-{name}");
     let mut rows = Vec::new();
-    for model in listing.model {
-        let (holds, text) = test(&package, &model.test, None)?;
-        let passed = text
-            .lines()
-            .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
-            .and_then(|json| serde_json::from_str::<Passed>(json).ok());
-        let Some(passed) = passed.filter(|_| holds) else {
-            bail!("{}: the model does not hold:\n{text}", model.name);
-        };
+    for model in &listing.model {
+        let row = holds(&package, target, model)?;
         say(&format!(
             "{:<24} holds in {:>8} schedules: {}",
-            model.name, passed.schedules, model.invariant
+            row.model, row.schedules, row.invariant
         ));
-        let mut seeded = Vec::new();
-        for bug in model.seeded {
-            let (holds, text) = test(&package, &model.test, Some(&bug))?;
-            // A bug that does not compile is not found.
-            let ran = text.contains("running 1 test");
-            if !ran {
-                bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
+        rows.push(row);
+    }
+    let mut bugs: Vec<&String> = listing.model.iter().flat_map(|m| &m.seeded).collect();
+    bugs.sort();
+    bugs.dedup();
+    for bug in bugs {
+        for (row, model) in rows.iter_mut().zip(&listing.model) {
+            if !model.seeded.contains(bug) {
+                continue;
             }
+            let found = finds(&package, target, model, bug)?;
             say(&format!(
                 "{:<24} seeded {bug}: {}",
-                "",
-                if holds { "NOT FOUND" } else { "found" }
+                model.name,
+                if found { "found" } else { "NOT FOUND" }
             ));
-            seeded.push(Seeded { bug, found: !holds });
+            let bug = bug.clone();
+            row.seeded.push(Seeded { bug, found });
         }
-        rows.push(Row {
-            model: model.name,
-            invariant: model.invariant,
-            schedules: passed.schedules,
-            seeded,
-        });
     }
     Ok(rows)
 }
 
+/// Runs a model as it is.
+fn holds(package: &str, target: &Path, model: &Model) -> Result<Row> {
+    let (holds, text) = test(package, target, &model.test, None)?;
+    let passed = text
+        .lines()
+        .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
+        .and_then(|json| serde_json::from_str::<Passed>(json).ok());
+    let Some(passed) = passed.filter(|_| holds) else {
+        bail!("{}: the model does not hold:\n{text}", model.name);
+    };
+    Ok(Row {
+        model: model.name.clone(),
+        invariant: model.invariant.clone(),
+        schedules: passed.schedules,
+        seeded: Vec::new(),
+    })
+}
+
+/// Whether a model finds a bug.
+fn finds(package: &str, target: &Path, model: &Model, bug: &str) -> Result<bool> {
+    let (holds, text) = test(package, target, &model.test, Some(bug))?;
+    // A bug that does not compile is not found.
+    if !text.contains("running 1 test") {
+        bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
+    }
+    Ok(!holds)
+}
+
 /// Runs one model's test; whether it held, and what was printed.
-fn test(package: &str, test: &str, seeded: Option<&str>) -> Result<(bool, String)> {
+fn test(package: &str, target: &Path, test: &str, seeded: Option<&str>) -> Result<(bool, String)> {
     let mut command = build::cargo(&["test", "--release", "--quiet", "--package", package]);
     command
         .args(["--test", "models", "--", "--exact", test, "--nocapture"])
         .env("RUSTFLAGS", "--cfg loom")
-        .env("CARGO_TARGET_DIR", build::target_dir().join("models"))
+        .env("CARGO_TARGET_DIR", target)
         .env_remove("EBBTIDE_SEEDED");
     if let Some(bug) = seeded {
         command.env("EBBTIDE_SEEDED", bug);
