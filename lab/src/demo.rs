@@ -28,7 +28,7 @@ const SETTLE: Duration = Duration::from_secs(5);
 /// tables and caches, and boot RAM it had not touched before.
 const RETURNED_SLACK: u64 = 512 * MIB;
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
-const STEP_LIMIT: Duration = Duration::from_secs(90);
+const STEP_LIMIT: Duration = Duration::from_secs(240);
 
 /// What is written to `summary.json`.
 #[derive(Debug, Serialize)]
