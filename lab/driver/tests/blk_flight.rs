@@ -243,6 +243,34 @@ fn resets_at_any_moment() {
     }
 }
 
+/// A request may name so many ranges that the host zeroes for minutes: the reset waits for one of them, not for all.
+#[test]
+fn a_reset_ends_a_request_between_two_ranges() {
+    let mut rig = Rig::new();
+    hold_all(&rig, Point::After);
+    let ram = rig.board.ram().clone();
+    let segment = |sector| ebbtide_lab_driver::blk::Segment {
+        sector,
+        sectors: 1,
+        flags: 0,
+    };
+    let segments: Vec<_> = (0..32).map(segment).collect();
+    rig.add_all(&[Request::write_zeroes(&ram, &segments)]);
+    wait_held(&rig, 1);
+    rig.driver
+        .write_common(ebbtide_lab_driver::common::STATUS, 1, 0);
+    rig.faults.release(Order::Arrival);
+    assert!(poll(|| rig.driver.status() == 0));
+    assert_eq!(rig.image_bytes(0, SECTOR), [0; SECTOR]);
+    assert_eq!(
+        rig.image_bytes(SECTOR as u64, SECTOR),
+        pattern_at(SECTOR, SECTOR, 0)
+    );
+    rig.faults.clear();
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
 #[test]
 fn quiescing_waits_for_the_backend_and_says_so() {
     let mut rig = Rig::new();
