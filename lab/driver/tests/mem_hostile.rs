@@ -5,12 +5,13 @@ mod plugging;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use ebbtide_iothread::Local;
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State};
-use ebbtide_lab_driver::{Layout, poll};
+use ebbtide_lab_driver::{Layout, block_on, poll};
 use ebbtide_virtio::status;
-use plugging::{BASE, BLOCK, GIB, MIB, Rig};
+use plugging::{BASE, BLOCK, GIB, LATER, MIB, Random, Rig};
 
 /// A driver fills its queues before DRIVER_OK (3.1.1) and may not kick before it.
 #[test]
@@ -69,4 +70,49 @@ fn a_driver_without_a_queue_needs_a_reset() {
     rig.restart();
     rig.assert_works();
     assert_eq!(rig.state(0, 1), Some(State::Unplugged));
+}
+
+/// The machine is reset in the middle of a resize: memory is gone, and the next driver finds an empty device.
+#[test]
+fn system_resets_at_any_moment() {
+    let mut rig = Rig::with(4 * GIB, GIB, |spec| spec.pacing.kicks_max = 0);
+    let mut random = Random(4);
+    for round in 0..60 {
+        let target = random.below(512) * BLOCK;
+        rig.mem.set_requested(target).unwrap();
+        let requests: Vec<_> = (0..12)
+            .map(|i| {
+                let kind = [Kind::Plug, Kind::Plug, Kind::Unplug, Kind::UnplugAll]
+                    [random.below(4) as usize];
+                Request::new(rig.board.ram(), kind, BASE + i * 8 * BLOCK, 8)
+            })
+            .collect();
+        for request in &requests {
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
+        }
+        rig.driver.kick(0);
+        std::thread::sleep(Duration::from_micros(random.below(1500)));
+        // The operator goes on meanwhile.
+        let next = random.below(512) * BLOCK;
+        block_on(rig.function.quiesce(), LATER).unwrap();
+        let reset = rig.mem.system_reset();
+        rig.mem.set_requested(next).unwrap();
+        block_on(reset, LATER).unwrap().unwrap();
+        assert_eq!(rig.block.plugged_bytes(), 0, "round {round}");
+        let status = rig.mem.status();
+        let usable = if next == 0 { 0 } else { 4 * GIB };
+        assert_eq!(
+            (
+                status.plugged_bytes,
+                status.requested_bytes,
+                status.usable_bytes
+            ),
+            (0, next, usable)
+        );
+        rig.restart();
+        if next > 0 {
+            assert_eq!(rig.plug(0, 1), Answer::Ack);
+            assert_eq!(rig.unplug(0, 1), Answer::Ack);
+        }
+    }
 }
