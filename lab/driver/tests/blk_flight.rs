@@ -142,6 +142,37 @@ fn chains_at_the_moment_the_device_falls_asleep() {
     }
 }
 
+/// Answers that arrive while the driver is about to sleep: an interrupt must follow, or it sleeps for ever.
+#[test]
+fn answers_at_the_moment_the_driver_falls_asleep() {
+    for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
+        let mut rig = Rig::new();
+        rig.restart(wanted);
+        let request = Request::get_id(rig.board.ram());
+        let message = rig.driver.queue_message(0);
+        for round in 0..3000_u32 {
+            rig.queue.disable_interrupts();
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
+            if rig.queue.needs_kick() {
+                rig.driver.kick(0);
+            }
+            for _ in 0..round % 307 * 8 {
+                std::hint::spin_loop();
+            }
+            while rig.queue.poll_used().is_none() {
+                let seen = rig.driver.interrupts(message);
+                if !rig.queue.enable_interrupts() {
+                    assert!(
+                        rig.driver.wait_interrupt(message, seen + 1),
+                        "round {round}: no interrupt, used index {}",
+                        rig.queue.device_used_idx()
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_driver_that_polls_gets_no_interrupts() {
     for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
