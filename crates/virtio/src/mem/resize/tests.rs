@@ -163,9 +163,44 @@ fn an_idle_driver_is_told_again_less_and_less_often() {
 fn progress_starts_the_pauses_anew() {
     let mut scene = Scene::settled(4 * GIB);
     scene.target(0);
-    assert_eq!(Scene::kicks(&scene.pass(S * 29)), [2, 6, 14]);
+    assert_eq!(Scene::kicks(&scene.pass(S * 14)), [2, 6, 14]);
     scene.request(RequestKind::Unplug, 3 * GIB..4 * GIB, Answer::Ack, 3 * GIB);
     assert_eq!(Scene::kicks(&scene.pass(S * 7)), [2, 6]);
+}
+
+/// A kick makes Linux begin anew, so one that needs 3 s for each step must not be kicked every 2 s.
+#[test]
+fn a_slow_driver_is_given_the_time_it_needs() {
+    let mut scene = Scene::settled(4 * GIB);
+    scene.target(0);
+    let mut kicks = Vec::new();
+    for step in 1..=32 {
+        let plugged = 4 * GIB - step * 128 * MIB;
+        // It works until it is through or kicked.
+        let (mut working, mut elapsed) = (Duration::ZERO, Duration::ZERO);
+        while working < S * 3 {
+            let happened = scene.pass(S / 2);
+            elapsed += S / 2;
+            let kicked = happened.iter().any(|(_, action)| *action == Action::Kick);
+            working = if kicked {
+                Duration::ZERO
+            } else {
+                working + S / 2
+            };
+            assert!(elapsed < S * 60, "it never gets anything done");
+            if kicked {
+                kicks.push(step);
+            }
+        }
+        let range = plugged..plugged + 128 * MIB;
+        scene.request(RequestKind::Unplug, range, Answer::Ack, plugged);
+    }
+    assert_eq!(kicks, [1], "once to learn how slow it is");
+    // The next driver may be another one.
+    scene.resize.driver_gone(scene.now);
+    scene.resize.driver_ready(scene.now);
+    scene.target(GIB);
+    assert_eq!(Scene::kicks(&scene.pass(S * 3)), [1, 3]);
 }
 
 #[test]
