@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use ebbtide_iothread::Local;
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State};
-use ebbtide_lab_driver::{Layout, block_on, poll};
+use ebbtide_lab_driver::{DriverQueue, GuestRam, Layout, block_on, common, poll};
 use ebbtide_virtio::status;
 use plugging::{BASE, BLOCK, GIB, LATER, MIB, Random, Rig};
 
@@ -115,4 +115,40 @@ fn system_resets_at_any_moment() {
             assert_eq!(rig.unplug(0, 1), Answer::Ack);
         }
     }
+}
+
+/// The memory is taken, the answer has no place to go: only a reset helps, and finds the memory unplugged.
+#[test]
+fn a_driver_that_unplugs_its_own_rings() {
+    let mut rig = Rig::new(GIB, 64 * MIB);
+    assert_eq!(rig.plug(0, 4), Answer::Ack);
+    let there = GuestRam::new(rig.board.space(), BASE..BASE + BLOCK);
+    rig.driver.negotiate(u64::MAX).unwrap();
+    let mut queue = DriverQueue::new(&there, 16, true);
+    rig.driver.program_queue(0, queue.config());
+    rig.driver.write_common(common::QUEUE_ENABLE, 2, 1);
+    rig.driver.driver_ok().unwrap();
+    let request = Request::new(rig.board.ram(), Kind::Unplug, BASE, 1);
+    queue.add(&request.parts(), Layout::Direct).unwrap();
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(request.answer(), Answer::Ack, "which nobody is told of");
+    assert_eq!(rig.mem.status().plugged_bytes, 3 * BLOCK);
+    rig.restart();
+    assert_eq!(rig.plugged(), 3 * BLOCK);
+    rig.assert_works();
+    // The same with everything.
+    assert_eq!(rig.plug(0, 1), Answer::Ack);
+    rig.driver.negotiate(u64::MAX).unwrap();
+    let mut queue = DriverQueue::new(&there, 16, true);
+    rig.driver.program_queue(0, queue.config());
+    rig.driver.write_common(common::QUEUE_ENABLE, 2, 1);
+    rig.driver.driver_ok().unwrap();
+    let request = Request::new(rig.board.ram(), Kind::UnplugAll, 0, 0);
+    queue.add(&request.parts(), Layout::Direct).unwrap();
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    rig.restart();
+    assert_eq!(rig.plugged(), 0);
+    rig.assert_works();
 }
