@@ -27,6 +27,7 @@ const PAGE: usize = 4096;
 /// Requests a disk has in flight at once; each has a page of its own in every block, and every disk has its own.
 const BATCH: u64 = 4;
 const DISKS: u64 = 2;
+const QUEUE_SIZE: u16 = 64;
 const DISK_BYTES: usize = 256 * PAGE;
 
 /// What is known of a block besides its memory.
@@ -153,6 +154,7 @@ struct Transfers {
     refused: u64,
     /// Those that succeeded although an unplug of their memory was asked for meanwhile.
     crossed: u64,
+    resets: u64,
 }
 
 /// One of a batch.
@@ -187,7 +189,7 @@ impl Transfers {
             &board.remote(),
         );
         let driver = VirtioDriver::attach(board, function.unwrap(), u64::MAX).unwrap();
-        let queue = driver.add_queue(0, 64);
+        let queue = driver.add_queue(0, QUEUE_SIZE);
         driver.driver_ok().unwrap();
         Transfers {
             number,
@@ -203,6 +205,7 @@ impl Transfers {
             moved: 0,
             refused: 0,
             crossed: 0,
+            resets: 0,
         }
     }
 
@@ -211,6 +214,10 @@ impl Transfers {
             let batch: Vec<_> = (0..BATCH).filter_map(|slot| self.begin(slot)).collect();
             if self.queue.needs_kick() {
                 self.driver.kick(0);
+            }
+            if self.random.below(16) == 0 {
+                self.reset(batch);
+                continue;
             }
             for _ in &batch {
                 self.driver.wait_used(&mut self.queue).unwrap();
@@ -223,6 +230,39 @@ impl Transfers {
             metrics.bad_memory,
             "memory went under a transfer that had begun"
         );
+    }
+
+    /// The driver resets the disk with requests in flight. Each of them is done or was never begun when the reset is
+    /// complete, and none touches memory or image after that.
+    fn reset(&mut self, batch: Vec<Transfer>) {
+        std::thread::sleep(Duration::from_micros(self.random.below(600)));
+        self.driver.reset().unwrap();
+        for transfer in batch {
+            let here = transfer.offset..transfer.offset + PAGE;
+            let image = self.image_at(transfer.offset);
+            let written = transfer.written.as_ref() == Some(&image);
+            assert!(
+                written || image == self.expected[here.clone()],
+                "the image holds half a write at {}",
+                transfer.offset
+            );
+            self.expected[here].copy_from_slice(&image);
+            self.blocks[transfer.block].transfers.fetch_sub(1, SeqCst);
+        }
+        self.resets += 1;
+        self.driver.negotiate(u64::MAX).unwrap();
+        let queue = self.driver.add_queue(0, QUEUE_SIZE);
+        std::mem::replace(&mut self.queue, queue).free();
+        self.driver.driver_ok().unwrap();
+    }
+
+    fn image_at(&self, offset: usize) -> Vec<u8> {
+        let mut image = vec![0; PAGE];
+        self.image
+            .as_file()
+            .read_exact_at(&mut image, offset as u64)
+            .unwrap();
+        image
     }
 
     fn begin(&mut self, slot: u64) -> Option<Transfer> {
@@ -290,13 +330,8 @@ impl Transfers {
             ),
             None => {}
         }
-        let mut image = vec![0; PAGE];
-        self.image
-            .as_file()
-            .read_exact_at(&mut image, offset as u64)
-            .unwrap();
         assert!(
-            image == self.expected[here],
+            self.image_at(offset) == self.expected[here],
             "the image holds at {offset} what was never to be there"
         );
         match ok {
@@ -334,7 +369,7 @@ fn transfers_under_which_memory_goes() {
             .map(|mut disk| {
                 scope.spawn(move || {
                     disk.run(stop);
-                    (disk.moved, disk.refused, disk.crossed)
+                    [disk.moved, disk.refused, disk.crossed, disk.resets]
                 })
             })
             .collect();
@@ -356,10 +391,10 @@ fn transfers_under_which_memory_goes() {
         stop.store(true, SeqCst);
         operator.join().unwrap();
         for disk in running {
-            let (moved, refused, crossed) = disk.join().unwrap();
-            println!("{moved} transfers, {refused} refused, {crossed} crossed an unplug");
+            let [moved, refused, crossed, resets] = disk.join().unwrap();
+            println!("{moved} moved, {refused} refused, {crossed} crossed, {resets} resets");
             assert!(
-                moved > 300 && refused > 20 && crossed > 5,
+                moved > 300 && refused > 20 && crossed > 5 && resets > 5,
                 "the walk is not random enough"
             );
         }
