@@ -83,6 +83,16 @@ pub enum Error {
         /// The sector size it should be a multiple of.
         sector_bytes: u32,
     },
+    /// Writing to the end of the image would exceed the process's limit on file sizes, for which the kernel ends it.
+    #[error("disk '{}': {size_bytes} bytes is more than this process may write (ulimit -f: {limit_bytes}); raise the limit or use readonly=on", path.display())]
+    BehindFileLimit {
+        /// The path as given.
+        path: PathBuf,
+        /// Its size in bytes.
+        size_bytes: u64,
+        /// The limit in bytes.
+        limit_bytes: u64,
+    },
     /// The file system cannot bypass its page cache.
     #[error("disk '{}': its file system does not support direct I/O; use cache=writeback", path.display())]
     DirectUnsupported {

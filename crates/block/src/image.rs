@@ -56,6 +56,9 @@ impl Image {
             image.direct = Some(direct);
         }
         check_size(path, image.size_bytes, image.logical_block_bytes)?;
+        if !spec.readonly && !image.block_device {
+            check_file_limit(path, image.size_bytes)?;
+        }
         Ok(image)
     }
 }
@@ -228,6 +231,18 @@ fn check_size(path: &Path, size_bytes: u64, sector_bytes: u32) -> Result<(), Err
         });
     }
     Ok(())
+}
+
+/// A write behind RLIMIT_FSIZE does not just fail: its thread gets SIGXFSZ.
+fn check_file_limit(path: &Path, size_bytes: u64) -> Result<(), Error> {
+    match rustix::process::getrlimit(rustix::process::Resource::Fsize).current {
+        Some(limit_bytes) if size_bytes > limit_bytes => Err(Error::BehindFileLimit {
+            path: path.to_owned(),
+            size_bytes,
+            limit_bytes,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// Alignment from statx(2) where the kernel tells it (6.1); else a whole page, which no device exceeds.

@@ -24,6 +24,18 @@ struct Config {
     pending: bool,
 }
 
+/// What a driver is to notice of a change of the configuration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing has changed.
+    None,
+    /// The generation changes, so that a driver that is reading reads again. For what follows from the driver's own
+    /// requests.
+    Silent,
+    /// The generation changes and the driver is interrupted.
+    Announced,
+}
+
 impl Link {
     /// At power-on.
     pub fn new(interrupts: Arc<dyn Interrupts>) -> Arc<Link> {
@@ -99,23 +111,31 @@ impl Link {
         }
     }
 
-    fn change_config<T>(&self, change: impl FnOnce() -> T) -> T {
+    fn update_config<T>(&self, change: impl FnOnce() -> (T, Change)) -> T {
         if cfg!(seeded = "config_change_unlocked") {
-            let result = change();
-            self.announce(&mut lock(&self.config));
+            let (result, change) = change();
+            self.changed(&mut lock(&self.config), change);
             return result;
         }
         let mut config = lock(&self.config);
-        let result = change();
-        self.announce(&mut config);
+        let (result, change) = change();
+        self.changed(&mut config, change);
         result
     }
 
-    fn announce(&self, config: &mut MutexGuard<'_, Config>) {
+    fn changed(&self, config: &mut MutexGuard<'_, Config>, change: Change) {
+        if change == Change::None
+            || change == Change::Silent && cfg!(seeded = "silent_change_keeps_generation")
+        {
+            return;
+        }
         // Without a read in between the driver cannot have an older state; and a generation that stands still cannot
         // run once around while the driver reads.
         if std::mem::take(&mut config.read) {
             config.generation = config.generation.wrapping_add(1);
+        }
+        if change == Change::Silent {
+            return;
         }
         let status = self.status.get();
         if status & status::DRIVER_OK != 0 {
@@ -160,12 +180,18 @@ impl TransportControl {
     /// [`VirtioDevice::read_config`](crate::VirtioDevice::read_config): do not hold a lock here that `read_config`
     /// takes; take it inside `change`.
     pub fn change_config<T>(&self, change: impl FnOnce() -> T) -> T {
-        self.link.change_config(change)
+        self.update_config(|| (change(), Change::Announced))
+    }
+
+    /// As [`change_config`](Self::change_config), for a change of which only `change` itself knows whether the driver
+    /// is to be interrupted for it.
+    pub fn update_config<T>(&self, change: impl FnOnce() -> (T, Change)) -> T {
+        self.link.update_config(change)
     }
 
     /// The same for a change that was atomic in itself (one field of at most the width the driver reads it with) and has
     /// been made already.
     pub fn config_changed(&self) {
-        self.link.change_config(|| ());
+        self.change_config(|| ());
     }
 }

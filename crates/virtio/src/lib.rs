@@ -26,7 +26,7 @@ pub mod status;
 mod sync;
 pub mod virtq;
 
-pub use control::{Link, TransportControl};
+pub use control::{Change, Link, TransportControl};
 pub use device::{ActivateError, Activation, ActiveQueue, VirtioDevice};
 pub use interrupt::{Interrupts, QueueInterrupt};
 pub use pci::{TransportError, VirtioPci};

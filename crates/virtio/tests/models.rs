@@ -7,6 +7,7 @@
 //! seeded: reset_before_drain breaks model_reset
 //! seeded: needs_reset_any_session breaks model_reset
 //! seeded: config_change_unlocked breaks model_config_change
+//! seeded: silent_change_keeps_generation breaks model_config_silent
 //! seeded: driver_ok_unlocked breaks model_config_pending
 //! seeded: early_needs_reset_unannounced breaks model_early_needs_reset
 #![cfg(loom)]
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
 
 use ebbtide_gate::{Entry, Gate};
-use ebbtide_virtio::{Interrupts, Link, Reset, status};
+use ebbtide_virtio::{Change, Interrupts, Link, Reset, status};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -145,6 +146,37 @@ fn model_config_change() {
         }
         device.join().expect("device");
         assert_eq!(announced.0.load(Ordering::Acquire), 1);
+    });
+}
+
+#[test]
+fn model_config_silent() {
+    const INVARIANT: &str =
+        "a change that is not announced is as whole for a reading driver, and never interrupts it";
+    check("virtio/config_silent", INVARIANT, Some(3), || {
+        let announced = Arc::new(Announced::default());
+        let link = Link::new(Arc::clone(&announced) as _);
+        link.driver_ok();
+        let halves = Arc::new([AtomicU32::new(0), AtomicU32::new(0)]);
+        let device = {
+            let (control, halves) = (link.control(None), Arc::clone(&halves));
+            thread::spawn(move || {
+                control.update_config(|| {
+                    halves[0].store(1, Ordering::Relaxed);
+                    halves[1].store(1, Ordering::Relaxed);
+                    ((), Change::Silent)
+                });
+            })
+        };
+
+        let before = link.config_generation();
+        let low = link.read_config(|| halves[0].load(Ordering::Relaxed));
+        let high = link.read_config(|| halves[1].load(Ordering::Relaxed));
+        if link.config_generation() == before {
+            assert_eq!(low, high, "torn");
+        }
+        device.join().expect("device");
+        assert_eq!(announced.0.load(Ordering::Acquire), 0);
     });
 }
 

@@ -444,3 +444,13 @@ fn an_image_that_shrinks_gives_errors() {
     assert_eq!(rig.read(SECTORS / 2, 512), Err(status::IOERR));
     rig.assert_works();
 }
+
+/// The name of an open file is of no use to anybody but the operator.
+#[test]
+fn an_image_that_is_deleted_goes_on() {
+    let mut rig = Rig::new();
+    std::fs::remove_file(rig.image.path()).unwrap();
+    assert_eq!(rig.write(8, &pattern(512, 7)), status::OK);
+    assert_eq!(rig.read(8, 512), Ok(pattern(512, 7)));
+    rig.assert_works();
+}

@@ -9,8 +9,9 @@ use disk::{ALL, Rig, SECTOR, pattern, pattern_at};
 use ebbtide_block::OpKind;
 use ebbtide_block::fault::{Fault, Order, Point, Rule};
 use ebbtide_lab_driver::blk::{Request, status};
-use ebbtide_lab_driver::{Layout, Part, block_on, poll};
+use ebbtide_lab_driver::{DriverQueue, GuestRam, Layout, Part, block_on, poll};
 use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
+use ebbtide_virtio::virtq::Descriptor;
 use ebbtide_virtio::{features, status as device_status};
 
 const SOON: Duration = Duration::from_millis(50);
@@ -142,6 +143,37 @@ fn chains_at_the_moment_the_device_falls_asleep() {
     }
 }
 
+/// Answers that arrive while the driver is about to sleep: an interrupt must follow, or it sleeps for ever.
+#[test]
+fn answers_at_the_moment_the_driver_falls_asleep() {
+    for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
+        let mut rig = Rig::new();
+        rig.restart(wanted);
+        let request = Request::get_id(rig.board.ram());
+        let message = rig.driver.queue_message(0);
+        for round in 0..3000_u32 {
+            rig.queue.disable_interrupts();
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
+            if rig.queue.needs_kick() {
+                rig.driver.kick(0);
+            }
+            for _ in 0..round % 307 * 8 {
+                std::hint::spin_loop();
+            }
+            while rig.queue.poll_used().is_none() {
+                let seen = rig.driver.interrupts(message);
+                if !rig.queue.enable_interrupts() {
+                    assert!(
+                        rig.driver.wait_interrupt(message, seen + 1),
+                        "round {round}: no interrupt, used index {}",
+                        rig.queue.device_used_idx()
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_driver_that_polls_gets_no_interrupts() {
     for wanted in [ALL, ALL & !features::RING_EVENT_IDX] {
@@ -243,6 +275,34 @@ fn resets_at_any_moment() {
     }
 }
 
+/// A request may name so many ranges that the host zeroes for minutes: the reset waits for one of them, not for all.
+#[test]
+fn a_reset_ends_a_request_between_two_ranges() {
+    let mut rig = Rig::new();
+    hold_all(&rig, Point::After);
+    let ram = rig.board.ram().clone();
+    let segment = |sector| ebbtide_lab_driver::blk::Segment {
+        sector,
+        sectors: 1,
+        flags: 0,
+    };
+    let segments: Vec<_> = (0..32).map(segment).collect();
+    rig.add_all(&[Request::write_zeroes(&ram, &segments)]);
+    wait_held(&rig, 1);
+    rig.driver
+        .write_common(ebbtide_lab_driver::common::STATUS, 1, 0);
+    rig.faults.release(Order::Arrival);
+    assert!(poll(|| rig.driver.status() == 0));
+    assert_eq!(rig.image_bytes(0, SECTOR), [0; SECTOR]);
+    assert_eq!(
+        rig.image_bytes(SECTOR as u64, SECTOR),
+        pattern_at(SECTOR, SECTOR, 0)
+    );
+    rig.faults.clear();
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
 #[test]
 fn quiescing_waits_for_the_backend_and_says_so() {
     let mut rig = Rig::new();
@@ -339,6 +399,59 @@ fn memory_under_a_request_is_not_given_back() {
     rig.driver.wait_used(&mut rig.queue).unwrap();
     assert_eq!(request.status(), status::OK);
     assert!(seal.discard().is_ok());
+}
+
+/// Nobody pins rings: the answer to a request finds them gone, and the device wants a reset.
+#[test]
+fn rings_that_go_while_an_answer_is_on_its_way() {
+    let mut rig = Rig::new();
+    let (block, base) = pluggable(&rig);
+    let there = GuestRam::new(rig.board.space(), base.0..base.0 + (2 << 20));
+    rig.driver.negotiate(ALL).unwrap();
+    let mut queue = DriverQueue::new(&there, 64, true);
+    rig.driver.program_queue(0, queue.config());
+    rig.driver
+        .write_common(ebbtide_lab_driver::common::QUEUE_ENABLE, 2, 1);
+    rig.driver.driver_ok().unwrap();
+    hold_all(&rig, Point::Before);
+    let request = Request::read(rig.board.ram(), 0, SECTOR);
+    queue.add(&request.parts(), Layout::Direct).unwrap();
+    rig.driver.kick(0);
+    wait_held(&rig, 1);
+    let seal = block.seal(0..2 << 20).unwrap();
+    assert!(block_on(seal.drained(), LATER).is_some());
+    assert!(seal.discard().is_ok());
+    rig.faults.clear();
+    rig.faults.release(Order::Arrival);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(request.status(), status::OK, "its own memory is there");
+    // The memory comes back, the queue does not.
+    block.plug(0..2 << 20, false).unwrap();
+    rig.driver.kick(0);
+    std::thread::sleep(SOON);
+    assert_eq!(there.read(base, 4096), [0; 4096]);
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
+#[test]
+fn a_table_in_unplugged_memory_breaks_the_queue() {
+    let mut rig = Rig::new();
+    let (_block, base) = pluggable(&rig);
+    // Its first descriptor is plugged, its second is not.
+    let table = Gpa(base.0 + (2 << 20) - 16);
+    let request = Request::flush(rig.board.ram());
+    let header = request.parts()[0];
+    let descriptor = |flags, next| Descriptor::new(header.gpa.0, header.len, flags, next);
+    rig.board.ram().put(table, &descriptor(Descriptor::NEXT, 1));
+    let head = Descriptor::new(table.0, 32, Descriptor::INDIRECT, 0);
+    rig.queue.set_descriptor(0, &head);
+    rig.queue.make_available(0);
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(rig.queue.device_used_idx(), 0);
+    rig.restart(ALL);
+    rig.assert_works();
 }
 
 #[test]

@@ -3,9 +3,11 @@
 
 mod disk;
 
-use disk::{ALL, Rig};
-use ebbtide_lab_driver::{Layout, Part};
-use ebbtide_memory::Gpa;
+use disk::{ALL, Options, Rig, SECTOR, SERIAL, pattern};
+use ebbtide_lab_driver::blk::{Request, status};
+use ebbtide_lab_driver::{Layout, Part, poll};
+use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
+use ebbtide_virtio::status as device_status;
 
 /// splitmix64
 struct Random(u64);
@@ -102,5 +104,168 @@ fn random_chains() {
         answered > 500 && resets > 100,
         "{answered} answers, {resets} resets: the chains are not random enough"
     );
+    rig.assert_works();
+}
+
+#[test]
+fn an_id_that_does_not_fit_is_cut() {
+    let mut rig = Rig::new();
+    for len in [0_usize, 1, 19, 20] {
+        let request = Request::raw(rig.board.ram(), 8, 0, &[], Some(len));
+        let used = rig
+            .driver
+            .roundtrip(0, &mut rig.queue, &request.parts(), Layout::Direct)
+            .unwrap();
+        assert_eq!(request.status(), status::OK);
+        assert_eq!(request.data(), &SERIAL.as_bytes()[..len]);
+        assert_eq!(used.written as usize, len + 1, "no gap before the status");
+    }
+    // In pieces, the status in one with the end of the ID.
+    let request = Request::get_id(rig.board.ram());
+    let answer = rig.board.ram().alloc(21, 1);
+    let mut parts = vec![request.parts()[0]];
+    for (at, len) in [(0, 7), (7, 1), (8, 13)] {
+        parts.push(Part::writable(Gpa(answer.0 + at), len));
+    }
+    rig.run_laid_out(&request, &parts, Layout::Direct);
+    let mut expected = SERIAL.as_bytes()[..20].to_vec();
+    expected.push(status::OK);
+    assert_eq!(rig.board.ram().read(answer, 21), expected);
+}
+
+/// More RAM right behind the board's own, which ends at 32 MiB.
+fn more_ram(rig: &Rig) -> Gpa {
+    let at = Gpa(32 << 20);
+    let spec = RamSpec {
+        name: "more".into(),
+        size_bytes: 2 << 20,
+        max_size_bytes: 2 << 20,
+        backing: Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: None,
+    };
+    let block = rig.board.memory().ram().add(spec).unwrap();
+    let region = Region::ram("more", &block);
+    rig.board
+        .memory()
+        .update(|map| map.add(rig.board.root(), &region, at.0, 0))
+        .unwrap();
+    at
+}
+
+/// A buffer may lie across two RAM regions, and in so many descriptors that one system call does not do.
+#[test]
+fn buffers_across_regions_in_many_pieces() {
+    let mut rig = Rig::new();
+    let border = more_ram(&rig);
+    let ram = rig.board.ram().clone();
+    let start = Gpa(border.0 - 256);
+    let request = Request::read(&ram, 0, SECTOR);
+    let [header, _, answer] = request.parts()[..] else {
+        panic!("three parts")
+    };
+    // All name the same bytes: the last to be moved are the ones that stay.
+    const PIECES: usize = 1022;
+    let mut parts = vec![Part::writable(start, SECTOR); PIECES + 2];
+    parts[0] = header;
+    parts[PIECES + 1] = answer;
+    let used = rig
+        .driver
+        .roundtrip(0, &mut rig.queue, &parts, Layout::Indirect)
+        .unwrap();
+    assert_eq!(request.status(), status::OK);
+    assert_eq!(used.written as usize, PIECES * SECTOR + 1);
+    let all = pattern(PIECES * SECTOR, 0);
+    assert_eq!(ram.read(start, SECTOR), all[(PIECES - 1) * SECTOR..]);
+    // One more is more than there may be.
+    parts.insert(1, Part::writable(start, SECTOR));
+    rig.queue.add(&parts, Layout::Indirect).unwrap();
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
+/// What has no end in RAM is refused as a whole: nothing is read into the part that is there.
+#[test]
+fn a_buffer_that_leaves_ram_is_not_begun() {
+    let mut rig = Rig::new();
+    let ram = rig.board.ram().clone();
+    let last = Gpa((32 << 20) - 512);
+    ram.write(last, &[0xee; 512]);
+    let request = Request::read(&ram, 0, 2 * SECTOR);
+    let mut parts = request.parts();
+    parts[1].gpa = last;
+    assert_eq!(
+        rig.run_laid_out(&request, &parts, Layout::Direct),
+        status::IOERR
+    );
+    assert_eq!(ram.read(last, 512), [0xee; 512]);
+    more_ram(&rig);
+    assert_eq!(
+        rig.run_laid_out(&request, &parts, Layout::Direct),
+        status::OK
+    );
+    assert_eq!(ram.read(last, 1024), pattern(1024, 0));
+}
+
+/// Registers are no memory: a transfer to its own BAR is a mistake of the driver's and reaches no register.
+#[test]
+fn a_transfer_to_the_devices_own_registers_is_refused() {
+    let mut rig = Rig::new();
+    let request = Request::read(rig.board.ram(), 0, SECTOR);
+    let mut parts = request.parts();
+    for bar in [0, 2] {
+        parts[1].gpa = Gpa(rig.driver.pci().bar(bar));
+        assert_eq!(
+            rig.run_laid_out(&request, &parts, Layout::Direct),
+            status::IOERR
+        );
+        rig.assert_works();
+    }
+}
+
+/// The bus is reset, as by a write to the reset register, with requests in flight.
+#[test]
+fn a_reset_of_the_bus_at_any_moment() {
+    let mut rig = Rig::new();
+    let ram = rig.board.ram().clone();
+    for round in 0..40 {
+        let requests: Vec<_> = (0..40).map(|i| Request::read(&ram, i, SECTOR)).collect();
+        rig.add_all(&requests);
+        std::thread::sleep(std::time::Duration::from_micros(round * 11));
+        rig.board.bridge().reset();
+        rig.board.bridge().assign_bars().unwrap();
+        rig.driver.pci().enable();
+        rig.driver.pci().enable_msix();
+        assert!(poll(|| rig.driver.status() == 0));
+        let used = rig.queue.device_used_idx();
+        std::thread::sleep(std::time::Duration::from_micros(200));
+        assert_eq!(rig.queue.device_used_idx(), used, "touched after a reset");
+        rig.restart(ALL);
+        rig.assert_works();
+    }
+}
+
+#[test]
+fn a_driver_without_queues_has_a_device_that_does_nothing() {
+    let mut rig = Rig::with(Options {
+        queues: 4,
+        ..Options::default()
+    });
+    rig.driver.negotiate(ALL).unwrap();
+    rig.driver.driver_ok().unwrap();
+    (0..5).for_each(|queue| rig.driver.kick(queue));
+    assert_eq!(rig.driver.status() & device_status::NEEDS_RESET, 0);
+    // Only the last of them.
+    rig.driver.negotiate(ALL).unwrap();
+    let mut queue = rig.driver.add_queue(3, 16);
+    rig.driver.driver_ok().unwrap();
+    let request = Request::read(rig.board.ram(), 0, SECTOR);
+    rig.driver
+        .roundtrip(3, &mut queue, &request.parts(), Layout::Direct)
+        .unwrap();
+    assert_eq!(request.status(), status::OK);
+    rig.restart(ALL);
     rig.assert_works();
 }

@@ -4,7 +4,7 @@
 mod plugging;
 
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State, config};
-use ebbtide_lab_driver::{Layout, Part, VirtioDriver, block_on};
+use ebbtide_lab_driver::{Layout, Part, VirtioDriver, block_on, common};
 use ebbtide_memory::{AccessError, Gpa};
 use ebbtide_virtio::mem::{DriverState, MemError, feature};
 use ebbtide_virtio::{features, status};
@@ -385,6 +385,31 @@ fn the_plugged_size_is_right_when_the_answer_arrives() {
         assert_eq!(rig.unplug(round, 1), Answer::Ack);
         assert_eq!(rig.plugged(), round * BLOCK);
     }
+}
+
+/// The plugged size has 64 bits, which a driver reads in two halves: only the generation tells it that it has one half
+/// of each of two sizes. An interrupt would make Linux begin anew, so there is none for what it asked for itself.
+#[test]
+fn the_generation_tells_of_a_new_plugged_size_and_no_interrupt_does() {
+    let mut rig = Rig::with(GIB, 64 * MIB, |spec| spec.pacing.kicks_max = 0);
+    let interrupts = rig.config_interrupts();
+    let requests = [
+        (Kind::Plug, true),
+        (Kind::Unplug, true),
+        (Kind::Plug, true),
+        (Kind::State, false),
+        (Kind::UnplugAll, true),
+        (Kind::UnplugAll, false),
+    ];
+    for (kind, changes) in requests {
+        rig.driver.read_config(config::PLUGGED_SIZE, 4);
+        let before = rig.driver.read_common(common::GENERATION, 1);
+        assert_eq!(rig.ask(kind, 0, 4), Answer::Ack, "{kind:?}");
+        let after = rig.driver.read_common(common::GENERATION, 1);
+        assert_eq!(before != after, changes, "{kind:?}");
+    }
+    assert_eq!(rig.usable(), GIB, "it has not shrunk");
+    assert_eq!(rig.config_interrupts(), interrupts);
 }
 
 #[test]

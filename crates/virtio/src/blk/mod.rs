@@ -209,7 +209,9 @@ impl VirtioDevice for VirtioBlk {
             let (flushes, may_unmap) = (has(feature::FLUSH), self.config.discard);
             self.remote
                 .spawn(move |local| {
-                    let runner = Runner::new(disk.attach(&local), writeback, flushes, may_unmap);
+                    let gate = Arc::clone(&setup.gate);
+                    let runner =
+                        Runner::new(disk.attach(&local), gate, writeback, flushes, may_unmap);
                     serve(local, setup, runner)
                 })
                 .map_err(|_| ActivateError::ThreadStopped)?;

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use ebbtide_block::{LocalDisk, Op};
+use ebbtide_gate::Gate;
 use ebbtide_memory::PinList;
 
 use super::metrics::Counters;
@@ -18,6 +19,8 @@ use super::request::{Kind, Segments, Status};
 #[derive(Clone)]
 pub(super) struct Runner {
     disk: Rc<LocalDisk>,
+    /// The activation's: once it is closed nobody waits for an answer.
+    gate: Arc<Gate>,
     /// How the driver set the cache, if it can.
     writeback: Arc<AtomicBool>,
     /// The driver can flush: without that, every write is flushed for it (5.2.6.2).
@@ -69,12 +72,14 @@ impl Answered {
 impl Runner {
     pub(super) fn new(
         disk: LocalDisk,
+        gate: Arc<Gate>,
         writeback: Arc<AtomicBool>,
         flushes: bool,
         may_unmap: bool,
     ) -> Runner {
         Runner {
             disk: Rc::new(disk),
+            gate,
             writeback,
             flushes,
             may_unmap,
@@ -133,6 +138,10 @@ impl Runner {
 
     async fn ranges(&self, segments: Segments, zero: bool) -> io::Result<()> {
         for segment in segments {
+            // All of them may take minutes on a host that zeroes by writing; a reset waits for one at most.
+            if self.gate.is_closed() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             let (offset, len) = (segment.offset, segment.len);
             let op = if zero {
                 let may_unmap = segment.unmap && self.may_unmap;

@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::Gate;
 use ebbtide_iothread::{Blocking, Local};
 use ebbtide_memory::{Error, Plugged, RamBlock, Seal};
@@ -70,6 +71,7 @@ pub(super) struct Blocks {
     pub blocking: Arc<Blocking>,
     pub faults: Option<HostFaults>,
     pub counters: Arc<Counters>,
+    pub complaints: Arc<LogLimit>,
 }
 
 impl Blocks {
@@ -237,10 +239,12 @@ impl Blocks {
         }
     }
 
-    /// Each failure is followed by a pause, so a guest cannot flood the log with them.
     fn failed(&self, what: &str, error: &Error) {
         Counters::count(&self.counters.host_failures);
-        tracing::warn!(block = self.block.name(), %error, "the host did not {what} memory");
+        if let Some(suppressed) = self.complaints.allow() {
+            let block = self.block.name();
+            tracing::warn!(block, suppressed, %error, "the host did not {what} memory");
+        }
     }
 
     fn strike(&self, step: Step) -> Result<(), Error> {

@@ -227,6 +227,7 @@ impl VirtioMem {
             blocking,
             faults,
             counters,
+            complaints: Arc::default(),
         };
         let resize = Resize::new(pacing, requested_bytes, Instant::now());
         let (news, hear) = channel();

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The task that serves the device's queue from DRIVER_OK to the next reset, one request at a time.
 //!
-//! The task holds a lease of the activation's gate from a kick until the queue is empty. A driver that resets the device
-//! while its request is worked on gets no answer; the request is given up as soon as that leaves the blocks as they
-//! were or as they were to be.
+//! The task holds a lease of the activation's gate from a kick (or DRIVER_OK) until the queue is empty. A driver that
+//! resets the device while its request is worked on gets no answer; the request is given up as soon as that leaves the
+//! blocks as they were or as they were to be.
 
 use std::sync::Arc;
 
-use ebbtide_gate::Gate;
+use ebbtide_gate::{Entry, Gate};
 use ebbtide_iothread::Local;
 use ebbtide_memory::{AccessError, AddressSpace, ReadGuard, Reader};
 
@@ -66,7 +66,9 @@ pub(super) async fn serve(local: Local, setup: Setup) {
         space,
         reader,
     };
-    while let Some(_lease) = queue.kicked(&local, &gate).await {
+    // Before the first kick: what was made available before DRIVER_OK may come without one.
+    let mut entered = gate.enter(Entry::Io);
+    while let Some(lease) = entered {
         match service.drain(&mut queue).await {
             Ok(()) => {}
             Err(fault) => {
@@ -81,6 +83,8 @@ pub(super) async fn serve(local: Local, setup: Setup) {
                 break;
             }
         }
+        drop(lease);
+        entered = queue.kicked(&local, &gate).await;
     }
     // A broken driver is there until it resets the device.
     gate.drained().await;
@@ -117,6 +121,8 @@ impl Service {
             self.device
                 .finish(&judged, answer, setback, self.local.now());
             self.answer(queue, &received, answer)?;
+            // A driver that always has another request must not keep the thread's other tasks out.
+            self.local.yield_now().await;
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use super::request::{Answer, Request, RequestKind};
 use super::resize::{Action, Answered, Progress, Reason, Resize, Setback};
 use super::size::{Region, Sizes};
 use super::verdict::{self, Verdict};
-use crate::control::TransportControl;
+use crate::control::{Change, TransportControl};
 
 /// What a memory device tells who owns it. Nothing waits for it to be received.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -126,12 +126,17 @@ impl Shared {
         read(&self.lock().resize)
     }
 
-    /// Changes what the driver reads and tells it, in one step.
-    fn change_config<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+    /// Changes what the driver reads and lets it notice, in one step.
+    fn update_config<T>(&self, change: impl FnOnce(&mut State) -> (T, Change)) -> T {
         match self.control.get() {
-            Some(control) => control.change_config(|| change(&mut self.lock())),
-            None => change(&mut self.lock()),
+            Some(control) => control.update_config(|| change(&mut self.lock())),
+            None => change(&mut self.lock()).0,
         }
+    }
+
+    /// The same for a change the driver is to be told of.
+    fn change_config<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
+        self.update_config(|state| (change(state), Change::Announced))
     }
 
     /// The operator wants `requested` bytes: the driver is told, also when that is what he wanted before.
@@ -215,11 +220,10 @@ impl Shared {
             Verdict::UnplugAll | Verdict::Answer(_) => None,
         };
         let emptied = kind == RequestKind::UnplugAll && answer == Answer::Ack;
-        let note = |state: &mut State| {
+        let (before, after) = self.update_config(|state| {
             let before = state.sizes.plugged;
-            if emptied {
-                state.sizes.emptied(&self.region);
-            }
+            // The usable size may shrink with this, which the driver is to be told (5.15.6.4).
+            let shrunk = emptied && state.sizes.emptied(&self.region);
             state.sizes.plugged = self.blocks.block.plugged_bytes();
             let plugged = state.sizes.plugged;
             let answered = Answered {
@@ -230,14 +234,8 @@ impl Shared {
                 plugged,
             };
             state.resize.request_answered(now, &answered);
-            (before, plugged)
-        };
-        // The usable size may shrink with this, which the driver is to be told (5.15.6.4).
-        let (before, after) = if emptied {
-            self.change_config(note)
-        } else {
-            note(&mut self.lock())
-        };
+            ((before, plugged), noticed(before, plugged, shrunk))
+        });
         let bytes = if answer == Answer::Ack {
             before.abs_diff(after)
         } else {
@@ -256,13 +254,14 @@ impl Shared {
     /// The driver has gone before its request was answered.
     pub(super) fn abandon(&self, judged: &Judged, now: Instant) {
         self.counters.dropped(judged.request.kind());
-        let mut state = self.lock();
-        let before = state.sizes.plugged;
-        let plugged = self.blocks.block.plugged_bytes();
-        state.sizes.plugged = plugged;
-        state.resize.request_dropped(now, plugged);
-        drop(state);
-        self.size_changed(before, plugged);
+        let (before, after) = self.update_config(|state| {
+            let before = state.sizes.plugged;
+            let plugged = self.blocks.block.plugged_bytes();
+            state.sizes.plugged = plugged;
+            state.resize.request_dropped(now, plugged);
+            ((before, plugged), noticed(before, plugged, false))
+        });
+        self.size_changed(before, after);
         self.news();
     }
 
@@ -343,5 +342,17 @@ impl Shared {
             }
         };
         self.events.send(event);
+    }
+}
+
+/// What a driver is to notice of its own request: no interrupt for the plugged size, which only the
+/// generation tells a driver that is just reading it.
+fn noticed(plugged_before: u64, plugged: u64, usable_shrunk: bool) -> Change {
+    if usable_shrunk {
+        Change::Announced
+    } else if plugged_before != plugged {
+        Change::Silent
+    } else {
+        Change::None
     }
 }

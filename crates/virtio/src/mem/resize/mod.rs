@@ -16,7 +16,8 @@
 //! A driver that has stopped short of its target is told again that there is one, by a configuration interrupt. Linux
 //! itself sleeps 50 to 300 s after a failure, or for good. But every configuration interrupt makes it drop what it is
 //! doing: a driver that is working must be left alone, or it never gets anything done. So only a driver that has been
-//! silent is told, after a pause that doubles as long as nothing comes of it.
+//! silent is told, after a pause that doubles as long as nothing comes of it. How long a driver is silent when it works
+//! depends on the guest, so the pauses grow with the longest silence that something came of.
 
 use std::fmt;
 use std::ops::Range;
@@ -181,6 +182,10 @@ pub(crate) struct Resize {
     begun: Option<Instant>,
     /// The driver has been silent since, or was told again then.
     quiet_from: Instant,
+    /// How long it had been silent when it sent its last request.
+    silence: Duration,
+    /// The longest silence of this driver that progress came of: so long it works between two requests.
+    works_for: Duration,
     /// When something last went forward, or was given a new chance.
     hope: Instant,
     /// Kicks since then.
@@ -209,6 +214,8 @@ impl Resize {
             driver: DriverState::Absent,
             begun: None,
             quiet_from: now,
+            silence: Duration::ZERO,
+            works_for: Duration::ZERO,
             hope: now,
             fruitless: 0,
             setback: None,
@@ -291,6 +298,7 @@ impl Resize {
     /// A request has arrived.
     pub(crate) fn request_begun(&mut self, now: Instant) {
         self.begun = Some(now);
+        self.silence = now.saturating_duration_since(self.quiet_from);
         self.last_request = Some(now);
         self.erred = false;
     }
@@ -328,6 +336,7 @@ impl Resize {
         self.plugged = *plugged;
         self.most = self.most.max(*plugged);
         if self.distance() < before {
+            self.works_for = self.works_for.max(self.silence);
             self.hope = now;
             self.fruitless = 0;
             self.stall_over();
@@ -382,6 +391,8 @@ impl Resize {
         } else {
             self.pacing.shrink_pause
         };
+        // Twice what it takes when it works; but what lasts longer than patience counts as a stall.
+        let first = first.max(self.works_for.saturating_mul(2).min(self.pacing.patience));
         let factor = 1_u32.checked_shl(self.fruitless).unwrap_or(u32::MAX);
         first.saturating_mul(factor).min(self.pacing.pause_max)
     }
@@ -512,6 +523,7 @@ impl Resize {
     fn driver_changed(&mut self, now: Instant) {
         self.begun = None;
         self.erred = false;
+        self.works_for = Duration::ZERO;
         self.granule = 0;
         self.most = self.plugged;
         self.from = self.plugged;

@@ -163,9 +163,44 @@ fn an_idle_driver_is_told_again_less_and_less_often() {
 fn progress_starts_the_pauses_anew() {
     let mut scene = Scene::settled(4 * GIB);
     scene.target(0);
-    assert_eq!(Scene::kicks(&scene.pass(S * 29)), [2, 6, 14]);
+    assert_eq!(Scene::kicks(&scene.pass(S * 14)), [2, 6, 14]);
     scene.request(RequestKind::Unplug, 3 * GIB..4 * GIB, Answer::Ack, 3 * GIB);
     assert_eq!(Scene::kicks(&scene.pass(S * 7)), [2, 6]);
+}
+
+/// A kick makes Linux begin anew, so one that needs 3 s for each step must not be kicked every 2 s.
+#[test]
+fn a_slow_driver_is_given_the_time_it_needs() {
+    let mut scene = Scene::settled(4 * GIB);
+    scene.target(0);
+    let mut kicks = Vec::new();
+    for step in 1..=32 {
+        let plugged = 4 * GIB - step * 128 * MIB;
+        // It works until it is through or kicked.
+        let (mut working, mut elapsed) = (Duration::ZERO, Duration::ZERO);
+        while working < S * 3 {
+            let happened = scene.pass(S / 2);
+            elapsed += S / 2;
+            let kicked = happened.iter().any(|(_, action)| *action == Action::Kick);
+            working = if kicked {
+                Duration::ZERO
+            } else {
+                working + S / 2
+            };
+            assert!(elapsed < S * 60, "it never gets anything done");
+            if kicked {
+                kicks.push(step);
+            }
+        }
+        let range = plugged..plugged + 128 * MIB;
+        scene.request(RequestKind::Unplug, range, Answer::Ack, plugged);
+    }
+    assert_eq!(kicks, [1], "once to learn how slow it is");
+    // The next driver may be another one.
+    scene.resize.driver_gone(scene.now);
+    scene.resize.driver_ready(scene.now);
+    scene.target(GIB);
+    assert_eq!(Scene::kicks(&scene.pass(S * 3)), [1, 3]);
 }
 
 #[test]
@@ -426,5 +461,70 @@ fn names_are_words() {
                 .all(|c| c.is_ascii_lowercase() || c == '-')
         );
         assert!(reason.to_string().len() > reason.name().len());
+    }
+}
+
+/// splitmix64
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ (z >> 31)) % bound
+    }
+}
+
+/// One thing that may happen, also what an honest driver would not do.
+fn random_event(scene: &mut Scene, random: &mut Random) {
+    let now = scene.now;
+    let resize = &mut scene.resize;
+    let amount = random.below(9) * 512 * MIB;
+    match random.below(12) {
+        0 | 1 => resize.target_set(now, amount),
+        2 => resize.retried(now),
+        3 => resize.driver_gone(now),
+        4 | 5 => resize.driver_ready(now),
+        6 => resize.driver_broken(now),
+        7 => resize.emptied(now, 0),
+        8 => resize.request_dropped(now, amount),
+        _ => resize.request_begun(now),
+    }
+    if random.below(3) == 0 && resize.begun.is_some() {
+        let answers = [Answer::Ack, Answer::Nack, Answer::Busy, Answer::Error];
+        let answered = Answered {
+            kind: [RequestKind::Plug, RequestKind::State][random.below(2) as usize],
+            range: Some(0..amount),
+            answer: answers[random.below(4) as usize],
+            setback: None,
+            plugged: amount,
+        };
+        resize.request_answered(now, &answered);
+    }
+}
+
+#[test]
+fn whatever_happens_a_driver_at_work_is_left_alone_and_an_idle_one_not_pestered() {
+    for seed in 0..300 {
+        let mut random = Random(seed);
+        let mut scene = Scene::settled(GIB);
+        for _ in 0..200 {
+            random_event(&mut scene, &mut random);
+            scene.actions();
+            let idle = scene.resize.driver() == DriverState::Ready && scene.resize.begun.is_none();
+            let behind = scene.resize.plugged != scene.resize.target;
+            // Nothing but time passes: `pass` sees to it that nobody is woken for nothing.
+            let happened = scene.pass(random.below(3600) as u32 * S / 4);
+            let kicks = Scene::kicks(&happened);
+            assert!(kicks.is_empty() || idle && behind, "{:?}", scene.resize);
+            assert!(kicks.len() <= Pacing::default().kicks_max as usize);
+            assert!(
+                kicks.windows(2).all(|pair| pair[1] > pair[0]),
+                "{kicks:?} in the same second"
+            );
+            assert!(Scene::reports(&happened).len() <= 1, "{happened:?}");
+        }
     }
 }

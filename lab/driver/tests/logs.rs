@@ -1,0 +1,115 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! No guest fills the host's log, whatever it does.
+
+mod disk;
+mod plugging;
+
+use std::sync::Mutex;
+use std::time::Duration;
+
+use ebbtide_lab_driver::mem::{Answer, Kind, Request};
+use ebbtide_lab_driver::{Layout, Part};
+use ebbtide_memory::Gpa;
+use ebbtide_virtio::mem::Patience;
+use ebbtide_virtio::mem::fault::Step;
+use plugging::{BASE, GIB, MIB};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// Where the messages of this process came from.
+static HEARD: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// Hears warnings and errors.
+struct Listener;
+
+impl Subscriber for Listener {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() <= Level::WARN
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        let metadata = event.metadata();
+        let place = format!(
+            "{}:{}",
+            metadata.file().unwrap_or_default(),
+            metadata.line().unwrap_or_default()
+        );
+        HEARD.lock().unwrap().push(place);
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+/// Messages of `f` from one place in the code.
+fn heard(place: &str, f: impl FnOnce()) -> usize {
+    let count = || {
+        let heard = HEARD.lock().unwrap();
+        heard.iter().filter(|it| it.contains(place)).count()
+    };
+    let before = count();
+    f();
+    count() - before
+}
+
+/// One test, for the log is the process's.
+#[test]
+fn a_guest_cannot_fill_the_log() {
+    tracing::subscriber::set_global_default(Listener).unwrap();
+    // In ten seconds five are allowed; this takes less than twenty.
+    let few = 1..=15;
+
+    let mut rig = plugging::Rig::with(GIB, 64 * MIB, |spec| {
+        spec.patience = Patience {
+            drain: Duration::ZERO,
+            host: Duration::ZERO,
+        };
+    });
+    rig.faults.fail(Step::Plug, u32::MAX);
+    let failing = heard("mem/blocks.rs", || {
+        for _ in 0..200 {
+            assert_eq!(rig.plug(0, 1), Answer::Busy);
+        }
+    });
+    assert!(few.contains(&failing), "{failing} for a host that fails");
+
+    let malformed = heard("mem/serve.rs", || {
+        for _ in 0..100 {
+            let request = Request::raw(rig.board.ram(), 9, BASE, 1);
+            rig.queue.add(&request.parts(), Layout::Direct).unwrap();
+            rig.driver.kick(0);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart();
+        }
+    });
+    assert!(few.contains(&malformed), "{malformed} for no requests");
+    assert_eq!(rig.ask(Kind::State, 0, 1), Answer::Ack);
+
+    let mut rig = disk::Rig::new();
+    let broken = heard("blk/serve.rs", || {
+        for _ in 0..100 {
+            let nowhere = Part::writable(Gpa(1 << 35), 1);
+            rig.queue.add(&[nowhere], Layout::Direct).unwrap();
+            rig.driver.kick(0);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart(disk::ALL);
+        }
+    });
+    assert!(few.contains(&broken), "{broken} for broken queues");
+
+    let misused = heard("pci/transport.rs", || {
+        for offset in 0..0x38 {
+            (0..20).for_each(|_| rig.driver.write_common(offset, 8, u64::MAX));
+        }
+    });
+    assert!(few.contains(&misused), "{misused} for misused registers");
+}
