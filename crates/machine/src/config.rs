@@ -15,6 +15,8 @@ use crate::layout::MIB;
 pub const MEMORY_GRANULE: u64 = 2 * MIB;
 /// The kernel, its tables and an initrd need at least this.
 pub const MIN_RAM: u64 = 32 * MIB;
+/// Longer nobody waits for requests in flight.
+pub const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// vCPUs of one machine.
 pub const MAX_CPUS: u8 = 4;
 
@@ -37,7 +39,7 @@ pub struct MachineConfig {
     pub qmp: Vec<PathBuf>,
     /// A guest reset ends the VM instead.
     pub no_reboot: bool,
-    /// How long reset and quit wait for requests in flight.
+    /// How long reset and quit wait for requests in flight, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
 }
 
@@ -120,6 +122,14 @@ impl MachineConfig {
                 MIN_RAM / MIB
             ));
         }
+        if self.drain_timeout > MAX_DRAIN_TIMEOUT {
+            return config_error(format!(
+                "drain-timeout={}: 0 to {} seconds are accepted",
+                self.drain_timeout.as_secs(),
+                MAX_DRAIN_TIMEOUT.as_secs()
+            ));
+        }
+        self.unique_sockets()?;
         for device in &self.memory_devices {
             device.validate()?;
         }
@@ -134,6 +144,19 @@ impl MachineConfig {
             }
         }
         self.unique_ids()
+    }
+
+    /// Each socket is listened on once; found here, it is not taken for another process's.
+    fn unique_sockets(&self) -> Result<(), Error> {
+        let mut paths: Vec<&PathBuf> = self.qmp.iter().collect();
+        if let SerialConfig::Unix(path) = &self.serial {
+            paths.push(path);
+        }
+        paths.sort_unstable();
+        match paths.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => config_error(format!("unix:{}: is used twice", pair[0].display())),
+            None => Ok(()),
+        }
     }
 
     fn unique_ids(&self) -> Result<(), Error> {
@@ -246,6 +269,13 @@ mod tests {
         assert!(
             refused(|c| c.memory_devices[0].requested_bytes = 4096).contains("requested-size=4096")
         );
+        assert!(refused(|c| c.drain_timeout = Duration::MAX).contains("0 to 86400 seconds"));
+        assert!(refused(|c| c.qmp = vec!["a".into(), "b".into(), "a".into()]).contains("unix:a"));
+        let shared = refused(|c| {
+            c.qmp = vec!["a".into()];
+            c.serial = SerialConfig::Unix("a".into());
+        });
+        assert!(shared.contains("used twice"), "{shared}");
         let disk = DiskConfig {
             id: "vmem0".into(),
             path: "d".into(),

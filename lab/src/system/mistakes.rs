@@ -56,7 +56,16 @@ pub fn command_line(ground: &Ground) -> Result<()> {
         with(&["--cpus", "0"], &["cpus=0"]),
         with(&["--cpus", "99"], &["cpus=99"]),
         with(&["--serial", "tcp:1"], &["--serial", "tcp:1"]),
+        with(&["--cpus", "256"], &["cpus=256"]),
         with(&["--qmp", "vm.qmp"], &["--qmp", "vm.qmp"]),
+        with(
+            &["--qmp", "unix:a", "--qmp", "unix:a"],
+            &["unix:a", "twice"],
+        ),
+        with(
+            &["--drain-timeout", "18446744073709551615"],
+            &["drain-timeout", "86400"],
+        ),
         with(
             &["--device", "virtio-men-pci,memdev=a"],
             &["virtio-men-pci", "\"virtio-mem-pci\""],

@@ -4,10 +4,13 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 
 use ebbtide_iothread::Local;
 use ebbtide_machine::lifecycle::Requests;
 use ebbtide_qmp::types::run_state::ShutdownCause;
+use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
 
@@ -38,6 +41,26 @@ impl Signals {
         }
     }
 
+    /// Until the guard is told that it is over, a signal ends the process at once, as if the VM had
+    /// ended: for the time in which this thread can't look and nothing would be left behind.
+    pub fn end_process_meanwhile(&self) -> io::Result<Meanwhile> {
+        let signals = self.0.try_clone()?;
+        let over = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?);
+        let told = Arc::clone(&over);
+        let thread = std::thread::Builder::new()
+            .name("starting".into())
+            .spawn(move || {
+                if signal_comes(&signals, &told) {
+                    tracing::info!("ended by a signal before the machine was ready");
+                    std::process::exit(0);
+                }
+            })?;
+        Ok(Meanwhile {
+            over,
+            thread: Some(thread),
+        })
+    }
+
     /// Turns each signal into a request to end.
     pub async fn watch(self, local: Local, requests: Requests) {
         loop {
@@ -58,5 +81,58 @@ impl Signals {
         // SAFETY: the buffer is as large as the length says.
         let got = unsafe { libc::read(self.0.as_raw_fd(), info.as_mut_ptr().cast(), size) };
         got == size as isize
+    }
+}
+
+/// See [`Signals::end_process_meanwhile`].
+pub struct Meanwhile {
+    over: Arc<OwnedFd>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Meanwhile {
+    /// From now on, signals wait for [`Signals::watch`].
+    pub fn over(self) {}
+}
+
+impl Drop for Meanwhile {
+    fn drop(&mut self) {
+        // Can only fail when the counter is full: it is told once.
+        let _ = rustix::io::write(&*self.over, &1u64.to_ne_bytes());
+        if let Some(thread) = self.thread.take() {
+            // It does not panic, and there is nothing to do about it.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Waits for a signal, which is left to be read, or until `over` is told; true: a signal.
+fn signal_comes(signals: &OwnedFd, over: &OwnedFd) -> bool {
+    let mut fds = [
+        PollFd::new(signals, PollFlags::IN),
+        PollFd::new(over, PollFlags::IN),
+    ];
+    loop {
+        match rustix::event::poll(&mut fds, None) {
+            Ok(_) => return fds.first().is_some_and(|fd| !fd.revents().is_empty()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn eventfd(count: u32) -> OwnedFd {
+        rustix::event::eventfd(count, EventfdFlags::CLOEXEC).unwrap()
+    }
+
+    #[test]
+    fn a_signal_goes_before_the_end_of_the_wait() {
+        assert!(signal_comes(&eventfd(1), &eventfd(0)));
+        assert!(signal_comes(&eventfd(1), &eventfd(1)));
+        assert!(!signal_comes(&eventfd(0), &eventfd(1)));
     }
 }
