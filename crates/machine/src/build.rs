@@ -19,7 +19,7 @@ use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
-use crate::lifecycle::{Request, Requests};
+use crate::lifecycle::{Posted, Requests};
 use crate::machine::{Machine, MemorySlot, PciDevice, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
@@ -37,7 +37,7 @@ pub struct Built {
     /// The machine, not started.
     pub machine: Machine,
     /// For [`Machine::run`].
-    pub requests: Receiver<Request>,
+    pub requests: Receiver<Posted>,
     /// Size changes of memory devices.
     pub memory_events: Receiver<MemEvent>,
 }

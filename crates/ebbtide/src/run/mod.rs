@@ -110,10 +110,22 @@ pub fn main(args: RunArgs) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(e) => {
-            eprintln!("ebbtide run: {e:#}");
+            eprintln!("ebbtide run: {}", one_line(&e));
             ExitCode::FAILURE
         }
     }
+}
+
+/// An error with its causes, each said once: some errors name theirs themselves.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+    }
+    line
 }
 
 async fn live(config: MachineConfig, signals: Signals, local: Local) -> anyhow::Result<Ending> {
@@ -221,6 +233,15 @@ fn command_line(text: String, grows: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let refused = || std::io::Error::other("not permitted");
+        let named = anyhow::Error::from(refused()).context("io_uring (not permitted)");
+        assert_eq!(one_line(&named), "io_uring (not permitted)");
+        let plain = anyhow::Error::from(refused()).context("io_uring");
+        assert_eq!(one_line(&plain), "io_uring: not permitted");
+    }
 
     #[test]
     fn online_parameter_is_added_unless_decided() {
