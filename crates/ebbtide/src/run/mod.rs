@@ -5,11 +5,12 @@ mod devices;
 mod options;
 mod signals;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ebbtide_hypervisor::probe::Flavour;
 use ebbtide_iothread::Local;
 use ebbtide_machine::boot::BootSpec;
 use ebbtide_machine::config::{MAX_CPUS, MachineConfig, MemoryDeviceConfig};
@@ -91,6 +92,11 @@ pub fn main(args: RunArgs) -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
+    if Flavour::detect(Path::new("/sys/module")) == Some(Flavour::Pvm) {
+        tracing::warn!(
+            "this machine's KVM is a PVM host, which emulates an ordinary kernel instruction by instruction: expect hours (see ebbtide doctor)"
+        );
+    }
     // Before the first thread: they inherit the mask.
     let signals = match Signals::block() {
         Ok(signals) => signals,

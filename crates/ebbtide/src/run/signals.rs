@@ -4,7 +4,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Barrier};
 use std::thread::JoinHandle;
 
 use ebbtide_iothread::Local;
@@ -13,6 +13,9 @@ use ebbtide_qmp::types::run_state::ShutdownCause;
 use rustix::event::{EventfdFlags, PollFd, PollFlags};
 
 const ENDING: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP];
+
+/// What is said when there is no machine yet that could end.
+const ENDED: &[u8] = b"ebbtide run: ended by a signal before the machine was ready\n";
 
 /// The signals that end the VM, blocked in all threads and read from a descriptor.
 pub struct Signals(OwnedFd);
@@ -47,14 +50,21 @@ impl Signals {
         let signals = self.0.try_clone()?;
         let over = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC)?);
         let told = Arc::clone(&over);
+        let ready = Arc::new(Barrier::new(2));
+        let set_up = Arc::clone(&ready);
         let thread = std::thread::Builder::new()
             .name("starting".into())
             .spawn(move || {
+                // While memory is populated the kernel holds the lock of the address space: from
+                // here on nothing may allocate, or it waits for what it is to cut short.
+                set_up.wait();
                 if signal_comes(&signals, &told) {
-                    tracing::info!("ended by a signal before the machine was ready");
-                    std::process::exit(0);
+                    let _ = rustix::io::write(rustix::stdio::stderr(), ENDED);
+                    // SAFETY: ends the process without running anything of it.
+                    unsafe { libc::_exit(0) }
                 }
             })?;
+        ready.wait();
         Ok(Meanwhile {
             over,
             thread: Some(thread),
