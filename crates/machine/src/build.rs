@@ -20,7 +20,7 @@ use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
-use crate::machine::{Machine, MemorySlot, PciDevice, PowerOn};
+use crate::machine::{BOOT_RAM, Machine, MemorySlot, PciDevice, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
@@ -338,7 +338,7 @@ fn add_ram(
     let block = memory
         .ram()
         .add(RamSpec {
-            name: "ram".into(),
+            name: BOOT_RAM.into(),
             size_bytes: config.ram.size_bytes,
             max_size_bytes: config.ram.size_bytes,
             backing: config.ram.backing.clone(),
@@ -346,7 +346,7 @@ fn add_ram(
             block_size_bytes: None,
         })
         .map_err(failed)?;
-    let ram = Region::ram("ram", &block);
+    let ram = Region::ram(BOOT_RAM, &block);
     memory
         .update(|t| {
             let mut offset = 0;

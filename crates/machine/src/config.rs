@@ -9,6 +9,7 @@ use ebbtide_memory::Backing;
 use crate::Error;
 use crate::boot::BootSpec;
 use crate::layout::MIB;
+use crate::machine::BOOT_RAM;
 
 /// Boot RAM and devices are multiples of this: the size of an x86 large page, and of the
 /// default virtio-mem block.
@@ -130,6 +131,8 @@ impl MachineConfig {
             ));
         }
         self.unique_sockets()?;
+        self.unique_memory()?;
+        self.shared_disks()?;
         for device in &self.memory_devices {
             device.validate()?;
         }
@@ -155,6 +158,42 @@ impl MachineConfig {
         paths.sort_unstable();
         match paths.windows(2).find(|pair| pair[0] == pair[1]) {
             Some(pair) => config_error(format!("unix:{}: is used twice", pair[0].display())),
+            None => Ok(()),
+        }
+    }
+
+    /// Each backend is one RAM block with a name of its own, and the boot RAM has one, too.
+    fn unique_memory(&self) -> Result<(), Error> {
+        let mut names: Vec<&str> = self
+            .memory_devices
+            .iter()
+            .map(|d| d.memdev.as_str())
+            .collect();
+        names.push(BOOT_RAM);
+        names.sort_unstable();
+        match names.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) if pair[0] == BOOT_RAM => config_error(format!(
+                "memory backend id={BOOT_RAM}: is the name of the boot RAM"
+            )),
+            Some(pair) => config_error(format!("memory backend id={}: is used twice", pair[0])),
+            None => Ok(()),
+        }
+    }
+
+    /// One image may be read by several devices; found here, it is not taken for another process's.
+    fn shared_disks(&self) -> Result<(), Error> {
+        let mut disks: Vec<&DiskConfig> = self.disks.iter().collect();
+        disks.sort_by(|a, b| a.path.cmp(&b.path));
+        let shared = |pair: &&[&DiskConfig]| {
+            pair[0].path == pair[1].path && !(pair[0].readonly && pair[1].readonly)
+        };
+        match disks.windows(2).find(shared) {
+            Some(pair) => config_error(format!(
+                "disks {} and {}: path={}: only with readonly=on may several have one image",
+                pair[0].id,
+                pair[1].id,
+                pair[0].path.display()
+            )),
             None => Ok(()),
         }
     }
@@ -284,6 +323,26 @@ mod tests {
             direct: false,
         };
         assert!(refused(|c| c.disks.push(disk.clone())).contains("used twice"));
+        let twin = |readonly| {
+            let mut twins = [disk.clone(), disk.clone()];
+            for (disk, id) in twins.iter_mut().zip(["d1", "d2"]) {
+                disk.id = id.into();
+                disk.readonly = readonly;
+            }
+            twins
+        };
+        let shared = refused(|c| c.disks.extend(twin(false)));
+        assert!(shared.contains("d1 and d2") && shared.contains("readonly=on"));
+        let mut c = config();
+        c.disks.extend(twin(true));
+        c.validate().unwrap();
+        assert!(refused(|c| c.memory_devices[0].memdev = "ram".into()).contains("boot RAM"));
+        let second = refused(|c| {
+            let mut device = c.memory_devices[0].clone();
+            device.id = "vmem1".into();
+            c.memory_devices.push(device);
+        });
+        assert!(second.contains("id=mem-vmem0"), "{second}");
         let mut bad = disk.clone();
         bad.id = "0/x".into();
         assert!(refused(|c| c.disks.push(bad)).contains("starts with a letter"));
