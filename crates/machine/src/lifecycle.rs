@@ -153,6 +153,12 @@ pub fn on_stop(state: RunState) -> Step {
     }
 }
 
+/// Whether who halts in `state` has to tell it by a STOP event: a guest that stands still, be it
+/// that another vCPU has failed before, is not stopped once more.
+pub fn halt_is_news(state: RunState) -> bool {
+    state == RunState::Running
+}
+
 /// What the lifecycle does on a continue.
 ///
 /// # Errors
@@ -201,6 +207,9 @@ mod tests {
         assert_eq!(on_stop(RunState::Running), Step::Halt(RunState::Paused));
         assert_eq!(on_stop(RunState::Paused), Step::Nothing);
         assert_eq!(on_stop(RunState::InternalError), Step::Nothing);
+        assert!(halt_is_news(RunState::Running));
+        assert!(!halt_is_news(RunState::Paused));
+        assert!(!halt_is_news(RunState::InternalError));
         assert_eq!(on_continue(RunState::Paused), Ok(Step::Go));
         assert_eq!(on_continue(RunState::Running), Ok(Step::Nothing));
         assert!(on_continue(RunState::InternalError).is_err());

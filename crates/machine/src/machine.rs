@@ -288,8 +288,7 @@ impl Machine {
             Step::Nothing => {}
             Step::Halt(state) => {
                 self.cpus.park().await;
-                self.state.set(state);
-                events.emit(events::STOP.with(Empty {}));
+                self.halted(state, events);
             }
             Step::Go => {
                 self.mark_paused().await;
@@ -300,8 +299,7 @@ impl Machine {
             Step::Reset { cause, then_run } => {
                 if let Err(e) = self.reset().await {
                     tracing::error!("reset failed: {e}");
-                    self.state.set(RunState::InternalError);
-                    events.emit(events::STOP.with(Empty {}));
+                    self.halted(RunState::InternalError, events);
                     return None;
                 }
                 events.emit(events::RESET.with(Cause::new(cause)));
@@ -319,6 +317,14 @@ impl Machine {
             Step::End(cause) => return Some(cause),
         }
         None
+    }
+
+    /// The vCPUs are parked and stay so, because of `state`.
+    fn halted(&self, state: RunState, events: &EventSink) {
+        let before = self.state.replace(state);
+        if lifecycle::halt_is_news(before) {
+            events.emit(events::STOP.with(Empty {}));
+        }
     }
 
     /// After a stop, tells the guest's lock-up detectors that its time stood still on purpose.
