@@ -94,7 +94,7 @@ pub enum Error {
         limit_bytes: u64,
     },
     /// The file system cannot bypass its page cache.
-    #[error("disk '{}': its file system does not support direct I/O; use cache=writeback", path.display())]
+    #[error("disk '{}': its file system does not support direct I/O; leave direct=on away", path.display())]
     DirectUnsupported {
         /// The path as given.
         path: PathBuf,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `ebbtide doctor`: what this machine offers.
 
-use std::path::PathBuf;
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -9,6 +10,9 @@ use ebbtide_hypervisor::probe::{self, ProbeReport};
 use ebbtide_machine::host::Facts;
 use ebbtide_qmp::sizes;
 use serde::Serialize;
+
+/// How long the test guest may take; where it works it takes a fraction of a second.
+const PROBE_LIMIT: Duration = Duration::from_secs(10);
 
 /// Say what this machine offers
 #[derive(clap::Args)]
@@ -33,19 +37,26 @@ struct Report {
 pub fn main(args: &DoctorArgs) -> ExitCode {
     let report = Report {
         version: env!("CARGO_PKG_VERSION"),
-        kvm: probe::run(&args.kvm, Duration::from_secs(10)),
+        kvm: probe(&args.kvm),
         host: Facts::gather(),
     };
-    if args.json {
+    let text = if args.json {
         match serde_json::to_string_pretty(&report) {
-            Ok(text) => println!("{text}"),
+            Ok(text) => text + "\n",
             Err(e) => {
                 eprintln!("ebbtide doctor: {e}");
                 return ExitCode::FAILURE;
             }
         }
     } else {
-        print(&report);
+        table(&report)
+    };
+    if let Err(e) = io::stdout().write_all(text.as_bytes()) {
+        // The reader has gone, as `| head` does; nobody is left to tell.
+        if e.kind() != io::ErrorKind::BrokenPipe {
+            eprintln!("ebbtide doctor: cannot write the result: {e}");
+            return ExitCode::FAILURE;
+        }
     }
     if report.kvm.can_run_guest && report.host.io_uring.available {
         ExitCode::SUCCESS
@@ -54,41 +65,98 @@ pub fn main(args: &DoctorArgs) -> ExitCode {
     }
 }
 
-fn print(report: &Report) {
-    let mark = |good: bool| if good { "ok " } else { "-- " };
+/// A KVM that emulates takes all the time there is: a terminal is told what is going on.
+fn probe(kvm: &Path) -> ProbeReport {
+    let terminal = io::stderr().is_terminal();
+    if terminal {
+        let seconds = PROBE_LIMIT.as_secs();
+        eprint!("running a test guest, for {seconds} s at most ...");
+    }
+    let report = probe::run(kvm, PROBE_LIMIT);
+    if terminal {
+        eprint!("\r\x1b[2K");
+    }
+    report
+}
+
+/// The report for people.
+fn table(report: &Report) -> String {
     let Report { kvm, host, .. } = report;
-    println!("{}KVM            {}", mark(kvm.can_run_guest), kvm.reason);
-    let ring = host.io_uring.reason.as_deref().unwrap_or("works");
-    println!("{}io_uring       {ring}", mark(host.io_uring.available));
     let barrier = host.membarrier.private_expedited;
-    println!(
-        "{}membarrier     {}",
-        mark(barrier),
-        if barrier {
-            "works"
-        } else {
-            "missing: each access to guest memory costs a fence more"
-        }
-    );
     let huge = &host.huge_pages;
-    println!(
-        "{}huge pages     transparent: {}, shared: {}; reserved 2 MiB: {} ({} free)",
-        mark(huge.transparent != "never"),
-        huge.transparent,
-        huge.transparent_shared,
-        huge.reserved_2m,
-        huge.free_2m
-    );
-    println!(
-        "{}memory guard   {}",
-        mark(host.memory_guard),
-        if host.memory_guard {
-            "works"
-        } else {
-            "missing (Linux 6.13 has it); page protection is used instead"
-        }
-    );
+    let rows = [
+        ("KVM", kvm.can_run_guest, kvm.reason.clone()),
+        (
+            "io_uring",
+            host.io_uring.available,
+            host.io_uring.reason.clone().unwrap_or("works".into()),
+        ),
+        (
+            "membarrier",
+            barrier,
+            if barrier {
+                "works".into()
+            } else {
+                "missing: each access to guest memory costs a fence more".into()
+            },
+        ),
+        (
+            "huge pages",
+            huge.transparent != "never",
+            format!(
+                "transparent: {}, shared: {}; reserved 2 MiB: {} ({} free)",
+                huge.transparent, huge.transparent_shared, huge.reserved_2m, huge.free_2m
+            ),
+        ),
+        (
+            "memory guard",
+            host.memory_guard,
+            if host.memory_guard {
+                "works".into()
+            } else {
+                "missing (Linux 6.13 has it); page protection is used instead".into()
+            },
+        ),
+    ];
+    let mut text: String = rows
+        .iter()
+        .map(|(name, good, said)| {
+            format!("{} {name:<14} {said}\n", if *good { "ok" } else { "--" })
+        })
+        .collect();
     if let (Some(bytes), Some(limit)) = (host.available_bytes, &host.available_limit) {
-        println!("   memory         {} by {limit}", sizes::human(bytes));
+        text.push_str(&format!(
+            "   {:<14} {} by {limit}\n",
+            "memory",
+            sizes::human(bytes)
+        ));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_fact_has_a_line_and_a_mark() {
+        let report = Report {
+            version: "1",
+            kvm: probe(Path::new("/nonexistent/kvm")),
+            host: Facts::gather(),
+        };
+        let text = table(&report);
+        let first = text.lines().next().unwrap();
+        assert_eq!(first, "-- KVM            there is no /nonexistent/kvm");
+        for name in ["io_uring", "membarrier", "huge pages", "memory guard"] {
+            let line = text
+                .lines()
+                .find(|l| l.get(3..).is_some_and(|l| l.starts_with(name)));
+            let mark = &line.unwrap()[..2];
+            assert!(mark == "ok" || mark == "--", "{text}");
+        }
+        let json = serde_json::to_value(&report).unwrap();
+        assert_eq!(json["kvm"]["can_run_guest"], false);
+        assert!(json["io_uring"]["available"].is_boolean());
     }
 }

@@ -19,8 +19,8 @@ use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
-use crate::lifecycle::{Request, Requests};
-use crate::machine::{Machine, MemorySlot, PciDevice, PowerOn};
+use crate::lifecycle::{Posted, Requests};
+use crate::machine::{BOOT_RAM, Machine, MemorySlot, PciDevice, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
@@ -37,83 +37,122 @@ pub struct Built {
     /// The machine, not started.
     pub machine: Machine,
     /// For [`Machine::run`].
-    pub requests: Receiver<Request>,
+    pub requests: Receiver<Posted>,
     /// Size changes of memory devices.
     pub memory_events: Receiver<MemEvent>,
 }
 
-/// Builds a machine. Opens files and may populate memory: before anything is to be answered.
-///
-/// # Errors
-/// Names the option or the part that can't be had.
-pub fn build(config: MachineConfig, local: &Local) -> Result<Built, Error> {
-    config.validate()?;
-    host::admit_boot_ram(config.ram.size_bytes)?;
-    let boot = Arc::new(BootImage::open(config.boot.clone())?);
-    let vm: Arc<dyn Vm> = kvm::open(kvm::DEFAULT_PATH)
-        .and_then(|kvm| kvm.create_vm())
-        .map_err(|e| Error::part("KVM", e))?;
-    let sizes: Vec<u64> = config.memory_devices.iter().map(|d| d.size_bytes).collect();
-    let layout = Arc::new(Layout::new(
-        config.ram.size_bytes,
-        &sizes,
-        vm.limits().phys_bits,
-    )?);
-    let (sender, requests) = channel();
-    let sender = Requests::new(sender);
-    let (memory_sender, memory_events) = channel();
-    let mut parts = Parts::new(&config, &layout, &vm)?;
-    let platform = Platform::new(
-        &config.serial,
-        &*vm,
-        &parts.memory,
-        &parts.port_root,
-        &parts.bridge,
-        &sender,
-        local,
-    )?;
-    let slots = parts.memory_devices(&config, &layout, &*vm, &memory_sender)?;
-    parts.disks(&config, &*vm)?;
-    parts
-        .bridge
-        .assign_bars()
-        .map_err(|e| Error::part("PCI", e))?;
-    let tables = Arc::new(tables(&config, &layout)?);
-    let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
-    let Parts {
-        memory,
-        system,
-        bridge,
-        functions,
-        iothreads,
-        blocking,
-        ..
-    } = parts;
-    let machine = Machine {
-        cpus,
-        platform,
-        bridge,
-        functions: RefCell::new(functions),
-        slots,
-        _iothreads: iothreads,
-        blocking,
-        vm,
-        system,
-        memory,
-        boot,
-        tables,
-        power_on,
-        layout,
-        config,
-        state: Cell::new(RunState::PreLaunch),
-        requests: sender,
-        local: local.clone(),
-    };
-    Ok(Built {
-        machine,
-        requests,
-        memory_events,
-    })
+/// What may take long is done: files are opened, memory is populated. Nothing outside of the
+/// process shows it yet: it can be given up at any time.
+pub struct Prepared {
+    config: MachineConfig,
+    boot: Arc<BootImage>,
+    vm: Arc<dyn Vm>,
+    layout: Arc<Layout>,
+    parts: Parts,
+    slots: Vec<MemorySlot>,
+    memory_events: Receiver<MemEvent>,
+}
+
+impl Prepared {
+    /// Does it.
+    ///
+    /// # Errors
+    /// Names the option or the part that can't be had.
+    pub fn new(config: MachineConfig) -> Result<Prepared, Error> {
+        config.validate()?;
+        host::admit_boot_ram(config.ram.size_bytes, &config.ram.backing)?;
+        let boot = Arc::new(BootImage::open(config.boot.clone())?);
+        let vm: Arc<dyn Vm> = kvm::open(kvm::DEFAULT_PATH)
+            .and_then(|kvm| kvm.create_vm())
+            .map_err(|e| Error::part("KVM", e))?;
+        let sizes: Vec<u64> = config.memory_devices.iter().map(|d| d.size_bytes).collect();
+        let layout = Arc::new(Layout::new(
+            config.ram.size_bytes,
+            &sizes,
+            vm.limits().phys_bits,
+        )?);
+        let (memory_sender, memory_events) = channel();
+        let mut parts = Parts::new(&config, &layout, &vm)?;
+        let slots = parts.memory_devices(&config, &layout, &*vm, &memory_sender)?;
+        parts.disks(&config, &*vm)?;
+        Ok(Prepared {
+            config,
+            boot,
+            vm,
+            layout,
+            parts,
+            slots,
+            memory_events,
+        })
+    }
+
+    /// Makes it a machine of the control thread: the board with its serial port, the vCPUs.
+    ///
+    /// # Errors
+    /// As [`Prepared::new`].
+    pub fn build(self, local: &Local) -> Result<Built, Error> {
+        let Prepared {
+            config,
+            boot,
+            vm,
+            layout,
+            parts,
+            slots,
+            memory_events,
+        } = self;
+        let (sender, requests) = channel();
+        let sender = Requests::new(sender);
+        let platform = Platform::new(
+            &config.serial,
+            &*vm,
+            &parts.memory,
+            &parts.port_root,
+            &parts.bridge,
+            &sender,
+            local,
+        )?;
+        parts
+            .bridge
+            .assign_bars()
+            .map_err(|e| Error::part("PCI", e))?;
+        let tables = Arc::new(tables(&config, &layout)?);
+        let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
+        let Parts {
+            memory,
+            system,
+            bridge,
+            functions,
+            iothreads,
+            blocking,
+            ..
+        } = parts;
+        let machine = Machine {
+            cpus,
+            platform,
+            bridge,
+            functions: RefCell::new(functions),
+            slots,
+            _iothreads: iothreads,
+            blocking,
+            vm,
+            system,
+            memory,
+            boot,
+            tables,
+            power_on,
+            layout,
+            config,
+            state: Cell::new(RunState::PreLaunch),
+            requests: sender,
+            local: local.clone(),
+        };
+        Ok(Built {
+            machine,
+            requests,
+            memory_events,
+        })
+    }
 }
 
 /// The machine while it is being put together.
@@ -299,7 +338,7 @@ fn add_ram(
     let block = memory
         .ram()
         .add(RamSpec {
-            name: "ram".into(),
+            name: BOOT_RAM.into(),
             size_bytes: config.ram.size_bytes,
             max_size_bytes: config.ram.size_bytes,
             backing: config.ram.backing.clone(),
@@ -307,7 +346,7 @@ fn add_ram(
             block_size_bytes: None,
         })
         .map_err(failed)?;
-    let ram = Region::ram("ram", &block);
+    let ram = Region::ram(BOOT_RAM, &block);
     memory
         .update(|t| {
             let mut offset = 0;

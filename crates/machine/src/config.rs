@@ -9,12 +9,15 @@ use ebbtide_memory::Backing;
 use crate::Error;
 use crate::boot::BootSpec;
 use crate::layout::MIB;
+use crate::machine::BOOT_RAM;
 
 /// Boot RAM and devices are multiples of this: the size of an x86 large page, and of the
 /// default virtio-mem block.
 pub const MEMORY_GRANULE: u64 = 2 * MIB;
 /// The kernel, its tables and an initrd need at least this.
 pub const MIN_RAM: u64 = 32 * MIB;
+/// Longer nobody waits for requests in flight.
+pub const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 /// vCPUs of one machine.
 pub const MAX_CPUS: u8 = 4;
 
@@ -37,7 +40,7 @@ pub struct MachineConfig {
     pub qmp: Vec<PathBuf>,
     /// A guest reset ends the VM instead.
     pub no_reboot: bool,
-    /// How long reset and quit wait for requests in flight.
+    /// How long reset and quit wait for requests in flight, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
 }
 
@@ -120,6 +123,16 @@ impl MachineConfig {
                 MIN_RAM / MIB
             ));
         }
+        if self.drain_timeout > MAX_DRAIN_TIMEOUT {
+            return config_error(format!(
+                "drain-timeout={}: 0 to {} seconds are accepted",
+                self.drain_timeout.as_secs(),
+                MAX_DRAIN_TIMEOUT.as_secs()
+            ));
+        }
+        self.unique_sockets()?;
+        self.unique_memory()?;
+        self.shared_disks()?;
         for device in &self.memory_devices {
             device.validate()?;
         }
@@ -134,6 +147,55 @@ impl MachineConfig {
             }
         }
         self.unique_ids()
+    }
+
+    /// Each socket is listened on once; found here, it is not taken for another process's.
+    fn unique_sockets(&self) -> Result<(), Error> {
+        let mut paths: Vec<&PathBuf> = self.qmp.iter().collect();
+        if let SerialConfig::Unix(path) = &self.serial {
+            paths.push(path);
+        }
+        paths.sort_unstable();
+        match paths.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) => config_error(format!("unix:{}: is used twice", pair[0].display())),
+            None => Ok(()),
+        }
+    }
+
+    /// Each backend is one RAM block with a name of its own, and the boot RAM has one, too.
+    fn unique_memory(&self) -> Result<(), Error> {
+        let mut names: Vec<&str> = self
+            .memory_devices
+            .iter()
+            .map(|d| d.memdev.as_str())
+            .collect();
+        names.push(BOOT_RAM);
+        names.sort_unstable();
+        match names.windows(2).find(|pair| pair[0] == pair[1]) {
+            Some(pair) if pair[0] == BOOT_RAM => config_error(format!(
+                "memory backend id={BOOT_RAM}: is the name of the boot RAM"
+            )),
+            Some(pair) => config_error(format!("memory backend id={}: is used twice", pair[0])),
+            None => Ok(()),
+        }
+    }
+
+    /// One image may be read by several devices; found here, it is not taken for another process's.
+    fn shared_disks(&self) -> Result<(), Error> {
+        let mut disks: Vec<&DiskConfig> = self.disks.iter().collect();
+        disks.sort_by(|a, b| a.path.cmp(&b.path));
+        let shared = |pair: &&[&DiskConfig]| {
+            pair[0].path == pair[1].path && !(pair[0].readonly && pair[1].readonly)
+        };
+        match disks.windows(2).find(shared) {
+            Some(pair) => config_error(format!(
+                "disks {} and {}: path={}: only with readonly=on may several have one image",
+                pair[0].id,
+                pair[1].id,
+                pair[0].path.display()
+            )),
+            None => Ok(()),
+        }
     }
 
     fn unique_ids(&self) -> Result<(), Error> {
@@ -246,6 +308,13 @@ mod tests {
         assert!(
             refused(|c| c.memory_devices[0].requested_bytes = 4096).contains("requested-size=4096")
         );
+        assert!(refused(|c| c.drain_timeout = Duration::MAX).contains("0 to 86400 seconds"));
+        assert!(refused(|c| c.qmp = vec!["a".into(), "b".into(), "a".into()]).contains("unix:a"));
+        let shared = refused(|c| {
+            c.qmp = vec!["a".into()];
+            c.serial = SerialConfig::Unix("a".into());
+        });
+        assert!(shared.contains("used twice"), "{shared}");
         let disk = DiskConfig {
             id: "vmem0".into(),
             path: "d".into(),
@@ -254,6 +323,26 @@ mod tests {
             direct: false,
         };
         assert!(refused(|c| c.disks.push(disk.clone())).contains("used twice"));
+        let twin = |readonly| {
+            let mut twins = [disk.clone(), disk.clone()];
+            for (disk, id) in twins.iter_mut().zip(["d1", "d2"]) {
+                disk.id = id.into();
+                disk.readonly = readonly;
+            }
+            twins
+        };
+        let shared = refused(|c| c.disks.extend(twin(false)));
+        assert!(shared.contains("d1 and d2") && shared.contains("readonly=on"));
+        let mut c = config();
+        c.disks.extend(twin(true));
+        c.validate().unwrap();
+        assert!(refused(|c| c.memory_devices[0].memdev = "ram".into()).contains("boot RAM"));
+        let second = refused(|c| {
+            let mut device = c.memory_devices[0].clone();
+            device.id = "vmem1".into();
+            c.memory_devices.push(device);
+        });
+        assert!(second.contains("id=mem-vmem0"), "{second}");
         let mut bad = disk.clone();
         bad.id = "0/x".into();
         assert!(refused(|c| c.disks.push(bad)).contains("starts with a letter"));

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use ebbtide_qmp::sizes::human;
 use thiserror::Error;
 
 /// Why a machine can't be built, or an operation on it fails.
@@ -26,7 +27,9 @@ pub enum Error {
     Boot(String),
     /// The guest-physical address space is too small for the memory asked for.
     #[error(
-        "memory: the guest would need {needed_bytes:#x} bytes of physical address space, {phys_bits} bits give {available_bytes:#x}"
+        "memory: the guest would need {} of physical address space; the {phys_bits} bits of this host's processors give {}; ask for less (max=)",
+        human(*.needed_bytes),
+        human(*.available_bytes)
     )]
     AddressSpace {
         /// End of what was asked for.
@@ -37,7 +40,11 @@ pub enum Error {
         phys_bits: u8,
     },
     /// The host can't give the boot RAM.
-    #[error("memory size={asked_bytes}: {limit} leaves {available_bytes} bytes")]
+    #[error(
+        "memory size={asked_bytes} ({}): {limit} leaves {available_bytes} bytes ({})",
+        human(*.asked_bytes),
+        human(*.available_bytes)
+    )]
     HostMemory {
         /// Boot RAM asked for.
         asked_bytes: u64,

@@ -30,7 +30,7 @@ pub mod monitor;
 mod platform;
 mod size_events;
 
-pub use build::{Built, build};
+pub use build::{Built, Prepared};
 pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
 pub use error::Error;

@@ -13,7 +13,12 @@
 //! ```
 //!
 //! Requests come through a channel from vCPUs, devices, monitors and signals, and are done one
-//! after the other: a reset never meets half of a stop.
+//! after the other: a reset never meets half of a stop. What a guest asked for dies with it: Linux
+//! pulls the reset line of the keyboard controller ten times, and the guest that comes after the
+//! first pull must not be reset by the second.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_iothread::{Sender, oneshot};
 use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
@@ -42,19 +47,60 @@ pub enum Request {
     Cpu(CpuEvent),
 }
 
+impl Request {
+    /// Whether the guest made it, by a register or a fault.
+    fn is_of_guest(&self) -> bool {
+        match self {
+            Request::Reset { cause } | Request::Shutdown { cause } => matches!(
+                cause,
+                ShutdownCause::GuestReset | ShutdownCause::GuestShutdown
+            ),
+            Request::Cpu(_) => true,
+            Request::Stop(_) | Request::Continue(_) | Request::PowerButton => false,
+        }
+    }
+}
+
+/// A request on its way.
+pub struct Posted {
+    request: Request,
+    /// Which guest was there when it was made, counted from power-on.
+    guest: u64,
+}
+
 /// Sends requests to the lifecycle task; never blocks.
 #[derive(Clone)]
-pub struct Requests(Sender<Request>);
+pub struct Requests {
+    channel: Sender<Posted>,
+    guest: Arc<AtomicU64>,
+}
 
 impl Requests {
     /// A sender on `channel`.
-    pub fn new(channel: Sender<Request>) -> Requests {
-        Requests(channel)
+    pub fn new(channel: Sender<Posted>) -> Requests {
+        Requests {
+            channel,
+            guest: Arc::default(),
+        }
     }
 
     /// Posts `request`.
     pub fn send(&self, request: Request) {
-        self.0.send(request);
+        // A vCPU that is parked has sent what it had to send, and parking synchronises: no vCPU
+        // reads the number of the next guest while it runs the old one.
+        let guest = self.guest.load(Ordering::Relaxed);
+        self.channel.send(Posted { request, guest });
+    }
+
+    /// From now on another guest runs. All vCPUs must be parked.
+    pub fn next_guest(&self) {
+        self.guest.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// What is to be done about `posted`: nothing if it comes from a guest that is no more.
+    pub fn receive(&self, posted: Posted) -> Option<Request> {
+        let current = posted.guest == self.guest.load(Ordering::Relaxed);
+        (current || !posted.request.is_of_guest()).then_some(posted.request)
     }
 
     /// Asks for a reset without waiting for it.
@@ -107,6 +153,12 @@ pub fn on_stop(state: RunState) -> Step {
     }
 }
 
+/// Whether who halts in `state` has to tell it by a STOP event: a guest that stands still, be it
+/// that another vCPU has failed before, is not stopped once more.
+pub fn halt_is_news(state: RunState) -> bool {
+    state == RunState::Running
+}
+
 /// What the lifecycle does on a continue.
 ///
 /// # Errors
@@ -155,6 +207,9 @@ mod tests {
         assert_eq!(on_stop(RunState::Running), Step::Halt(RunState::Paused));
         assert_eq!(on_stop(RunState::Paused), Step::Nothing);
         assert_eq!(on_stop(RunState::InternalError), Step::Nothing);
+        assert!(halt_is_news(RunState::Running));
+        assert!(!halt_is_news(RunState::Paused));
+        assert!(!halt_is_news(RunState::InternalError));
         assert_eq!(on_continue(RunState::Paused), Ok(Step::Go));
         assert_eq!(on_continue(RunState::Running), Ok(Step::Nothing));
         assert!(on_continue(RunState::InternalError).is_err());
@@ -168,6 +223,32 @@ mod tests {
         assert_eq!(on_reset(RunState::Paused, cause, false), reset(false));
         assert_eq!(on_reset(RunState::InternalError, cause, false), reset(true));
         assert_eq!(on_reset(RunState::Running, cause, true), Step::End(cause));
+    }
+
+    #[test]
+    fn what_a_guest_asked_for_dies_with_it() {
+        let (sender, mut channel) = ebbtide_iothread::channel();
+        let requests = Requests::new(sender);
+        let mut next = || {
+            let posted = channel.try_recv().expect("a request is there");
+            requests.receive(posted)
+        };
+        let fault = CpuEvent::TripleFault { cpu: 1 };
+        requests.reset(ShutdownCause::GuestReset);
+        requests.reset(ShutdownCause::GuestReset);
+        requests.send(Request::Cpu(fault.clone()));
+        requests.shutdown(ShutdownCause::GuestShutdown);
+        requests.reset(ShutdownCause::HostQmpSystemReset);
+        requests.shutdown(ShutdownCause::HostSignal);
+        assert!(matches!(next(), Some(Request::Reset { .. })));
+        requests.next_guest();
+        requests.send(Request::Cpu(fault));
+        for _ in 0..3 {
+            assert!(next().is_none(), "of the guest before");
+        }
+        assert!(matches!(next(), Some(Request::Reset { .. })));
+        assert!(matches!(next(), Some(Request::Shutdown { .. })));
+        assert!(matches!(next(), Some(Request::Cpu(_))), "of this guest");
     }
 
     #[test]

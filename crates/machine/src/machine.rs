@@ -26,7 +26,7 @@ use crate::boot::{self, BootImage, Entry};
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::layout::Layout;
-use crate::lifecycle::{self, Ending, Request, Requests, Step};
+use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
 use crate::platform::Platform;
 
 /// Name of the RAM block the machine boots with.
@@ -230,11 +230,14 @@ impl Machine {
     }
 
     /// Serves requests that change the run state until one ends the VM.
-    pub async fn run(&self, mut incoming: Receiver<Request>, events: &EventSink) -> Ending {
+    pub async fn run(&self, mut incoming: Receiver<Posted>, events: &EventSink) -> Ending {
         loop {
             // None: all senders are gone, which only happens when the machine falls apart.
             let cause = match incoming.recv().await {
-                Some(request) => self.apply(request, events).await,
+                Some(posted) => match self.requests.receive(posted) {
+                    Some(request) => self.apply(request, events).await,
+                    None => None,
+                },
                 None => Some(ShutdownCause::HostError),
             };
             if let Some(cause) = cause {
@@ -285,8 +288,7 @@ impl Machine {
             Step::Nothing => {}
             Step::Halt(state) => {
                 self.cpus.park().await;
-                self.state.set(state);
-                events.emit(events::STOP.with(Empty {}));
+                self.halted(state, events);
             }
             Step::Go => {
                 self.mark_paused().await;
@@ -297,8 +299,7 @@ impl Machine {
             Step::Reset { cause, then_run } => {
                 if let Err(e) = self.reset().await {
                     tracing::error!("reset failed: {e}");
-                    self.state.set(RunState::InternalError);
-                    events.emit(events::STOP.with(Empty {}));
+                    self.halted(RunState::InternalError, events);
                     return None;
                 }
                 events.emit(events::RESET.with(Cause::new(cause)));
@@ -318,6 +319,14 @@ impl Machine {
         None
     }
 
+    /// The vCPUs are parked and stay so, because of `state`.
+    fn halted(&self, state: RunState, events: &EventSink) {
+        let before = self.state.replace(state);
+        if lifecycle::halt_is_news(before) {
+            events.emit(events::STOP.with(Empty {}));
+        }
+    }
+
     /// After a stop, tells the guest's lock-up detectors that its time stood still on purpose.
     async fn mark_paused(&self) {
         if self.state() != RunState::Paused {
@@ -334,6 +343,7 @@ impl Machine {
     /// devices empty, registers reset, kernel loaded.
     async fn reset(&self) -> Result<(), Error> {
         self.cpus.park().await;
+        self.requests.next_guest();
         for device in self.drain().await {
             // Its requests may still write to what the old guest gave them: the new guest must
             // not meet the device. It stays allocated until they end.

@@ -136,6 +136,19 @@ fn entry(start: u64, last: u64, name: &str, offset: u64) -> (u64, u64, String, u
 
 /// The map that QEMU's docs/devel/memory.rst takes as its example.
 #[test]
+fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 1 << 20,
+    })
+    .unwrap();
+    let root = Region::container("everything", 1 << 64);
+    let _space = memory.address_space("memory", &root).unwrap();
+    let text = memory.mtree(false);
+    let line = "  0000000000000000-ffffffffffffffff (prio 0, container): everything\n";
+    assert!(text.contains(line), "{text}");
+}
+
+#[test]
 fn the_example_map_of_the_qemu_documentation() {
     let memory = memory();
     let block = ram(&memory, "pc.ram", 4 << 30);

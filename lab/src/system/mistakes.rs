@@ -53,10 +53,23 @@ pub fn command_line(ground: &Ground) -> Result<()> {
             &["--disk", "path=x,readonyl=on"],
             &["readonyl", "\"readonly\""],
         ),
+        with(
+            &["--disk", "path=x", "--disk", "path=x"],
+            &["disk0 and disk1", "path=x", "readonly=on"],
+        ),
         with(&["--cpus", "0"], &["cpus=0"]),
         with(&["--cpus", "99"], &["cpus=99"]),
         with(&["--serial", "tcp:1"], &["--serial", "tcp:1"]),
+        with(&["--cpus", "256"], &["cpus=256"]),
         with(&["--qmp", "vm.qmp"], &["--qmp", "vm.qmp"]),
+        with(
+            &["--qmp", "unix:a", "--qmp", "unix:a"],
+            &["unix:a", "twice"],
+        ),
+        with(
+            &["--drain-timeout", "1000000000"],
+            &["drain-timeout=1000000000", "86400"],
+        ),
         with(
             &["--device", "virtio-men-pci,memdev=a"],
             &["virtio-men-pci", "\"virtio-mem-pci\""],
@@ -93,6 +106,11 @@ pub fn files(ground: &Ground) -> Result<()> {
     let live = UnixListener::bind(&socket)?;
     let live_socket = format!("unix:{socket}");
     let missing = path("missing-kernel");
+    let pipe = path("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status()?;
+    ensure!(made.success(), "mkfifo: {made}");
+    let serial_pipe = format!("file:{pipe}");
+    let long_socket = format!("unix:{}", path(&"x".repeat(120)));
     for case in [
         case(
             &["run", "--kernel", &missing],
@@ -100,6 +118,23 @@ pub fn files(ground: &Ground) -> Result<()> {
             &["kernel", "missing-kernel"],
         ),
         case(&["run", "--kernel", &truncated], FAILURE, &["truncated"]),
+        // Nobody writes to it: it must not be waited for.
+        case(&["run", "--kernel", &pipe], FAILURE, &["pipe", "regular"]),
+        case(
+            &["run", "--kernel", kernel, "--serial", &serial_pipe],
+            FAILURE,
+            &["--serial", "pipe"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--serial", &long_socket],
+            FAILURE,
+            &["--serial", "107"],
+        ),
+        case(
+            &["run", "--kernel", kernel, "--qmp", &long_socket],
+            FAILURE,
+            &["--qmp", "107"],
+        ),
         case(
             &["run", "--kernel", kernel, "--initrd", &huge],
             FAILURE,

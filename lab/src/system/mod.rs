@@ -85,6 +85,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("quit ends the VM in order", endings::quit),
     scenario("a monitor client is killed", monitor::killed_client),
     scenario("garbage on the monitor", monitor::garbage),
+    scenario("lines typed at the monitor", monitor::typed_lines),
     scenario("qemu.qmp", monitor::python_client),
 ];
 

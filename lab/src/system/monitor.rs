@@ -114,6 +114,46 @@ fn flood(path: &std::path::Path) -> Result<()> {
     Ok(())
 }
 
+/// Lines as people type them: options, quotes, suffixes, help; a mistake is told for what it is.
+pub fn typed_lines(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(1, GIB)?;
+    for (line, says) in [
+        ("info status", "VM status: running"),
+        ("info version", "ebbtide"),
+        ("info ramblock", "mem-vmem0"),
+        ("info mtree -f", "FlatView"),
+        ("info mtree -z", "unsupported option -z"),
+        ("info nope", "unknown command: 'info nope'"),
+        ("help qom-set", "sizes may carry a suffix"),
+        ("qom-list", "machine (child<"),
+        ("qom-set vmem0 requested-size", "string expected"),
+        ("qom-set vmem0 requested-size 1Q", "its unit is not known"),
+        ("qom-set vmem0 requested-size 300M", ""),
+        ("qom-get vmem0 requested-size", "314572800"),
+        ("qom-set -j \"vmem0\" requested-size 2097152", ""),
+        ("qom-get vmem0 requested-size", "2097152"),
+        ("quit now", "extraneous characters"),
+    ] {
+        let answer = vmm
+            .qmp()
+            .execute("human-monitor-command", json!({"command-line": line}))?;
+        let text = answer.as_str().context("an answer that is no text")?;
+        let right = if says.is_empty() {
+            text.is_empty()
+        } else {
+            text.contains(says)
+        };
+        ensure!(right, "{line}: {text:?}, expected {says:?}");
+    }
+    let stranger = vmm.qmp().execute(
+        "human-monitor-command",
+        json!({"command-line": "info status", "cpu-index": 9}),
+    );
+    let text = format!("{:#}", stranger.err().context("a vCPU that is not there")?);
+    ensure!(text.contains("cpu-index"), "{text}");
+    finish(vmm)
+}
+
 /// QEMU's own Python client, unchanged: negotiates, resizes, receives the events.
 pub fn python_client(ground: &Ground) -> Result<()> {
     let vmm = ground.boot(1, 2 * GIB)?;

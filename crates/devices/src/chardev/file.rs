@@ -4,10 +4,12 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
 
 use ebbtide_iothread::Local;
+use rustix::fs::OFlags;
 
 use super::{Wire, next_output};
 use crate::Error;
@@ -21,12 +23,18 @@ pub(super) struct OutputFile {
 }
 
 impl OutputFile {
-    /// Creates or truncates the file.
+    /// Creates or truncates the file. A pipe nobody reads from is refused, not waited for.
     pub(super) fn create(path: &Path) -> Result<Self, Error> {
-        let file = File::create(path).map_err(|source| Error::File {
-            path: path.to_owned(),
-            source,
-        })?;
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .custom_flags(OFlags::NONBLOCK.bits().cast_signed())
+            .open(path)
+            .map_err(|source| Error::File {
+                path: path.to_owned(),
+                source,
+            })?;
         Ok(Self {
             file: Arc::new(file),
         })

@@ -30,6 +30,9 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Bytes read from a client at once.
 const RECEIVE_BYTES: usize = 4096;
 
+/// What `sockaddr_un` has room for, less the NUL (unix(7)).
+const PATH_BYTES: usize = 107;
+
 /// A bound socket; its path is removed when it is dropped.
 pub(super) struct Listener {
     listener: UnixListener,
@@ -44,6 +47,13 @@ impl Listener {
             path: path.to_owned(),
             source,
         };
+        let bytes = path.as_os_str().len();
+        if bytes > PATH_BYTES {
+            return Err(error(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("the path has {bytes} bytes, a socket's may have {PATH_BYTES}"),
+            )));
+        }
         remove_dead(path)?;
         let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
             io::ErrorKind::AddrInUse => Error::SocketInUse(path.to_owned()),

@@ -137,6 +137,40 @@ fn a_file_that_cannot_be_opened_is_named() {
 }
 
 #[test]
+fn a_pipe_nobody_reads_is_refused_at_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("pipe");
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        &path,
+        rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+    )
+    .unwrap();
+    let error = Chardev::open(&ChardevSpec::File(path.clone())).map(|_| ());
+    let text = error.unwrap_err().to_string();
+    assert!(text.contains("pipe"), "{text}");
+    let mut reader = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(&path)
+        .unwrap();
+    let served = serve(&ChardevSpec::File(path));
+    served.wire.put(b"read");
+    let mut text = [0; 4];
+    std::io::Read::read_exact(&mut reader, &mut text).unwrap();
+    assert_eq!(&text, b"read");
+    served.close();
+}
+
+#[test]
+fn a_socket_path_that_is_too_long_is_named_with_its_length() {
+    let long = format!("/tmp/{}", "x".repeat(120));
+    let error = Chardev::open(&ChardevSpec::Unix(long.into())).map(|_| ());
+    let text = error.unwrap_err().to_string();
+    assert!(text.contains("125 bytes") && text.contains("107"), "{text}");
+}
+
+#[test]
 fn output_on_a_full_disk_is_dropped_and_the_device_goes_on() {
     let served = serve(&ChardevSpec::File("/dev/full".into()));
     served.wire.put(b"x");

@@ -8,6 +8,8 @@ use ebbtide_machine::config::{
     DiskConfig, MEMORY_GRANULE, MemoryDeviceConfig, RamConfig, SerialConfig,
 };
 
+use ebbtide_qmp::SocketSpec;
+
 use super::options::{KeyValues, OptionError, unknown};
 
 const MEMORY_KEYS: &[&str] = &["size", "max", "backend", "path", "prefault"];
@@ -145,15 +147,11 @@ pub fn serial(text: &str) -> Result<SerialConfig, OptionError> {
     }
 }
 
-/// The value of `--qmp`.
+/// The value of `--qmp`, also in QEMU's spelling: `unix:PATH,server=on,wait=off`.
 pub fn qmp(text: &str) -> Result<PathBuf, OptionError> {
-    match text.split_once(':') {
-        Some(("unix", path)) if !path.is_empty() => Ok(PathBuf::from(path)),
-        _ => Err(OptionError::new(
-            "--qmp",
-            format!("{text:?}: unix:PATH is accepted"),
-        )),
-    }
+    let spec: Result<SocketSpec, _> = text.parse();
+    spec.map(|spec| spec.path)
+        .map_err(|e| OptionError::new("--qmp", e))
 }
 
 /// A memory backend of `--object`.

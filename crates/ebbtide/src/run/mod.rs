@@ -5,16 +5,17 @@ mod devices;
 mod options;
 mod signals;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
+use ebbtide_hypervisor::probe::Flavour;
 use ebbtide_iothread::Local;
 use ebbtide_machine::boot::BootSpec;
-use ebbtide_machine::config::{MachineConfig, MemoryDeviceConfig};
+use ebbtide_machine::config::{MAX_CPUS, MachineConfig, MemoryDeviceConfig};
 use ebbtide_machine::lifecycle::Ending;
-use ebbtide_machine::{Built, build};
+use ebbtide_machine::{Built, Prepared};
 use ebbtide_qmp::{EventSink, Server, SocketSpec};
 
 use options::OptionError;
@@ -51,9 +52,9 @@ pub struct RunArgs {
     /// Kernel command line
     #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
     cmdline: String,
-    /// Number of vCPUs
+    /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
-    cpus: u8,
+    cpus: u64,
     /// size=SIZE[,max=SIZE][,backend=anon|memfd|hugetlb|file][,path=FILE][,prefault=on]: RAM at
     /// boot; max adds the virtio-mem device vmem0 with the rest, not reserved up front
     #[arg(long, value_name = "OPTIONS", default_value = "512M")]
@@ -78,8 +79,8 @@ pub struct RunArgs {
     #[arg(long)]
     no_reboot: bool,
     /// How long reset and quit wait for requests in flight
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    drain_timeout: u64,
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = crate::seconds::from_zero)]
+    drain_timeout: Duration,
 }
 
 /// Runs a guest to its end.
@@ -91,6 +92,11 @@ pub fn main(args: RunArgs) -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
+    if Flavour::detect(Path::new("/sys/module")) == Some(Flavour::Pvm) {
+        tracing::warn!(
+            "this machine's KVM is a PVM host, which emulates an ordinary kernel instruction by instruction: expect hours (see ebbtide doctor)"
+        );
+    }
     // Before the first thread: they inherit the mask.
     let signals = match Signals::block() {
         Ok(signals) => signals,
@@ -110,25 +116,43 @@ pub fn main(args: RunArgs) -> ExitCode {
             ExitCode::FAILURE
         }
         Err(e) => {
-            eprintln!("ebbtide run: {e:#}");
+            eprintln!("ebbtide run: {}", one_line(&e));
             ExitCode::FAILURE
         }
     }
 }
 
+/// An error with its causes, each said once: some errors name theirs themselves.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !line.contains(&cause) {
+            line.push_str(": ");
+            line.push_str(&cause);
+        }
+    }
+    line
+}
+
 async fn live(config: MachineConfig, signals: Signals, local: Local) -> anyhow::Result<Ending> {
     let sockets = config.qmp.clone();
     let events = EventSink::new(&local);
+    // It may take long: gigabytes are populated, a file system does not answer.
+    let unfinished = signals.end_process_meanwhile()?;
+    let prepared = Prepared::new(config)?;
+    unfinished.over();
     let Built {
         machine,
         requests,
         memory_events,
-    } = build(config, &local)?;
+    } = prepared.build(&local)?;
     let machine = Rc::new(machine);
     let table = ebbtide_machine::monitor::table(&machine);
     let server = Server::new(&local, Rc::new(table), events.clone());
     for path in sockets {
-        server.listen(&SocketSpec::unix(path))?;
+        server
+            .listen(&SocketSpec::unix(path))
+            .map_err(|e| anyhow::anyhow!("--qmp: {e}"))?;
     }
     let watch = local.spawn(signals.watch(local.clone(), machine.requests().clone()));
     let sizes = local.spawn(ebbtide_machine::report_sizes(memory_events, events.clone()));
@@ -166,20 +190,26 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         .iter()
         .map(|text| devices::qmp(text))
         .collect::<Result<_, _>>()?;
+    let cpus = u8::try_from(args.cpus).map_err(|_| {
+        OptionError::new(
+            "command line",
+            format!("cpus={}: 1 to {MAX_CPUS} are accepted", args.cpus),
+        )
+    })?;
     let config = MachineConfig {
         boot: BootSpec {
             kernel: args.kernel,
             initrd: args.initrd,
             cmdline: command_line(args.cmdline, !memory_devices.is_empty()),
         },
-        cpus: args.cpus,
+        cpus,
         ram,
         memory_devices,
         disks,
         serial: devices::serial(&args.serial)?,
         qmp,
         no_reboot: args.no_reboot,
-        drain_timeout: Duration::from_secs(args.drain_timeout),
+        drain_timeout: args.drain_timeout,
     };
     config
         .validate()
@@ -209,6 +239,15 @@ fn command_line(text: String, grows: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cause_is_said_once() {
+        let refused = || std::io::Error::other("not permitted");
+        let named = anyhow::Error::from(refused()).context("io_uring (not permitted)");
+        assert_eq!(one_line(&named), "io_uring (not permitted)");
+        let plain = anyhow::Error::from(refused()).context("io_uring");
+        assert_eq!(one_line(&plain), "io_uring: not permitted");
+    }
 
     #[test]
     fn online_parameter_is_added_unless_decided() {

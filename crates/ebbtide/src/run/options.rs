@@ -138,7 +138,7 @@ fn nearest<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
         .iter()
         .map(|k| (distance(name, k), *k))
         .min()
-        .filter(|(d, k)| *d <= (k.len() / 2).clamp(1, 3))
+        .filter(|(d, k)| *d <= k.len().div_ceil(2).clamp(1, 3))
         .map(|(_, k)| k)
 }
 
@@ -222,6 +222,7 @@ mod tests {
             nearest("requsted-size", &["requested-size", "size"]),
             Some("requested-size")
         );
+        assert_eq!(nearest("maks", &["size", "max", "path"]), Some("max"));
         assert_eq!(nearest("zzz", &["requested-size", "size"]), None);
     }
 }

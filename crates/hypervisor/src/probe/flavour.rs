@@ -23,7 +23,7 @@ impl Flavour {
     ];
 
     /// Looks at the modules under `modules` (`/sys/module`). `None` if none or several are there.
-    pub(super) fn detect(modules: &Path) -> Option<Self> {
+    pub fn detect(modules: &Path) -> Option<Self> {
         let mut found = Self::MODULES
             .iter()
             .filter(|(_, module)| modules.join(module).is_dir());

@@ -19,6 +19,7 @@ mod zero_page;
 use std::ffi::CString;
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use linux_loader::loader::{
@@ -247,7 +248,12 @@ fn open_file(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
         path: path.to_owned(),
         reason,
     };
-    let file = File::open(path).map_err(|e| failed(e.to_string()))?;
+    // Without waiting: opening a pipe would last until somebody writes to it.
+    let file = File::options()
+        .read(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path)
+        .map_err(|e| failed(e.to_string()))?;
     let meta = file.metadata().map_err(|e| failed(e.to_string()))?;
     if !meta.is_file() {
         return Err(failed("is not a regular file".into()));

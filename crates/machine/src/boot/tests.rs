@@ -136,3 +136,12 @@ fn command_line_limits() {
     s.cmdline = "a\0b".into();
     assert!(BootImage::open(s).unwrap_err().to_string().contains("NUL"));
 }
+
+#[test]
+fn a_pipe_is_refused_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pipe");
+    rustix::fs::mkfifoat(rustix::fs::CWD, &path, rustix::fs::Mode::RWXU).unwrap();
+    let text = BootImage::open(spec(&path)).unwrap_err().to_string();
+    assert!(text.contains("not a regular file"), "{text}");
+}

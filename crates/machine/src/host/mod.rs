@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 
 pub use facts::{Facts, HugePages, Membarrier, Uring};
 
+use ebbtide_memory::Backing;
+
 use crate::Error;
 
 /// A limit on memory and what it leaves.
@@ -22,9 +24,16 @@ pub struct Available {
 /// Refuses boot RAM that the host can't give. What a memory device may grow to is not asked for
 /// at start and may exceed the host.
 ///
+/// Only what comes out of the host's ordinary memory is asked for: reserved huge pages are not
+/// part of it, and their pool refuses by itself; a file's pages go back to the file.
+///
 /// # Errors
 /// [`Error::HostMemory`] with the figures.
-pub fn admit_boot_ram(asked_bytes: u64) -> Result<(), Error> {
+pub fn admit_boot_ram(asked_bytes: u64, backing: &Backing) -> Result<(), Error> {
+    match backing {
+        Backing::Anon { .. } | Backing::Memfd { .. } => {}
+        Backing::Hugetlb { .. } | Backing::File { .. } => return Ok(()),
+    }
     match available(Path::new("/")) {
         Some(Available { bytes, limit }) if bytes < asked_bytes => Err(Error::HostMemory {
             asked_bytes,
@@ -80,9 +89,20 @@ fn cgroup_limit(dir: &Path) -> Option<Available> {
     let max = number(dir.join("memory.max"))?;
     let current = number(dir.join("memory.current")).unwrap_or(0);
     Some(Available {
-        bytes: max.saturating_sub(current),
+        bytes: max.saturating_sub(current.saturating_sub(cached(dir))),
         limit: format!("memory.max of {}", dir.display()),
     })
+}
+
+/// Bytes charged to the group for copies of files, which go when memory is wanted.
+fn cached(dir: &Path) -> u64 {
+    let text = fs::read_to_string(dir.join("memory.stat")).unwrap_or_default();
+    let count = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+            .unwrap_or(0)
+    };
+    count("inactive_file ").saturating_add(count("active_file "))
 }
 
 #[cfg(test)]
@@ -113,12 +133,23 @@ mod tests {
         let tight = available(root).unwrap();
         assert_eq!(tight.bytes, 1_047_576);
         assert!(tight.limit.contains("cgroup/a"), "{}", tight.limit);
+        // Of what is in use, 300 bytes are copies of files.
+        put(
+            root,
+            "sys/fs/cgroup/a/memory.stat",
+            "anon 500\nfile 400\ninactive_file 100\nactive_file 200\n",
+        );
+        assert_eq!(available(root).unwrap().bytes, 1_047_876);
     }
 
     #[test]
     fn the_impossible_is_refused_with_figures() {
-        let err = admit_boot_ram(u64::MAX).unwrap_err().to_string();
-        assert!(err.contains("size=18446744073709551615"), "{err}");
-        admit_boot_ram(4096).unwrap();
+        let anon = Backing::Anon { thp: true };
+        let err = admit_boot_ram(1 << 60, &anon).unwrap_err().to_string();
+        assert!(err.contains("size=1152921504606846976"), "{err}");
+        assert!(err.contains("1 EiB"), "{err}");
+        admit_boot_ram(4096, &anon).unwrap();
+        let page_size_bytes = 2 << 20;
+        admit_boot_ram(1 << 60, &Backing::Hugetlb { page_size_bytes }).unwrap();
     }
 }

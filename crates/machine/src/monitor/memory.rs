@@ -4,6 +4,7 @@
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::ebbtide::{Memory, MemoryDevice, Resize, ResizeState};
 use ebbtide_qmp::types::memory::{MemoryDeviceInfo, MemorySizeSummary, VirtioMemDeviceInfo};
+use ebbtide_qmp::types::run_state::RunState;
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 use ebbtide_virtio::mem::Progress;
 
@@ -24,7 +25,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
         })
         .on(commands::EBBTIDE_QUERY_RESIZE, async |m, _, args| {
             m.memory_slot(&args.id)
-                .map(resize)
+                .map(|slot| resize(slot, m.state()))
                 .ok_or_else(|| QmpError::device_not_found(&args.id))
         })
 }
@@ -87,21 +88,38 @@ fn device(slot: &MemorySlot) -> MemoryDevice {
     }
 }
 
-fn resize(slot: &MemorySlot) -> Resize {
+fn resize(slot: &MemorySlot, machine: RunState) -> Resize {
     let status = slot.status();
-    let (state, reason) = match status.progress {
-        Progress::Reached => (ResizeState::Reached, None),
-        Progress::Working => (ResizeState::Working, None),
-        Progress::Partial(reason) => (ResizeState::Partial, Some(reason)),
-        Progress::Stalled(reason) => (ResizeState::Stalled, Some(reason)),
-    };
+    let (state, reason) = standing(status.progress, machine);
     Resize {
         id: slot.config.id.clone(),
         target: status.requested_bytes,
         plugged: status.plugged_bytes,
         state,
-        reason: reason.map(|r| r.to_string()),
+        reason,
         since_ms: u64::try_from(slot.target_age().as_millis()).unwrap_or(u64::MAX),
+    }
+}
+
+/// Where a resize stands. A device can't tell a driver that does not want to go on from one whose
+/// vCPUs do not run: of a machine that does not run, that is the reason.
+fn standing(progress: Progress, machine: RunState) -> (ResizeState, Option<String>) {
+    match (progress, machine) {
+        (Progress::Reached, _) => (ResizeState::Reached, None),
+        // It can go on at any time, and the guest then follows.
+        (_, RunState::Paused | RunState::PreLaunch) => (
+            ResizeState::Working,
+            Some(format!("the guest does not run ({machine})")),
+        ),
+        (_, RunState::InternalError) => (
+            ResizeState::Stalled,
+            Some(format!(
+                "the guest does not run ({machine}) and needs a system_reset"
+            )),
+        ),
+        (Progress::Working, _) => (ResizeState::Working, None),
+        (Progress::Partial(reason), _) => (ResizeState::Partial, Some(reason.to_string())),
+        (Progress::Stalled(reason), _) => (ResizeState::Stalled, Some(reason.to_string())),
     }
 }
 
@@ -119,6 +137,26 @@ fn resident_bytes() -> std::io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use ebbtide_virtio::mem::Reason;
+
+    use super::*;
+
+    #[test]
+    fn a_guest_that_does_not_run_is_not_blamed() {
+        let idle = Progress::Stalled(Reason::DriverIdle);
+        let (state, reason) = standing(idle, RunState::Paused);
+        assert_eq!(state, ResizeState::Working);
+        assert!(reason.unwrap().contains("paused"));
+        let (state, reason) = standing(Progress::Working, RunState::InternalError);
+        assert_eq!(state, ResizeState::Stalled);
+        assert!(reason.unwrap().contains("system_reset"));
+        assert_eq!(standing(idle, RunState::Running).0, ResizeState::Stalled);
+        assert_eq!(
+            standing(Progress::Reached, RunState::Paused),
+            (ResizeState::Reached, None)
+        );
+    }
+
     #[test]
     fn this_process_is_resident() {
         assert!(super::resident_bytes().unwrap() > 100 * 1024);

@@ -37,7 +37,8 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
             Ok(Empty {})
         })
         .on(commands::HUMAN_MONITOR_COMMAND, async |m, _, args| {
-            hmp::run(&m, &args.command_line).await
+            check_cpu_index(&m, args.cpu_index)?;
+            Ok(hmp::run(&m, &args.command_line).await)
         })
         .on(commands::EBBTIDE_QUERY_STATUS, async |m, _, Empty {}| {
             Ok(Status {
@@ -48,6 +49,19 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
             })
         });
     qom::add(memory::add(table))
+}
+
+/// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an
+/// error all the same.
+fn check_cpu_index(machine: &Machine, index: Option<i64>) -> Result<(), QmpError> {
+    match index {
+        Some(index) if u64::try_from(index).is_ok_and(|i| i < machine.vcpus()) => Ok(()),
+        Some(index) => Err(QmpError::generic(format!(
+            "Parameter 'cpu-index' does not accept value '{index}': there are {} vCPUs",
+            machine.vcpus()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// Stops the guest; ready when all vCPUs are out of it.

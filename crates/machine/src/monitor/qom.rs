@@ -2,9 +2,10 @@
 //! The object tree as QMP shows it: `/machine/peripheral/ID` are devices, `/objects/ID` memory
 //! backends.
 
+use ebbtide_qmp::hmp::QomValue;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::qom::ObjectPropertyInfo;
-use ebbtide_qmp::{CommandTable, ErrorClass, QmpError, commands, sizes};
+use ebbtide_qmp::{CommandTable, ErrorClass, QmpError, commands};
 use serde_json::{Value, json};
 
 use crate::config::DiskConfig;
@@ -13,43 +14,39 @@ use crate::machine::{Machine, MemorySlot};
 /// Adds the `qom-` commands to `table`.
 pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
     table
-        .on(commands::QOM_LIST, async |m, _, args| {
-            Ok(resolve(&m, &args.path)?.properties())
-        })
+        .on(commands::QOM_LIST, async |m, _, args| list(&m, &args.path))
         .on(commands::QOM_GET, async |m, _, args| {
-            resolve(&m, &args.path)?.get(&args.property)
+            get(&m, &args.path, &args.property)
         })
         .on(commands::QOM_SET, async |m, _, args| {
             resolve(&m, &args.path)?.set(&args.property, &args.value)
         })
 }
 
-/// Sets a property from text, as people type it: sizes may have a suffix.
-pub(super) fn set_text(
+/// Sets a property as people type it: sizes may have a suffix.
+pub(super) fn set_typed(
     machine: &Machine,
     path: &str,
     property: &str,
-    text: &str,
+    value: &QomValue,
 ) -> Result<Empty, QmpError> {
-    let value = match sizes::parse(text) {
-        Ok(bytes) => json!(bytes),
-        Err(_) => json!(text),
+    let object = resolve(machine, path)?;
+    let value = match (object.type_of(property).as_deref(), value) {
+        (Some("size"), typed) => json!(typed.to_size(property)?),
+        (_, QomValue::Json(value)) => value.clone(),
+        (_, QomValue::Text(text)) => json!(text),
     };
-    resolve(machine, path)?.set(property, &value)
+    object.set(property, &value)
 }
 
-/// A property as text.
-pub(super) fn get_text(machine: &Machine, path: &str, property: &str) -> Result<String, QmpError> {
-    resolve(machine, path)?.get(property).map(|v| v.to_string())
+/// A property's value.
+pub(super) fn get(machine: &Machine, path: &str, property: &str) -> Result<Value, QmpError> {
+    resolve(machine, path)?.get(property)
 }
 
-/// The properties of an object, one a line.
-pub(super) fn list_text(machine: &Machine, path: &str) -> Result<String, QmpError> {
-    let lines = resolve(machine, path)?.properties();
-    Ok(lines
-        .iter()
-        .map(|p| format!("{} ({})\r\n", p.name, p.type_name))
-        .collect())
+/// The properties of an object.
+pub(super) fn list(machine: &Machine, path: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError> {
+    Ok(resolve(machine, path)?.properties())
 }
 
 /// A node of the tree.
@@ -146,6 +143,12 @@ impl Object<'_> {
             }
         }
         list
+    }
+
+    /// The declared type of a property, if there is one of this name.
+    fn type_of(&self, property: &str) -> Option<String> {
+        let found = self.properties().into_iter().find(|p| p.name == property);
+        found.map(|p| p.type_name)
     }
 
     fn get(&self, property: &str) -> Result<Value, QmpError> {

@@ -87,6 +87,14 @@ impl Tree {
     }
 }
 
+/// Offset of a region's last byte. A region of all 2^64 bytes keeps a size one less.
+fn last_byte(region: &Region) -> u64 {
+    match region.size() {
+        u64::MAX => u64::MAX,
+        size => size.saturating_sub(1),
+    }
+}
+
 fn region_text(
     region: &Arc<Region>,
     base: u64,
@@ -95,7 +103,7 @@ fn region_text(
     text: &mut String,
     aliased: &mut Vec<Arc<Region>>,
 ) {
-    let last = base.saturating_add(region.size().saturating_sub(1));
+    let last = base.saturating_add(last_byte(region));
     let kind = match region.kind() {
         RegionKind::Container => "container",
         RegionKind::Ram {
@@ -121,7 +129,7 @@ fn region_text(
     );
     match region.kind() {
         RegionKind::Alias { target, offset } => {
-            let last = offset.saturating_add(region.size().saturating_sub(1));
+            let last = offset.saturating_add(last_byte(region));
             let _ = write!(
                 text,
                 "alias {} @{} {offset:016x}-{last:016x}",

@@ -96,7 +96,7 @@ qapi_struct! {
         plugged as "plugged": u64,
         /// How far it has come.
         state as "state": ResizeState,
-        /// Why it goes no further.
+        /// Why it goes no further, or what a guest that is working waits for.
         reason as "reason": Option<String>,
         /// Since the target was set, milliseconds.
         since_ms as "since-ms": u64,

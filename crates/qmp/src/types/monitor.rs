@@ -75,6 +75,6 @@ qapi_struct! {
         /// The command, as a person types it.
         command_line as "command-line": String,
         /// The vCPU it is about.
-        cpu_index as "cpu-index": Option<u64>,
+        cpu_index as "cpu-index": Option<i64>,
     }
 }

@@ -36,7 +36,7 @@ pub(super) struct ResizeArgs {
     #[arg(long)]
     wait: bool,
     /// Wait no longer than this many seconds
-    #[arg(long, value_name = "S", requires = "wait", value_parser = seconds)]
+    #[arg(long, value_name = "S", requires = "wait", value_parser = crate::seconds::above_zero)]
     timeout: Option<Duration>,
 }
 
@@ -80,17 +80,20 @@ struct Standing {
     total: u64,
     /// None while a device still works.
     ending: Option<Ending>,
+    /// What a device that still works waits for, where that is known: a stopped guest follows nobody.
+    held_up: Option<String>,
 }
 
 impl Standing {
-    fn ended(self, end: End, reason: &str) -> Self {
-        Self {
-            ending: Some(Ending {
-                end,
-                reason: Some(reason.to_owned()),
-            }),
-            ..self
-        }
+    /// The wait is given up before the guest has come to an end; `why`, if that is not clear from `end`.
+    fn given_up(mut self, end: End, why: &str) -> Self {
+        let guest = self.held_up.take();
+        let guest = guest.as_deref().unwrap_or("the guest is still following");
+        self.ending = Some(Ending {
+            end,
+            reason: Some(format!("{why}{guest}, the requested size stays set")),
+        });
+        self
     }
 }
 
@@ -104,7 +107,8 @@ pub(super) fn resize(session: &mut Session<'_>, args: &ResizeArgs) -> Result<Out
     let targets = request(session, plan, &sizes)?;
     let rest = inventory.boot.saturating_add(inventory.fixed);
     let standing = if args.wait {
-        let limit = args.timeout.map(|timeout| begun + timeout);
+        // A time that can't be told is one nobody lives to see.
+        let limit = args.timeout.and_then(|timeout| begun.checked_add(timeout));
         let mut progress = Progress::new(from, target, session.json);
         follow(session, &targets, rest, limit, &interrupt, &mut progress)?
     } else {
@@ -222,13 +226,11 @@ fn follow(
             return Ok(standing);
         }
         if interrupt.is_seen() {
-            let reason = "interrupted; the guest is still following, the requested size stays set";
-            return Ok(standing.ended(End::Partial, reason));
+            return Ok(standing.given_up(End::Partial, "interrupted; "));
         }
         let now = Instant::now();
         if limit.is_some_and(|limit| now >= limit) {
-            let reason = "the guest is still following, the requested size stays set";
-            return Ok(standing.ended(End::Timeout, reason));
+            return Ok(standing.given_up(End::Timeout, ""));
         }
         let poll = if begun.elapsed() < Duration::from_secs(1) {
             POLL_FIRST
@@ -288,13 +290,21 @@ fn judge(states: &[Resize], rest: u64) -> Standing {
     };
     let worst = states.iter().max_by_key(|state| severity(state.state));
     let ended = |end, reason| Some(Ending { end, reason });
+    let mut held_up = None;
     let ending = match worst.map(|state| state.state) {
         None | Some(ResizeState::Reached) => ended(End::Reached, None),
         Some(ResizeState::Partial) => ended(End::Partial, reasons(states)),
         Some(ResizeState::Stalled) => ended(End::Stalled, reasons(states)),
-        Some(ResizeState::Working) => None,
+        Some(ResizeState::Working) => {
+            held_up = worst.and_then(|state| state.reason.clone());
+            None
+        }
     };
-    Standing { total, ending }
+    Standing {
+        total,
+        ending,
+        held_up,
+    }
 }
 
 fn reasons(states: &[Resize]) -> Option<String> {
@@ -350,17 +360,6 @@ fn print(session: &mut Session<'_>, report: &Report) -> Result<(), Failure> {
     Ok(())
 }
 
-fn seconds(text: &str) -> Result<Duration, String> {
-    let accepted = "accepted is a number of seconds above 0, such as 30 or 0.5";
-    let seconds: f64 = text
-        .parse()
-        .map_err(|_| format!("not a number; {accepted}"))?;
-    if seconds <= 0.0 || !seconds.is_finite() {
-        return Err(accepted.to_owned());
-    }
-    Duration::try_from_secs_f64(seconds).map_err(|_| accepted.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -404,11 +403,18 @@ mod tests {
     }
 
     #[test]
-    fn seconds_may_have_a_fraction() {
-        assert_eq!(seconds("0.5"), Ok(Duration::from_millis(500)));
-        for text in ["0", "-1", "inf", "NaN", "x", "", "1e300"] {
-            assert!(seconds(text).unwrap_err().contains("such as 30"), "{text}");
-        }
+    fn a_wait_that_is_given_up_says_what_the_guest_does() {
+        let reason = |why: Option<&str>| {
+            let standing = judge(&[device("a", ResizeState::Working, 10, why)], 0);
+            let ending = standing.given_up(End::Timeout, "").ending.unwrap();
+            ending.reason.unwrap()
+        };
+        let end = ", the requested size stays set";
+        assert_eq!(reason(None), format!("the guest is still following{end}"));
+        assert_eq!(
+            reason(Some("the guest is paused")),
+            format!("the guest is paused{end}")
+        );
     }
 
     #[test]
