@@ -39,6 +39,9 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// The signals of faults could not be received.
+    #[error("cannot receive SIGSEGV and SIGBUS: {0}")]
+    FaultSignals(#[source] io::Error),
     /// A RAM block of that name exists.
     #[error("RAM block {0} exists already")]
     DuplicateName(String),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::fault::Fault;
 use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
 use crate::pin::Token;
 use crate::reader::hub::Hub;
@@ -71,28 +72,30 @@ impl<'r> ReadGuard<'r> {
     /// Copies from RAM or ROM, across regions.
     ///
     /// # Errors
-    /// When any part is not readable RAM. What lies before that part has been copied.
+    /// When any part is not readable RAM, or the host does not provide it. What lies before that
+    /// part has been copied.
     pub fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
         self.walk(gpa, rest.len(), Access::Read, |host, count| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
-            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
-            unsafe { copy::from_guest(host, part.as_mut_ptr(), count) };
             rest = tail;
+            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
+            unsafe { copy::from_guest(host, part.as_mut_ptr(), count) }
         })
     }
 
     /// Copies to RAM, across regions.
     ///
     /// # Errors
-    /// When any part is not writable RAM. What lies before that part has been copied.
+    /// When any part is not writable RAM, or the host does not provide it. What lies before that
+    /// part has been copied.
     pub fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
         self.walk(gpa, bytes.len(), Access::Write, |host, count| {
             let (part, tail) = rest.split_at(count);
-            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
-            unsafe { copy::to_guest(part.as_ptr(), host, count) };
             rest = tail;
+            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
+            unsafe { copy::to_guest(part.as_ptr(), host, count) }
         })
     }
 
@@ -106,7 +109,8 @@ impl<'r> ReadGuard<'r> {
             let (entry, host, admitted) = self.ram(gpa.raw(), size as u64, Access::Read)?;
             if entry.last - gpa.raw() >= size as u64 - 1 && admitted == size as u64 {
                 // SAFETY: RAM in this section, as many bytes as the value has.
-                return Ok(unsafe { copy::read(host) });
+                return unsafe { copy::read(host) }
+                    .map_err(|fault| AccessError::host_fault(gpa, size, fault));
             }
         }
         let mut value = T::new_zeroed();
@@ -232,7 +236,7 @@ impl<'r> ReadGuard<'r> {
         gpa: Gpa,
         len: usize,
         access: Access,
-        mut f: impl FnMut(*mut u8, usize),
+        mut f: impl FnMut(*mut u8, usize) -> Result<(), Fault>,
     ) -> Result<(), AccessError> {
         let mut done = 0;
         while done < len {
@@ -243,8 +247,12 @@ impl<'r> ReadGuard<'r> {
             };
             let at = gpa.raw().checked_add(done as u64).ok_or(overflow)?;
             let (_, host, count) = self.ram(at, rest, access)?;
-            f(host, count as usize);
-            done += count as usize;
+            let count = count as usize;
+            f(host, count).map_err(|fault| {
+                let done = done + fault.done;
+                AccessError::host_fault(gpa, len, Fault { done })
+            })?;
+            done += count;
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ mod access;
 mod cached;
 mod copy;
 mod error;
+mod fault;
 mod flat;
 mod gpa;
 mod grace;
