@@ -14,7 +14,9 @@ use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
 use crate::tree::Tree;
-use crate::{AddressSpace, Error, RamBlock, RamList, Reader, Region, Transaction, fault};
+use crate::{
+    AddressSpace, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction, fault,
+};
 
 /// How a [`Memory`] is made.
 #[derive(Clone, Debug)]
@@ -77,14 +79,15 @@ impl Memory {
         let name = "memory-grace";
         let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
         let worker = thread.map_err(|source| Error::Thread { name, source })?;
+        let sweeper = Arc::default();
         Ok(Arc::new(Memory {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            ram: RamList::new(&grace, arena),
+            ram: RamList::new(&grace, &sweeper, arena),
             grace,
             tree: Mutex::default(),
             writer: AtomicU64::new(0),
             dropped: Mutex::default(),
-            sweeper: Arc::default(),
+            sweeper,
             worker: Some(worker),
         }))
     }
@@ -98,6 +101,11 @@ impl Memory {
     /// The RAM blocks.
     pub fn ram(&self) -> &RamList {
         &self.ram
+    }
+
+    /// Who requires and who disables discarding of RAM.
+    pub fn discards(&self) -> &DiscardRules {
+        self.ram.discards()
     }
 
     /// Makes an address space that shows `root` and what is put below it.

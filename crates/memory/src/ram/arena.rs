@@ -57,6 +57,16 @@ impl Arena {
         })
     }
 
+    /// Whether `bytes` could be placed now, alignment left aside.
+    pub(crate) fn check_room(&self, name: &str, bytes: u64) -> Result<(), Error> {
+        let left = self.bytes.saturating_sub(*lock(&self.next));
+        if bytes <= left {
+            return Ok(());
+        }
+        let name = name.to_owned();
+        Err(Error::ArenaFull { name, bytes, left })
+    }
+
     /// Takes `bytes` that were never handed out before, aligned to `align` at least (a power of
     /// two); inaccessible until mapped over.
     pub(crate) fn place(&self, name: &str, bytes: u64, align: u64) -> Result<NonNull<u8>, Error> {
