@@ -84,7 +84,8 @@ impl Source {
 
     /// Keeps a file that was made.
     pub(super) fn keep(&mut self) {
-        self.made = Made::default();
+        self.made.remove = None;
+        self.made.empty_again = None;
     }
 }
 
