@@ -279,9 +279,7 @@ mod tests {
         try_all(&cliff, 0x3333_3333u32);
         try_all(&cliff, 0x4444_4444_4444_4444u64);
         // SAFETY: as above.
-        assert_eq!(
-            unsafe { load(cliff.edge(8).cast::<u64>(), Ordering::Relaxed) },
-            Ok(0x4444_4444_4444_4444)
-        );
+        let stored = unsafe { load(cliff.edge(8).cast::<u64>(), Ordering::Relaxed) };
+        assert_eq!(stored, Ok(0x4444_4444_4444_4444));
     }
 }

@@ -243,7 +243,7 @@ pub enum Error {
         /// First byte after.
         end: u64,
         /// Its reason.
-        source: ListenerError,
+        source: Box<ListenerError>,
     },
     /// What is asked for excludes what somebody holds.
     #[error("{who} cannot {wants}: in the way are {blockers}")]

@@ -408,7 +408,10 @@ fn ranges_and_kinds_are_checked() {
         0..0,
         0..BLOCK / 2,
         1..BLOCK,
-        BLOCK..0,
+        Range {
+            start: BLOCK,
+            end: 0,
+        },
         0..17 * BLOCK,
         u64::MAX - 1..u64::MAX,
     ] {

@@ -3,6 +3,8 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::{ListenerError, RamBlock};
@@ -93,6 +95,8 @@ pub(crate) struct Veto {
 pub(crate) struct Source {
     granule: u64,
     state: Mutex<State>,
+    /// How many listeners there are, for who must not wait for the lock.
+    count: AtomicUsize,
 }
 
 struct State {
@@ -127,6 +131,7 @@ impl Source {
         Source {
             granule,
             state: Mutex::new(state),
+            count: AtomicUsize::new(0),
         }
     }
 
@@ -204,6 +209,7 @@ impl Source {
             range,
             listener,
         });
+        self.count.store(state.listeners.len(), Relaxed);
         Ok(id)
     }
 
@@ -212,6 +218,7 @@ impl Source {
         let mut state = self.lock();
         let at = state.listeners.iter().position(|entry| entry.id == id)?;
         let mut entry = state.listeners.remove(at);
+        self.count.store(state.listeners.len(), Relaxed);
         for run in self.runs(&state.populated, &entry.range, true).iter().rev() {
             entry.listener.discard(run.clone());
         }
@@ -221,6 +228,11 @@ impl Source {
     /// The longest runs of blocks in `range` that listeners were told are populated, or are not.
     pub(crate) fn replay(&self, range: &Range<u64>, populated: bool) -> Vec<Range<u64>> {
         self.runs(&self.lock().populated, range, populated)
+    }
+
+    /// Whether anybody listens. Takes no lock.
+    pub(crate) fn has_listeners(&self) -> bool {
+        self.count.load(Relaxed) != 0
     }
 
     /// Who listens.

@@ -273,7 +273,7 @@ impl RamBlock {
             listener,
             start,
             end,
-            source,
+            source: Box::new(source),
         }
     }
 
@@ -466,6 +466,13 @@ impl RamBlock {
             UNPLUGGED => "being unplugged",
             _ => "gone",
         }
+    }
+
+    /// Whether anybody listens to its discards: plugs and discards then take as long as those
+    /// take. Never waits.
+    pub fn has_discard_listeners(&self) -> bool {
+        let sparse = self.sparse.as_ref();
+        sparse.is_some_and(|sparse| sparse.listeners.has_listeners())
     }
 
     /// Who listens to its discards.
