@@ -103,15 +103,13 @@ impl<'r> ReadGuard<'r> {
     ///
     /// # Errors
     /// As [`ReadGuard::read_bytes`].
+    #[inline]
     pub fn read<T: FromBytes>(&self, gpa: Gpa) -> Result<T, AccessError> {
         let size = size_of::<T>();
-        if size > 0 {
-            let (entry, host, admitted) = self.ram(gpa.raw(), size as u64, Access::Read)?;
-            if entry.last - gpa.raw() >= size as u64 - 1 && admitted == size as u64 {
-                // SAFETY: RAM in this section, as many bytes as the value has.
-                return unsafe { copy::read(host) }
-                    .map_err(|fault| AccessError::host_fault(gpa, size, fault));
-            }
+        if let Some(host) = self.piece(gpa, size, Access::Read) {
+            // SAFETY: RAM in this section, as many bytes as the value has.
+            return unsafe { copy::read(host) }
+                .map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
         let mut value = T::new_zeroed();
         let bytes = ptr::from_mut(&mut value).cast::<u8>();
@@ -124,8 +122,22 @@ impl<'r> ReadGuard<'r> {
     ///
     /// # Errors
     /// As [`ReadGuard::write_bytes`].
+    #[inline]
     pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
+        let size = size_of::<T>();
+        if let Some(host) = self.piece(gpa, size, Access::Write) {
+            // SAFETY: writable RAM in this section, as many bytes as the value has.
+            return unsafe { copy::write(host, &value) }
+                .map_err(|fault| AccessError::host_fault(gpa, size, fault));
+        }
         self.write_bytes(gpa, value.as_bytes())
+    }
+
+    /// The host address of `len` bytes when there is nothing special about them.
+    #[inline(always)]
+    fn piece(&self, gpa: Gpa, len: usize, access: Access) -> Option<*mut u8> {
+        let place = place(self.view, self.reader.hub(), gpa.raw(), len as u64, access)?;
+        Some(place.host as *mut u8)
     }
 
     /// Takes the right to `len` bytes of RAM for an I/O: they stay where they are, whatever

@@ -314,6 +314,12 @@ fn huge_pages_are_used_or_their_lack_is_told() {
         matches!(error, Error::NoHugePages { bytes, .. } if bytes == 60 << 30),
         "{error}"
     );
+    // Refusals use no address space up: these together have more than there is.
+    for _ in 0..200 {
+        let spec = spec("all", 60 << 30, backing.clone());
+        let error = memory.ram().add(spec).unwrap_err();
+        assert!(matches!(error, Error::NoHugePages { .. }), "{error}");
+    }
     let mut some = spec("some", 4 * MIB, backing);
     some.prefault = true;
     match memory.ram().add(some) {

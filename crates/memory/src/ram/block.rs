@@ -72,12 +72,19 @@ impl RamBlock {
     ) -> Result<RamBlock, Error> {
         let source = Source::open(spec)?;
         spec.check_against(&source)?;
-        let host = arena.place(
+        let (host, placed) = arena.place(
             &spec.name,
             spec.max_size_bytes,
             spec.block_size_bytes.unwrap_or(1),
         )?;
-        let mapping = Mapping::new(spec, policy, host, source)?;
+        let mapping = match Mapping::new(spec, policy, host, source) {
+            Ok(mapping) => mapping,
+            Err(error) => {
+                // Blocks are made one at a time: there was no other placing since.
+                arena.take_back(placed);
+                return Err(error);
+            }
+        };
         let sparse = spec.block_size_bytes.map(|block_bytes| {
             let blocks = spec.max_size_bytes / block_bytes;
             Sparse {
