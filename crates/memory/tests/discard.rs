@@ -166,6 +166,19 @@ impl DiscardListener for Listener {
     }
 }
 
+/// What the host lets this process do at an offset of the block.
+fn permissions(block: &RamBlock, offset: u64) -> String {
+    let address = block.host().as_ptr() as u64 + offset;
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mut lines = maps.lines().map(|line| line.split_once(' ').unwrap());
+    let number = |text| u64::from_str_radix(text, 16).unwrap();
+    let line = lines.find(|(range, _)| {
+        let (start, end) = range.split_once('-').unwrap();
+        (number(start)..number(end)).contains(&address)
+    });
+    line.unwrap().1[..4].to_owned()
+}
+
 fn entry(name: &str, told: Told, range: Range<u64>) -> Entry {
     (name.to_owned(), told, range)
 }
@@ -250,6 +263,8 @@ fn a_veto_takes_the_plug_back_and_names_who() {
             ]
         );
         assert_eq!(world.block.plugged(blocks(0..8)), Plugged::None);
+        assert_eq!(permissions(&world.block, 3 * BLOCK), "---p");
+        assert_eq!(permissions(&world.block, 8 * BLOCK), "rw-p");
         assert_eq!(world.block.plugged_bytes(), BLOCK);
         assert_eq!(
             world.block.populated(blocks(0..16)).unwrap(),

@@ -96,6 +96,11 @@ fn range() -> impl Strategy<Value = Range<u64>> {
     (0..BLOCKS, 0..12u64).prop_map(|(start, count)| start..start + count)
 }
 
+/// Listeners follow large parts, so that they meet.
+fn large_range() -> impl Strategy<Value = Range<u64>> {
+    (0..BLOCKS / 2, 0..BLOCKS - 10).prop_map(|(start, count)| start..start + count)
+}
+
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let refused = || proptest::option::of(0..BLOCKS);
     let step = prop_oneof![
@@ -103,9 +108,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         4 => range().prop_map(Step::Seal),
         3 => any::<usize>().prop_map(Step::Discard),
         1 => any::<usize>().prop_map(Step::Undo),
-        2 => (range(), refused()).prop_map(|(range, refused)| Step::Subscribe(range, refused)),
+        3 => (large_range(), refused()).prop_map(|(range, refused)| Step::Subscribe(range, refused)),
         1 => any::<usize>().prop_map(Step::Unsubscribe),
-        1 => (any::<usize>(), refused()).prop_map(|(at, refused)| Step::Refuse(at, refused)),
+        3 => (any::<usize>(), refused()).prop_map(|(at, refused)| Step::Refuse(at, refused)),
     ];
     proptest::collection::vec(step, 1..120)
 }
