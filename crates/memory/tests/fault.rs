@@ -8,7 +8,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ebbtide_memory::{
     Access, AccessError, AddressSpace, Backing, CachedMap, Error, Gpa, Memory, MemoryConfig,
@@ -165,6 +165,59 @@ fn faults_come_from_many_threads_at_once() {
                     assert_eq!(guard.read::<u64>(Gpa(at)).is_ok(), there);
                 }
             });
+        }
+    });
+}
+
+#[test]
+fn a_file_is_cut_and_extended_under_those_who_use_it() {
+    let world = World::new(true);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (world, stop) = (&world, &stop);
+        let users: Vec<_> = (0..2u64)
+            .map(|user| {
+                scope.spawn(move || {
+                    let reader = world.memory.register();
+                    let (mut there, mut missing) = (0u64, 0u64);
+                    let mut bytes = vec![0; 64 << 10];
+                    while !stop.load(Ordering::Relaxed) || there == 0 || missing == 0 {
+                        let guard = world.space.read(&reader);
+                        let written = guard.write(Gpa(2 * CUT), user);
+                        let read = guard.read_bytes(Gpa(CUT / 2), &mut bytes);
+                        drop(guard);
+                        let expected = |result: Result<(), AccessError>| match result {
+                            Ok(()) => true,
+                            Err(AccessError::HostFault { gpa, .. }) => {
+                                assert!(gpa >= Gpa(CUT));
+                                false
+                            }
+                            Err(error) => panic!("{error}"),
+                        };
+                        for result in [written, read] {
+                            *(if expected(result) {
+                                &mut there
+                            } else {
+                                &mut missing
+                            }) += 1;
+                        }
+                    }
+                })
+            })
+            .collect();
+        for _ in 0..300 {
+            world.cut();
+            std::thread::yield_now();
+            world.extend();
+            std::thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+        // Whoever has not yet seen both sees them now.
+        while users.iter().any(|user| !user.is_finished()) {
+            world.cut();
+            std::thread::yield_now();
+            world.extend();
+            std::thread::yield_now();
         }
     });
 }

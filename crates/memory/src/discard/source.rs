@@ -104,6 +104,8 @@ struct State {
     populated: Vec<bool>,
     listeners: Vec<Entry>,
     last_id: u64,
+    /// The block is gone.
+    closed: bool,
 }
 
 struct Entry {
@@ -127,6 +129,7 @@ impl Source {
             populated: vec![false; blocks as usize],
             listeners: Vec::new(),
             last_id: 0,
+            closed: false,
         };
         Source {
             granule,
@@ -182,24 +185,27 @@ impl Source {
     }
 
     /// Adds a listener and shows it what is populated of `range`. When it refuses a part, it is
-    /// told that those before are discarded, and not added.
+    /// told that those before are discarded, and not added. `None`: the block is gone.
     pub(crate) fn subscribe(
         &self,
         range: Range<u64>,
         mut listener: Box<dyn DiscardListener>,
-    ) -> Result<u64, Veto> {
+    ) -> Option<Result<u64, Veto>> {
         let mut state = self.lock();
+        if state.closed {
+            return None;
+        }
         let runs = self.runs(&state.populated, &range, true);
         for (at, run) in runs.iter().enumerate() {
             if let Err(source) = listener.populate(run.clone()) {
                 for told in runs[..at].iter().rev() {
                     listener.discard(told.clone());
                 }
-                return Err(Veto {
+                return Some(Err(Veto {
                     listener: listener.name().to_owned(),
                     range: run.clone(),
                     source,
-                });
+                }));
             }
         }
         state.last_id += 1;
@@ -210,7 +216,14 @@ impl Source {
             listener,
         });
         self.count.store(state.listeners.len(), Relaxed);
-        Ok(id)
+        Some(Ok(id))
+    }
+
+    /// Accepts no listener any more, unless there is one. Returns whether there is none.
+    pub(crate) fn close(&self) -> bool {
+        let mut state = self.lock();
+        state.closed = state.listeners.is_empty();
+        state.closed
     }
 
     /// Takes a listener out, after telling it that all it was told of is discarded.

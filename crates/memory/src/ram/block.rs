@@ -14,11 +14,11 @@ use super::backing::Mapping;
 use super::fence::Fence;
 use super::source::Source;
 use super::{Plugged, RamPolicy, RamSpec, Seal};
-use crate::discard::{self, Veto};
+use crate::discard;
 use crate::grace::{Grace, Job};
 use crate::reader::wake::Level;
 use crate::ticket::Holds;
-use crate::{DiscardListener, DiscardRules, DiscardSubscription, Error};
+use crate::{DiscardRules, Error};
 
 const LIVE: u8 = 0;
 const UNPLUGGED: u8 = 1;
@@ -52,11 +52,11 @@ unsafe impl Send for RamBlock {}
 // SAFETY: as above; state is in atomics and locks.
 unsafe impl Sync for RamBlock {}
 
-struct Sparse {
+pub(super) struct Sparse {
     block_bytes: u64,
     fence: Arc<Fence>,
     plugged_bytes: AtomicU64,
-    listeners: discard::Source,
+    pub(super) listeners: discard::Source,
     /// One bit per block that is being plugged or is sealed.
     busy: Mutex<Vec<u64>>,
 }
@@ -269,67 +269,6 @@ impl RamBlock {
         }
     }
 
-    fn vetoed(&self, veto: Veto) -> Error {
-        let Veto {
-            listener,
-            range: Range { start, end },
-            source,
-        } = veto;
-        Error::PopulateVetoed {
-            name: self.name.clone(),
-            listener,
-            start,
-            end,
-            source: Box::new(source),
-        }
-    }
-
-    /// Has `listener` follow which blocks of `range` (bytes, whole blocks) are populated. It is
-    /// told at once of those that are.
-    ///
-    /// # Errors
-    /// `NotSparse`, `BadRange`, `Unplugged`; `PopulateVetoed` when it refuses a part of what is
-    /// populated: it has then been told that the rest is discarded.
-    pub fn subscribe(
-        self: &Arc<Self>,
-        range: Range<u64>,
-        listener: Box<dyn DiscardListener>,
-    ) -> Result<DiscardSubscription, Error> {
-        let sparse = self.sparse()?;
-        self.whole_blocks(sparse, &range)?;
-        if !self.is_live() {
-            return Err(Error::Unplugged(self.name.clone()));
-        }
-        let id = sparse.listeners.subscribe(range, listener);
-        let id = id.map_err(|veto| self.vetoed(veto))?;
-        Ok(DiscardSubscription::new(self, id))
-    }
-
-    pub(crate) fn unsubscribe(&self, id: u64) -> Option<Box<dyn DiscardListener>> {
-        self.sparse.as_ref()?.listeners.unsubscribe(id)
-    }
-
-    /// The runs of blocks of `range` (bytes, whole blocks) that are populated, for discard
-    /// listeners: plugged, or sealed and not yet discarded.
-    ///
-    /// # Errors
-    /// `NotSparse`, `BadRange`.
-    pub fn populated(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
-        let sparse = self.sparse()?;
-        self.whole_blocks(sparse, &range)?;
-        Ok(sparse.listeners.replay(&range, true))
-    }
-
-    /// The runs of blocks of `range` (bytes, whole blocks) that are discarded: all others.
-    ///
-    /// # Errors
-    /// `NotSparse`, `BadRange`.
-    pub fn discarded(&self, range: Range<u64>) -> Result<Vec<Range<u64>>, Error> {
-        let sparse = self.sparse()?;
-        self.whole_blocks(sparse, &range)?;
-        Ok(sparse.listeners.replay(&range, false))
-    }
-
     /// Begins to unplug plugged blocks: `range` (bytes, whole blocks) is unplugged for every pin
     /// and every guarded access from now on. Never waits.
     ///
@@ -396,13 +335,18 @@ impl RamBlock {
         set_bits(&mut busy, blocks, false);
     }
 
-    fn sparse(&self) -> Result<&Sparse, Error> {
+    pub(super) fn sparse(&self) -> Result<&Sparse, Error> {
         self.sparse
             .as_ref()
             .ok_or_else(|| Error::NotSparse(self.name.clone()))
     }
 
-    fn whole_blocks(&self, sparse: &Sparse, range: &Range<u64>) -> Result<Range<u64>, Error> {
+    /// The numbers of the blocks that `range` is made of.
+    pub(super) fn whole_blocks(
+        &self,
+        sparse: &Sparse,
+        range: &Range<u64>,
+    ) -> Result<Range<u64>, Error> {
         let size = sparse.block_bytes;
         let whole = range.start.is_multiple_of(size) && range.end.is_multiple_of(size);
         if !whole || range.start >= range.end || range.end > self.size_bytes() {
@@ -475,19 +419,6 @@ impl RamBlock {
         }
     }
 
-    /// Whether anybody listens to its discards: plugs and discards then take as long as those
-    /// take. Never waits.
-    pub fn has_discard_listeners(&self) -> bool {
-        let sparse = self.sparse.as_ref();
-        sparse.is_some_and(|sparse| sparse.listeners.has_listeners())
-    }
-
-    /// Who listens to its discards.
-    pub fn discard_listeners(&self) -> Vec<String> {
-        let sparse = self.sparse.as_ref();
-        sparse.map_or_else(Vec::new, |sparse| sparse.listeners.listeners())
-    }
-
     /// Whether dropping the last handle may wait for a filesystem.
     pub(crate) fn is_file(&self) -> bool {
         self.mapping.is_file()
@@ -525,6 +456,10 @@ impl RamBlock {
         if let Some(sparse) = &self.sparse {
             let busy = lock(&sparse.busy);
             self.check_idle(sparse, &busy)?;
+            // Until none has come in between.
+            while !sparse.listeners.close() {
+                self.check_idle(sparse, &busy)?;
+            }
             self.life.store(GONE, Release);
         }
         let first = self.life.swap(GONE, AcqRel);

@@ -9,6 +9,7 @@ mod describe;
 pub(crate) mod fence;
 mod host;
 mod list;
+mod listen;
 mod numa;
 mod populate;
 mod seal;
