@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Allocates large pieces of memory with several threads.
 //!
-//! What takes long is to clear the pages: about 0.3 s per GiB on one processor.
+//! What takes long is to clear the pages, and processors do that side by side.
 
 use std::io;
 use std::num::NonZeroUsize;
