@@ -4,6 +4,7 @@
 use thiserror::Error;
 
 use crate::Gpa;
+use crate::fault::Fault;
 
 /// What the *device* does to guest memory (the opposite of what the driver calls its buffers).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,7 +24,8 @@ impl Access {
     }
 }
 
-/// Why a guest address cannot be accessed by a device. All of these a guest can provoke.
+/// Why a guest address cannot be accessed by a device. All of these but the last a guest can
+/// provoke.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum AccessError {
     /// Nothing answers at the address.
@@ -74,4 +76,24 @@ pub enum AccessError {
         /// Bytes asked for.
         len: u64,
     },
+    /// The host does not provide the memory: the file behind it was cut short, its filesystem is
+    /// full, the page is broken. What lies before the address was copied.
+    #[error("the host does not provide the memory at {gpa} (length {len})")]
+    HostFault {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+}
+
+impl AccessError {
+    /// The error of a copy of `len` bytes at `gpa` that the host let down.
+    #[cold]
+    pub(crate) fn host_fault(gpa: Gpa, len: usize, fault: Fault) -> AccessError {
+        AccessError::HostFault {
+            gpa: Gpa(gpa.0.wrapping_add(fault.done as u64)),
+            len: (len - fault.done) as u64,
+        }
+    }
 }

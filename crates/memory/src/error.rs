@@ -2,6 +2,7 @@
 //! The crate's error type.
 
 use std::io;
+use std::path::PathBuf;
 
 use thiserror::Error;
 
@@ -39,6 +40,9 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// The signals of faults could not be received.
+    #[error("cannot receive SIGSEGV and SIGBUS: {0}")]
+    FaultSignals(#[source] io::Error),
     /// A RAM block of that name exists.
     #[error("RAM block {0} exists already")]
     DuplicateName(String),
@@ -59,6 +63,64 @@ pub enum Error {
         bytes: u64,
         /// The host's figures.
         detail: String,
+    },
+    /// The host's pool of huge pages cannot give them.
+    #[error("RAM block {name}: no {bytes} bytes in pages of {page_size_bytes}: {detail}")]
+    NoHugePages {
+        /// The block.
+        name: String,
+        /// Size of a page in bytes.
+        page_size_bytes: u64,
+        /// Bytes asked for.
+        bytes: u64,
+        /// The host's figures.
+        detail: String,
+    },
+    /// The file behind a block is too short, from the start or since it was cut.
+    #[error("RAM block {name}: {path} has {bytes} bytes, {needed} are needed", path = path.display())]
+    BackingTooShort {
+        /// The block.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        bytes: u64,
+        /// Bytes needed.
+        needed: u64,
+    },
+    /// The file behind a block cannot be written to.
+    #[error("RAM block {name}: {path} cannot be written to: {source}", path = path.display())]
+    BackingUnwritable {
+        /// The block.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// The host has no such NUMA node, or no memory on it.
+    #[error("RAM block {name}: no memory on NUMA node {node}: the host has it on {nodes}")]
+    NoNode {
+        /// The block.
+        name: String,
+        /// The node.
+        node: u32,
+        /// The nodes with memory, as the kernel lists them.
+        nodes: String,
+    },
+    /// A block cannot have that size.
+    #[error("RAM block {name}: size {bytes} is not {used} to {max} in steps of {page_size_bytes}")]
+    BadResize {
+        /// The block.
+        name: String,
+        /// The size asked for, in bytes.
+        bytes: u64,
+        /// Its size in bytes; blocks do not shrink.
+        used: u64,
+        /// Its maximum in bytes.
+        max: u64,
+        /// Size of a page in bytes.
+        page_size_bytes: u64,
     },
     /// A call to the host failed.
     #[error("RAM block {name}: {what}: {source}")]
@@ -169,6 +231,30 @@ pub enum Error {
     /// A region, RAM block or reader of another `Memory` was handed in.
     #[error("{0} belongs to another memory")]
     Foreign(String),
+    /// A discard listener refused that memory is populated; everything was rolled back.
+    #[error("RAM block {name}: {listener} refuses range {start:#x}..{end:#x}: {source}")]
+    PopulateVetoed {
+        /// The block.
+        name: String,
+        /// Who refuses.
+        listener: String,
+        /// First byte of what it refuses.
+        start: u64,
+        /// First byte after.
+        end: u64,
+        /// Its reason.
+        source: Box<ListenerError>,
+    },
+    /// What is asked for excludes what somebody holds.
+    #[error("{who} cannot {wants}: in the way are {blockers}")]
+    DiscardConflict {
+        /// Who asked.
+        who: String,
+        /// For what.
+        wants: &'static str,
+        /// Who holds what is in the way.
+        blockers: String,
+    },
     /// The map was to be changed from within a change (from a listener).
     #[error("the memory map cannot be changed from within a change of it")]
     Reentrant,

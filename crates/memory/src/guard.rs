@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::fault::Fault;
 use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
 use crate::pin::Token;
 use crate::reader::hub::Hub;
@@ -71,28 +72,30 @@ impl<'r> ReadGuard<'r> {
     /// Copies from RAM or ROM, across regions.
     ///
     /// # Errors
-    /// When any part is not readable RAM. What lies before that part has been copied.
+    /// When any part is not readable RAM, or the host does not provide it. What lies before that
+    /// part has been copied.
     pub fn read_bytes(&self, gpa: Gpa, bytes: &mut [u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
         self.walk(gpa, rest.len(), Access::Read, |host, count| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
-            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
-            unsafe { copy::from_guest(host, part.as_mut_ptr(), count) };
             rest = tail;
+            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
+            unsafe { copy::from_guest(host, part.as_mut_ptr(), count) }
         })
     }
 
     /// Copies to RAM, across regions.
     ///
     /// # Errors
-    /// When any part is not writable RAM. What lies before that part has been copied.
+    /// When any part is not writable RAM, or the host does not provide it. What lies before that
+    /// part has been copied.
     pub fn write_bytes(&self, gpa: Gpa, bytes: &[u8]) -> Result<(), AccessError> {
         let mut rest = bytes;
         self.walk(gpa, bytes.len(), Access::Write, |host, count| {
             let (part, tail) = rest.split_at(count);
-            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
-            unsafe { copy::to_guest(part.as_ptr(), host, count) };
             rest = tail;
+            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
+            unsafe { copy::to_guest(part.as_ptr(), host, count) }
         })
     }
 
@@ -100,14 +103,13 @@ impl<'r> ReadGuard<'r> {
     ///
     /// # Errors
     /// As [`ReadGuard::read_bytes`].
+    #[inline]
     pub fn read<T: FromBytes>(&self, gpa: Gpa) -> Result<T, AccessError> {
         let size = size_of::<T>();
-        if size > 0 {
-            let (entry, host, admitted) = self.ram(gpa.raw(), size as u64, Access::Read)?;
-            if entry.last - gpa.raw() >= size as u64 - 1 && admitted == size as u64 {
-                // SAFETY: RAM in this section, as many bytes as the value has.
-                return Ok(unsafe { copy::read(host) });
-            }
+        if let Some(host) = self.piece(gpa, size, Access::Read) {
+            // SAFETY: RAM in this section, as many bytes as the value has.
+            return unsafe { copy::read(host) }
+                .map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
         let mut value = T::new_zeroed();
         let bytes = ptr::from_mut(&mut value).cast::<u8>();
@@ -120,8 +122,22 @@ impl<'r> ReadGuard<'r> {
     ///
     /// # Errors
     /// As [`ReadGuard::write_bytes`].
+    #[inline]
     pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
+        let size = size_of::<T>();
+        if let Some(host) = self.piece(gpa, size, Access::Write) {
+            // SAFETY: writable RAM in this section, as many bytes as the value has.
+            return unsafe { copy::write(host, &value) }
+                .map_err(|fault| AccessError::host_fault(gpa, size, fault));
+        }
         self.write_bytes(gpa, value.as_bytes())
+    }
+
+    /// The host address of `len` bytes when there is nothing special about them.
+    #[inline(always)]
+    fn piece(&self, gpa: Gpa, len: usize, access: Access) -> Option<*mut u8> {
+        let place = place(self.view, self.reader.hub(), gpa.raw(), len as u64, access)?;
+        Some(place.host as *mut u8)
     }
 
     /// Takes the right to `len` bytes of RAM for an I/O: they stay where they are, whatever
@@ -232,7 +248,7 @@ impl<'r> ReadGuard<'r> {
         gpa: Gpa,
         len: usize,
         access: Access,
-        mut f: impl FnMut(*mut u8, usize),
+        mut f: impl FnMut(*mut u8, usize) -> Result<(), Fault>,
     ) -> Result<(), AccessError> {
         let mut done = 0;
         while done < len {
@@ -243,8 +259,12 @@ impl<'r> ReadGuard<'r> {
             };
             let at = gpa.raw().checked_add(done as u64).ok_or(overflow)?;
             let (_, host, count) = self.ram(at, rest, access)?;
-            f(host, count as usize);
-            done += count as usize;
+            let count = count as usize;
+            f(host, count).map_err(|fault| {
+                let done = done + fault.done;
+                AccessError::host_fault(gpa, len, Fault { done })
+            })?;
+            done += count;
         }
         Ok(())
     }

@@ -4,7 +4,9 @@
 mod access;
 mod cached;
 mod copy;
+mod discard;
 mod error;
+mod fault;
 mod flat;
 mod gpa;
 mod grace;
@@ -29,6 +31,9 @@ mod vm_memory;
 
 pub use access::{Access, AccessError};
 pub use cached::CachedMap;
+pub use discard::{
+    DiscardCounts, DiscardListener, DiscardRules, DiscardSubscription, DiscardToken,
+};
 pub use error::Error;
 pub use flat::{FlatIoeventfd, FlatSection, RegionHold, SectionKind};
 pub use gpa::Gpa;
@@ -37,7 +42,8 @@ pub use listener::{Listener, ListenerError, ListenerId};
 pub use memory::{Memory, MemoryConfig};
 pub use pin::{Pin, PinList};
 pub use ram::{
-    Backing, HostMemory, NotifierId, Plugged, RamBlock, RamList, RamNotifier, RamSpec, Seal,
+    Backing, HostMemory, NotifierId, NumaPolicy, Plugged, RamBlock, RamBlocks, RamList,
+    RamListGuard, RamNotifier, RamPolicy, RamSpec, Seal,
 };
 pub use reader::Reader;
 pub use slice::GuestSlice;

@@ -14,7 +14,9 @@ use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
 use crate::tree::Tree;
-use crate::{AddressSpace, Error, RamBlock, RamList, Reader, Region, Transaction};
+use crate::{
+    AddressSpace, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction, fault,
+};
 
 /// How a [`Memory`] is made.
 #[derive(Clone, Debug)]
@@ -51,16 +53,20 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Makes an empty memory and starts its grace worker.
+    /// Makes an empty memory and starts its grace worker. The first one in a process also begins
+    /// to receive SIGSEGV and SIGBUS, so that memory the host does not provide is an error: what
+    /// did not come from a copy here goes to whoever received the signals before. Receivers that
+    /// come later must hand on what is not theirs.
     ///
     /// # Errors
-    /// `Reserve` when the address space cannot be had, `Thread`.
+    /// `Reserve` when the address space cannot be had, `Thread`, `FaultSignals`.
     pub fn new(config: MemoryConfig) -> Result<Arc<Memory>, Error> {
         Memory::with_barrier(config, Barrier::choose())
     }
 
     fn with_barrier(config: MemoryConfig, barrier: Barrier) -> Result<Arc<Memory>, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
+        fault::install().map_err(Error::FaultSignals)?;
         let arena = Arc::new(Arena::new(config.arena_bytes)?);
         let grace = Grace::new(barrier);
         let worker = Worker::new(Arc::clone(&grace));
@@ -73,14 +79,15 @@ impl Memory {
         let name = "memory-grace";
         let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
         let worker = thread.map_err(|source| Error::Thread { name, source })?;
+        let sweeper = Arc::default();
         Ok(Arc::new(Memory {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
-            ram: RamList::new(&grace, arena),
+            ram: RamList::new(&grace, &sweeper, arena),
             grace,
             tree: Mutex::default(),
             writer: AtomicU64::new(0),
             dropped: Mutex::default(),
-            sweeper: Arc::default(),
+            sweeper,
             worker: Some(worker),
         }))
     }
@@ -94,6 +101,11 @@ impl Memory {
     /// The RAM blocks.
     pub fn ram(&self) -> &RamList {
         &self.ram
+    }
+
+    /// Who requires and who disables discarding of RAM.
+    pub fn discards(&self) -> &DiscardRules {
+        self.ram.discards()
     }
 
     /// Makes an address space that shows `root` and what is put below it.

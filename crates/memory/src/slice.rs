@@ -3,10 +3,11 @@
 
 use std::fmt;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::fault::Fault;
 use crate::{AccessError, Gpa, copy};
 
 /// A contiguous piece of guest memory inside a read section. Offsets are in bytes. The guest may
@@ -21,26 +22,27 @@ pub struct GuestSlice<'g> {
 }
 
 macro_rules! atomic_access {
-    ($load:ident, $store:ident, $int:ty, $atomic:ty) => {
+    ($load:ident, $store:ident, $int:ty) => {
         /// Loads a value of the host's byte order atomically.
         ///
         /// # Errors
-        /// `Overflow` outside the slice or when the address is not aligned.
+        /// `Overflow` outside the slice or when the address is not aligned; `HostFault`.
         ///
         /// # Panics
         /// When `order` is not one for loads.
         #[inline(always)]
         pub fn $load(&self, offset: usize, order: Ordering) -> Result<$int, AccessError> {
             let at = self.aligned::<$int>(offset)?;
-            // SAFETY: inside the slice, aligned; the guest's accesses are atomic as the
-            // hardware's are.
-            Ok(unsafe { <$atomic>::from_ptr(at) }.load(order))
+            // SAFETY: inside the slice, aligned.
+            unsafe { copy::load(at, order) }
+                .map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
         }
 
         /// Stores a value in the host's byte order atomically.
         ///
         /// # Errors
-        /// `Overflow` outside the slice or when the address is not aligned; `ReadOnly`.
+        /// `Overflow` outside the slice or when the address is not aligned; `ReadOnly`;
+        /// `HostFault`.
         ///
         /// # Panics
         /// When `order` is not one for stores.
@@ -54,8 +56,8 @@ macro_rules! atomic_access {
             let at = self.aligned::<$int>(offset)?;
             self.check_writable(offset, size_of::<$int>())?;
             // SAFETY: as above, and writable.
-            unsafe { <$atomic>::from_ptr(at) }.store(value, order);
-            Ok(())
+            unsafe { copy::store(at, value, order) }
+                .map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
         }
     };
 }
@@ -95,26 +97,26 @@ impl<'g> GuestSlice<'g> {
         self.gpa
     }
 
-    atomic_access!(load_u8, store_u8, u8, AtomicU8);
-    atomic_access!(load_u16, store_u16, u16, AtomicU16);
-    atomic_access!(load_u32, store_u32, u32, AtomicU32);
-    atomic_access!(load_u64, store_u64, u64, AtomicU64);
+    atomic_access!(load_u8, store_u8, u8);
+    atomic_access!(load_u16, store_u16, u16);
+    atomic_access!(load_u32, store_u32, u32);
+    atomic_access!(load_u64, store_u64, u64);
 
     /// Reads a value of any alignment; not atomic.
     ///
     /// # Errors
-    /// `Overflow` outside the slice.
+    /// `Overflow` outside the slice; `HostFault`.
     #[inline]
     pub fn read<T: FromBytes>(&self, offset: usize) -> Result<T, AccessError> {
         let at = self.at(offset, size_of::<T>())?;
         // SAFETY: inside the slice.
-        Ok(unsafe { copy::read(at) })
+        unsafe { copy::read(at) }.map_err(|fault| self.fault(offset, size_of::<T>(), fault))
     }
 
     /// Writes a value of any alignment; not atomic.
     ///
     /// # Errors
-    /// `Overflow` outside the slice; `ReadOnly`.
+    /// `Overflow` outside the slice; `ReadOnly`; `HostFault`.
     #[inline]
     pub fn write<T: IntoBytes + Immutable>(
         &self,
@@ -124,31 +126,31 @@ impl<'g> GuestSlice<'g> {
         let at = self.at(offset, size_of::<T>())?;
         self.check_writable(offset, size_of::<T>())?;
         // SAFETY: inside the slice, and writable.
-        unsafe { copy::write(at, &value) };
-        Ok(())
+        unsafe { copy::write(at, &value) }
+            .map_err(|fault| self.fault(offset, size_of::<T>(), fault))
     }
 
     /// Copies out.
     ///
     /// # Errors
-    /// `Overflow` outside the slice.
+    /// `Overflow` outside the slice; `HostFault`.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
         // SAFETY: inside the slice.
-        unsafe { copy::from_guest(at, bytes.as_mut_ptr(), bytes.len()) };
-        Ok(())
+        unsafe { copy::from_guest(at, bytes.as_mut_ptr(), bytes.len()) }
+            .map_err(|fault| self.fault(offset, bytes.len(), fault))
     }
 
     /// Copies in.
     ///
     /// # Errors
-    /// `Overflow` outside the slice; `ReadOnly`.
+    /// `Overflow` outside the slice; `ReadOnly`; `HostFault`.
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
         self.check_writable(offset, bytes.len())?;
         // SAFETY: inside the slice, and writable.
-        unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
-        Ok(())
+        unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) }
+            .map_err(|fault| self.fault(offset, bytes.len(), fault))
     }
 
     /// A part of it.
@@ -193,6 +195,11 @@ impl<'g> GuestSlice<'g> {
             gpa: Gpa(self.gpa.0.wrapping_add(offset as u64)),
             len: len as u64,
         })
+    }
+
+    #[cold]
+    fn fault(&self, offset: usize, len: usize, fault: Fault) -> AccessError {
+        AccessError::host_fault(Gpa(self.gpa.0.wrapping_add(offset as u64)), len, fault)
     }
 
     #[cold]

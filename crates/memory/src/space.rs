@@ -149,7 +149,8 @@ impl AddressSpace {
                     host, bytes: count, ..
                 } => {
                     // SAFETY: `target` found this many bytes of RAM in the open section.
-                    unsafe { copy::from_guest(host, bytes[done..].as_mut_ptr(), count) };
+                    // What the host does not provide stays all ones, as where nothing answers.
+                    let _ = unsafe { copy::from_guest(host, bytes[done..].as_mut_ptr(), count) };
                     done += count;
                 }
                 Target::Mmio {
@@ -192,7 +193,8 @@ impl AddressSpace {
                 } => {
                     if writable {
                         // SAFETY: `target` found this many bytes of RAM in the open section.
-                        unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
+                        // What the host does not provide drops it, as where nothing answers.
+                        let _ = unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
                     }
                     done += count;
                 }

@@ -2,13 +2,14 @@
 //! Drops what might block, away from the grace worker.
 //!
 //! A view can be the last to know a device's registers; dropping those runs the device's
-//! destructor, which may close files. The thread starts when that first happens.
+//! destructor, which may close files; an old set of RAM blocks the last to know a file. The thread
+//! starts when that first happens.
 
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
-use crate::Region;
+use crate::RamBlocks;
 use crate::flat::Flat;
 use crate::tree::RegionKind;
 
@@ -18,7 +19,7 @@ pub(crate) struct Sweeper {
 }
 
 struct Running {
-    regions: Sender<Arc<Region>>,
+    things: Sender<Box<dyn Send>>,
     handle: JoinHandle<()>,
 }
 
@@ -32,20 +33,33 @@ impl Sweeper {
         drop(flat);
         let last = Arc::strong_count(&region) == 1;
         if last && matches!(region.kind(), RegionKind::Mmio(_)) {
-            self.drop_elsewhere(region);
+            self.drop_elsewhere(Box::new(region));
         }
     }
 
-    fn drop_elsewhere(&self, region: Arc<Region>) {
+    /// Drops an old set of RAM blocks.
+    pub(crate) fn drop_blocks(&self, blocks: Arc<RamBlocks>) {
+        let Some(blocks) = Arc::into_inner(blocks) else {
+            return;
+        };
+        for block in blocks.iter() {
+            // The last one closes the file.
+            if block.is_file() && Arc::strong_count(block) == 1 {
+                self.drop_elsewhere(Box::new(Arc::clone(block)));
+            }
+        }
+    }
+
+    fn drop_elsewhere(&self, thing: Box<dyn Send>) {
         let mut thread = self
             .thread
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
         if thread.is_none() {
-            let (regions, received) = channel::<Arc<Region>>();
+            let (things, received) = channel::<Box<dyn Send>>();
             let spawned = thread::Builder::new().name("memory-sweeper".to_owned());
             match spawned.spawn(move || received.into_iter().for_each(drop)) {
-                Ok(handle) => *thread = Some(Running { regions, handle }),
+                Ok(handle) => *thread = Some(Running { things, handle }),
                 Err(error) => {
                     tracing::error!(%error, "no sweeper thread: a device's end may hold up unplugs")
                 }
@@ -53,7 +67,7 @@ impl Sweeper {
         }
         if let Some(running) = &*thread {
             // The thread ends only with the sender.
-            let _ = running.regions.send(region);
+            let _ = running.things.send(thing);
         }
     }
 }
@@ -65,8 +79,8 @@ impl Drop for Sweeper {
             .get_mut()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .take();
-        if let Some(Running { regions, handle }) = thread {
-            drop(regions);
+        if let Some(Running { things, handle }) = thread {
+            drop(things);
             // A device may own the last handle on the memory that owns this sweeper.
             if handle.thread().id() != thread::current().id() && handle.join().is_err() {
                 tracing::error!("the sweeper thread panicked");

@@ -93,7 +93,7 @@ fn blocks_are_found_by_name_address_and_offset() {
     let lines: Vec<_> = dump.lines().collect();
     assert_eq!(lines.len(), 3);
     assert!(
-        lines[0].contains("PageSize") && lines[1].contains("large") && lines[2].contains("small"),
+        lines[0].contains("PSize") && lines[1].contains("large") && lines[2].contains("small"),
         "{dump}"
     );
     assert!(
@@ -161,7 +161,7 @@ fn a_grown_block_is_shown_after_set_size() {
 }
 
 #[test]
-fn files_are_made_extended_shared_or_not() {
+fn files_are_shared_or_not() {
     let dir = tempfile::tempdir().unwrap();
     let memory = memory();
     let root = Region::container("root", 1 << 40);
@@ -169,11 +169,12 @@ fn files_are_made_extended_shared_or_not() {
     let reader = memory.register();
     for share in [true, false] {
         let path = dir.path().join(format!("ram-{share}"));
-        std::fs::write(&path, [0x55; 100]).unwrap();
+        std::fs::write(&path, vec![0x55; 1 << 20]).unwrap();
         let name = format!("file-{share}");
         let backing = Backing::File {
             path: path.clone(),
             share,
+            readonly: false,
         };
         let block = memory
             .ram()
@@ -181,7 +182,7 @@ fn files_are_made_extended_shared_or_not() {
             .unwrap();
         let region = Region::ram(name, &block);
         memory.update(|t| t.add(&root, &region, 0, 0)).unwrap();
-        assert_eq!(space.load(&reader, 99, 2), 0x0055);
+        assert_eq!(space.load(&reader, 99, 2), 0x5555);
         space.store(&reader, 0, 1, 0xaa);
         memory.update(|t| t.remove(&region)).unwrap();
         let bytes = std::fs::read(&path).unwrap();
@@ -196,6 +197,7 @@ fn files_are_made_extended_shared_or_not() {
     let missing = Backing::File {
         path: dir.path().join("no/such"),
         share: true,
+        readonly: false,
     };
     let error = memory
         .ram()

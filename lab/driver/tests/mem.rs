@@ -507,6 +507,17 @@ fn specifications_that_cannot_be() {
     };
     let plain = rig.board.memory().ram().add(plain).unwrap();
     assert!(refuse(MemSpec::new("vmem1", &plain, Gpa(BASE))).contains("not sparse"));
+    // Of the refused nothing is left: only the first device requires discards.
+    let rules = rig.board.memory().discards();
+    assert_eq!(rules.counts().coordinated_required, 1);
+    let other = plugging::sparse_memory();
+    let _never = other.discards().disable("pmem0").unwrap();
+    let block = other.ram().by_name("vmem1").unwrap();
+    let error = refuse(MemSpec::new("vmem1", &block, Gpa(BASE)));
+    assert!(
+        error.contains("pmem0 (disable discarding of RAM)"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -3,11 +3,13 @@
 
 mod plugging;
 
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ebbtide_lab_driver::mem::{Answer, Kind, State};
 use ebbtide_lab_driver::{Layout, common, poll};
-use ebbtide_memory::{Access, Pin};
+use ebbtide_memory::{Access, DiscardListener, DiscardSubscription, ListenerError, Pin};
 use ebbtide_virtio::mem::fault::Step;
 use plugging::{BLOCK, GIB, MIB, Rig, SOON, impatient};
 
@@ -296,4 +298,98 @@ fn a_system_reset_waits_for_transfers() {
         .unwrap()
         .unwrap();
     assert_eq!(rig.block.plugged_bytes(), 0);
+}
+
+/// What maps the region for a device: what it has mapped, in blocks, and how many more it refuses.
+#[derive(Default)]
+struct Mapped {
+    ranges: Vec<Range<u64>>,
+    refusals: u32,
+}
+
+struct Mapper(Arc<Mutex<Mapped>>);
+
+impl DiscardListener for Mapper {
+    fn name(&self) -> &str {
+        "vfio gpu0"
+    }
+
+    fn populate(&mut self, range: Range<u64>) -> Result<(), ListenerError> {
+        let mut mapped = self.0.lock().unwrap();
+        if mapped.refusals > 0 {
+            mapped.refusals -= 1;
+            return Err(ListenerError {
+                what: "container".into(),
+                reason: "65535 mappings are in use".into(),
+            });
+        }
+        mapped.ranges.push(range.start / BLOCK..range.end / BLOCK);
+        Ok(())
+    }
+
+    fn discard(&mut self, range: Range<u64>) {
+        let range = range.start / BLOCK..range.end / BLOCK;
+        let mut mapped = self.0.lock().unwrap();
+        let before = mapped.ranges.len();
+        mapped.ranges.retain(|other| *other != range);
+        assert_eq!(mapped.ranges.len() + 1, before);
+    }
+}
+
+fn map(rig: &Rig) -> (Arc<Mutex<Mapped>>, DiscardSubscription) {
+    let mapped = Arc::default();
+    let mapper = Box::new(Mapper(Arc::clone(&mapped)));
+    let all = 0..rig.block.size_bytes();
+    (mapped, rig.block.subscribe(all, mapper).unwrap())
+}
+
+#[test]
+fn a_mapper_follows_what_is_plugged() {
+    let mut rig = Rig::new(GIB, 64 * MIB);
+    assert_eq!(rig.plug(0, 2), Answer::Ack);
+    let (mapped, subscription) = map(&rig);
+    let ranges = || mapped.lock().unwrap().ranges.clone();
+    assert_eq!(rig.plug(4, 2), Answer::Ack);
+    assert_eq!(ranges(), [0..2, 4..6]);
+    // Nothing is taken from it while a transfer is under way.
+    let transfer = pin(&rig, 5);
+    let request = rig.begin(Kind::Unplug, 4, 2);
+    std::thread::sleep(SOON);
+    assert_eq!(ranges(), [0..2, 4..6]);
+    drop(transfer);
+    assert_eq!(rig.end(&request), Answer::Ack);
+    assert_eq!(ranges(), vec![0..2]);
+    drop(subscription);
+    assert_eq!(ranges(), []);
+}
+
+#[test]
+fn a_mapper_that_refuses_is_asked_again_and_then_the_driver_is_told_busy() {
+    for populate in [false, true] {
+        let mut rig = Rig::with(GIB, 64 * MIB, |spec| {
+            spec.patience = impatient();
+            spec.populate = populate;
+        });
+        let (mapped, _subscription) = map(&rig);
+        mapped.lock().unwrap().refusals = 1;
+        assert_eq!(rig.plug(0, 4), Answer::Ack);
+        mapped.lock().unwrap().refusals = u32::MAX;
+        assert_eq!(rig.plug(8, 4), Answer::Busy);
+        assert_eq!(rig.plugged(), 4 * BLOCK);
+        assert_eq!(rig.state(8, 4), Some(State::Unplugged));
+        mapped.lock().unwrap().refusals = 0;
+        assert_eq!(rig.plug(8, 4), Answer::Ack);
+        let metrics = rig.mem.metrics();
+        assert_eq!((metrics.plug.busy, metrics.plug.error), (1, 0));
+    }
+}
+
+#[test]
+fn the_device_and_who_cannot_bear_discards_exclude_each_other() {
+    let rig = Rig::new(GIB, 0);
+    let rules = rig.board.memory().discards().clone();
+    let error = rules.disable("pmem1").unwrap_err().to_string();
+    assert!(error.contains("vmem0"), "{error}");
+    drop(rules.disable_uncoordinated("vfio gpu0").unwrap());
+    assert_eq!(rules.counts().coordinated_required, 1);
 }

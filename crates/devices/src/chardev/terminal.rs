@@ -10,12 +10,12 @@ use rustix::termios::{
     isatty, tcgetattr, tcgetpgrp, tcsetattr,
 };
 use signal_hook::SigId;
-use signal_hook::consts::{SIGABRT, SIGBUS, SIGCONT, SIGQUIT};
+use signal_hook::consts::{SIGABRT, SIGCONT, SIGQUIT};
 use signal_hook::low_level::{emulate_default_handler, register, unregister};
 
 /// Signals that end the process without its destructors being run. Those that end it in order are not here: whoever
-/// handles them drops the [`RawTerminal`].
-const FATAL: [i32; 3] = [SIGQUIT, SIGABRT, SIGBUS];
+/// handles them drops the [`RawTerminal`]. Nor is SIGBUS: accesses to guest memory recover from it.
+const FATAL: [i32; 2] = [SIGQUIT, SIGABRT];
 
 /// Keeps a terminal in raw mode; dropping it restores what was before, and so does a fatal signal.
 pub(super) struct RawTerminal {

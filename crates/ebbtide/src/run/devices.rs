@@ -91,7 +91,11 @@ fn backing(kv: &KeyValues, kind: &str, path: Option<PathBuf>) -> Result<Backing,
         ("hugetlb", None) => Ok(Backing::Hugetlb {
             page_size_bytes: 2 << 20,
         }),
-        ("file", Some(path)) => Ok(Backing::File { path, share: true }),
+        ("file", Some(path)) => Ok(Backing::File {
+            path,
+            share: true,
+            readonly: false,
+        }),
         ("file", None) => Err(kv.error("backend=file needs path=")),
         ("anon" | "memfd" | "hugetlb", Some(path)) => Err(kv.error(format!(
             "path={} goes with backend=file only",
@@ -194,6 +198,7 @@ pub fn object(text: &str) -> Result<MemoryObject, OptionError> {
         "memory-backend-file" => Backing::File {
             path: PathBuf::from(kv.need("mem-path")?),
             share: kv.switch("share", false)?,
+            readonly: false,
         },
         other => return Err(kv.error(unknown("object type", other, OBJECT_TYPES))),
     };

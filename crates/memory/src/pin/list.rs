@@ -6,6 +6,7 @@ use std::fmt;
 use smallvec::SmallVec;
 
 use super::Token;
+use crate::fault::Fault;
 use crate::reader::row::Row;
 use crate::{Access, AccessError, Gpa, copy};
 
@@ -59,19 +60,19 @@ impl PinList {
     /// Copies out of the memory, from byte `offset` of the list on.
     ///
     /// # Errors
-    /// `Overflow` past the end; the address in it is the offset.
+    /// `Overflow` past the end, `HostFault`; the address in them is the offset.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let target = bytes.as_mut_ptr();
         self.each(offset, bytes.len(), |host, at, count| {
             // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
-            unsafe { copy::from_guest(host, target.add(at), count) };
+            unsafe { copy::from_guest(host, target.add(at), count) }
         })
     }
 
     /// Copies into the memory, from byte `offset` of the list on.
     ///
     /// # Errors
-    /// `Overflow` past the end; `ReadOnly` unless all of it was pinned for writing.
+    /// `Overflow` past the end; `ReadOnly` unless all of it was pinned for writing; `HostFault`.
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
         if !self.writable {
             return Err(AccessError::ReadOnly {
@@ -81,7 +82,7 @@ impl PinList {
         }
         self.each(offset, bytes.len(), |host, at, count| {
             // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
-            unsafe { copy::to_guest(bytes.as_ptr().add(at), host, count) };
+            unsafe { copy::to_guest(bytes.as_ptr().add(at), host, count) }
         })
     }
 
@@ -100,7 +101,7 @@ impl PinList {
         &self,
         offset: usize,
         len: usize,
-        mut f: impl FnMut(*mut u8, usize, usize),
+        mut f: impl FnMut(*mut u8, usize, usize) -> Result<(), Fault>,
     ) -> Result<(), AccessError> {
         if offset
             .checked_add(len)
@@ -121,7 +122,10 @@ impl PinList {
                 continue;
             }
             let count = (iovec.iov_len - skip).min(len - done);
-            f(iovec.iov_base.cast::<u8>().wrapping_add(skip), done, count);
+            f(iovec.iov_base.cast::<u8>().wrapping_add(skip), done, count).map_err(|fault| {
+                let done = done + fault.done;
+                AccessError::host_fault(Gpa(offset as u64), len, Fault { done })
+            })?;
             done += count;
             skip = 0;
         }

@@ -118,18 +118,18 @@ impl Pin {
     /// Copies out of the memory, from `offset` on.
     ///
     /// # Errors
-    /// `Overflow` outside of it.
+    /// `Overflow` outside of it; `HostFault`.
     pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         self.check(offset, bytes.len())?;
         // SAFETY: inside the pinned memory, which the token keeps (I3).
-        unsafe { copy::from_guest(self.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) };
-        Ok(())
+        unsafe { copy::from_guest(self.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) }
+            .map_err(|fault| AccessError::host_fault(self.gpa_at(offset), bytes.len(), fault))
     }
 
     /// Copies into the memory, from `offset` on.
     ///
     /// # Errors
-    /// `Overflow` outside of it; `ReadOnly` unless pinned for writing.
+    /// `Overflow` outside of it; `ReadOnly` unless pinned for writing; `HostFault`.
     pub fn write_at(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
         self.check(offset, bytes.len())?;
         if !self.access.writes() {
@@ -139,15 +139,19 @@ impl Pin {
             });
         }
         // SAFETY: inside the pinned memory, which the token keeps (I3).
-        unsafe { copy::to_guest(bytes.as_ptr(), self.ptr.add(offset), bytes.len()) };
-        Ok(())
+        unsafe { copy::to_guest(bytes.as_ptr(), self.ptr.add(offset), bytes.len()) }
+            .map_err(|fault| AccessError::host_fault(self.gpa_at(offset), bytes.len(), fault))
+    }
+
+    fn gpa_at(&self, offset: usize) -> Gpa {
+        Gpa(self.gpa.0.wrapping_add(offset as u64))
     }
 
     fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len => Ok(()),
             _ => Err(AccessError::Overflow {
-                gpa: Gpa(self.gpa.0.wrapping_add(offset as u64)),
+                gpa: self.gpa_at(offset),
                 len: len as u64,
             }),
         }

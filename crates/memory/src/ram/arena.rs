@@ -16,6 +16,11 @@ const LARGE: u64 = 1 << 30;
 /// Alignment of smaller blocks, and the least gap between two.
 const SMALL: u64 = 2 << 20;
 
+/// A placing that can be taken back, as long as there was no other since.
+pub(crate) struct Placed {
+    before: u64,
+}
+
 pub(crate) struct Arena {
     mapped: NonNull<u8>,
     mapped_bytes: usize,
@@ -57,9 +62,24 @@ impl Arena {
         })
     }
 
+    /// Whether `bytes` could be placed now, alignment left aside.
+    pub(crate) fn check_room(&self, name: &str, bytes: u64) -> Result<(), Error> {
+        let left = self.bytes.saturating_sub(*lock(&self.next));
+        if bytes <= left {
+            return Ok(());
+        }
+        let name = name.to_owned();
+        Err(Error::ArenaFull { name, bytes, left })
+    }
+
     /// Takes `bytes` that were never handed out before, aligned to `align` at least (a power of
-    /// two); inaccessible until mapped over.
-    pub(crate) fn place(&self, name: &str, bytes: u64, align: u64) -> Result<NonNull<u8>, Error> {
+    /// two); inaccessible until mapped over. Also returns what [`Arena::take_back`] needs.
+    pub(crate) fn place(
+        &self,
+        name: &str,
+        bytes: u64,
+        align: u64,
+    ) -> Result<(NonNull<u8>, Placed), Error> {
         let align = align.max(if bytes >= LARGE { LARGE } else { SMALL });
         let mut next = lock(&self.next);
         let full = |left| Error::ArenaFull {
@@ -75,9 +95,17 @@ impl Arena {
             .checked_add(bytes)
             .filter(|end| *end <= self.bytes)
             .ok_or_else(|| full(left))?;
+        let placed = Placed { before: *next };
         *next = end.next_multiple_of(SMALL).saturating_add(SMALL);
         // SAFETY: start + skip is below the length of the mapping.
-        Ok(unsafe { self.mapped.add((self.skip + start) as usize) })
+        let address = unsafe { self.mapped.add((self.skip + start) as usize) };
+        Ok((address, placed))
+    }
+
+    /// Takes the last placing back: nobody but its maker has known the addresses, and they are
+    /// inaccessible again.
+    pub(crate) fn take_back(&self, placed: Placed) {
+        *lock(&self.next) = placed.before;
     }
 }
 
@@ -98,13 +126,17 @@ mod tests {
     #[test]
     fn blocks_are_aligned_apart_and_never_placed_twice() {
         let arena = Arena::new(8 << 30).unwrap();
-        let small = arena.place("a", 4096, 1).unwrap().as_ptr() as u64;
-        let other = arena.place("b", 5 << 20, 1).unwrap().as_ptr() as u64;
-        let large = arena.place("c", 1 << 30, 1).unwrap().as_ptr() as u64;
+        let small = arena.place("a", 4096, 1).unwrap().0.as_ptr() as u64;
+        let other = arena.place("b", 5 << 20, 1).unwrap().0.as_ptr() as u64;
+        let large = arena.place("c", 1 << 30, 1).unwrap().0.as_ptr() as u64;
         assert_eq!(small % SMALL, 0);
         assert!(other >= small + 4096 + SMALL && other.is_multiple_of(SMALL));
         assert!(large >= other + (5 << 20) + SMALL && large.is_multiple_of(LARGE));
-        let error = arena.place("d", 7 << 30, 1).unwrap_err().to_string();
+        let error = arena
+            .place("d", 7 << 30, 1)
+            .map(drop)
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("do not fit"), "{error}");
     }
 }

@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Maps a block's memory, and gives parts of it or all of it back.
 
-use std::ffi::CString;
-use std::fs::OpenOptions;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::ptr::{self, NonNull};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+use std::ptr::NonNull;
 
 use super::host::{HostMemory, huge_page_figures};
-use super::{Backing, RamSpec};
+use super::source::Source;
+use super::{RamPolicy, RamSpec, populate};
 use crate::Error;
-
-const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
 /// A block's memory at its place in the arena.
 pub(crate) struct Mapping {
@@ -27,6 +26,9 @@ pub(crate) struct Mapping {
     hugetlb: bool,
     /// The descriptor's memory is nobody else's: it is emptied with the block.
     own_pages: bool,
+    readonly: bool,
+    path: Option<PathBuf>,
+    policy: RamPolicy,
 }
 
 // SAFETY: the mapping belongs to the object; it is changed by system calls only, and who may call
@@ -37,35 +39,116 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `spec` at `host`, a fresh place in the arena. A sparse block starts inaccessible.
-    pub(crate) fn new(spec: &RamSpec, host: NonNull<u8>, source: Source) -> Result<Mapping, Error> {
-        let Source {
-            fd,
-            page_size_bytes,
-            thp,
-            shared,
-            hugetlb,
-            own_pages,
-        } = source;
+    pub(crate) fn new(
+        spec: &RamSpec,
+        policy: &RamPolicy,
+        host: NonNull<u8>,
+        mut source: Source,
+    ) -> Result<Mapping, Error> {
         let mapping = Mapping {
             name: spec.name.clone(),
             host,
             max_bytes: spec.max_size_bytes,
-            page_size_bytes,
-            fd,
-            thp,
-            shared,
-            hugetlb,
-            own_pages,
+            page_size_bytes: source.page_size_bytes,
+            fd: source.fd.take(),
+            thp: source.thp,
+            shared: source.shared,
+            hugetlb: source.hugetlb,
+            own_pages: source.own_pages,
+            readonly: source.readonly,
+            path: source.path.take(),
+            policy: policy.clone(),
         };
+        match mapping.map_all(spec) {
+            Ok(()) => {
+                source.keep();
+                Ok(mapping)
+            }
+            Err(error) => {
+                mapping.give_up();
+                Err(error)
+            }
+        }
+    }
+
+    fn map_all(&self, spec: &RamSpec) -> Result<(), Error> {
         let sparse = spec.block_size_bytes.is_some();
         let used = if sparse { 0 } else { spec.size_bytes };
-        mapping.map(0..used, true, libc::PROT_READ | libc::PROT_WRITE)?;
-        mapping.map(used..spec.max_size_bytes, false, libc::PROT_NONE)?;
-        if sparse && !mapping.shared {
-            mapping.make_mergeable()?;
+        self.map(0..used, true, self.accessible())?;
+        self.map(used..spec.max_size_bytes, false, libc::PROT_NONE)?;
+        if sparse && !self.shared {
+            self.make_mergeable()?;
         }
-        mapping.advise_huge_pages(0..spec.max_size_bytes);
-        Ok(mapping)
+        if spec.prefault && used > 0 {
+            self.populate(0..used)?;
+        }
+        Ok(())
+    }
+
+    /// Leaves nothing of a block that came to nothing.
+    pub(super) fn give_up(&self) {
+        if let Err(error) = self.destroy() {
+            tracing::error!(block = self.name, %error, "memory of a failed block is kept");
+        }
+    }
+
+    /// What memory in use may be used for.
+    fn accessible(&self) -> libc::c_int {
+        if self.readonly {
+            libc::PROT_READ
+        } else {
+            libc::PROT_READ | libc::PROT_WRITE
+        }
+    }
+
+    pub(crate) fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    /// Whether closing the descriptor may wait for a filesystem.
+    pub(crate) fn is_file(&self) -> bool {
+        self.path.is_some()
+    }
+
+    pub(crate) fn policy(&self) -> &RamPolicy {
+        &self.policy
+    }
+
+    pub(crate) fn path(&self) -> Option<&PathBuf> {
+        self.path.as_ref()
+    }
+
+    /// In a word, for people.
+    pub(crate) fn kind(&self) -> &'static str {
+        match (&self.path, &self.fd) {
+            (Some(_), _) => "file",
+            (None, Some(_)) if self.hugetlb => "hugetlb",
+            (None, Some(_)) => "memfd",
+            (None, None) => "anon",
+        }
+    }
+
+    pub(crate) fn is_shared(&self) -> bool {
+        self.shared
+    }
+
+    /// Tells the host how to treat a new mapping.
+    fn apply_policy(&self, range: &Range<u64>) -> Result<(), Error> {
+        self.advise_huge_pages(range.clone());
+        if !self.policy.dump {
+            self.advise(range.clone(), libc::MADV_DONTDUMP)
+                .map_err(|e| self.fail("exclude from core dumps", range, e))?;
+        }
+        if self.policy.merge {
+            self.advise(range.clone(), libc::MADV_MERGEABLE)
+                .map_err(|e| self.fail("have equal pages merged in", range, e))?;
+        }
+        if let Some(numa) = &self.policy.numa {
+            let length = (range.end - range.start) as usize;
+            numa.apply(self.at(range.start), length)
+                .map_err(|e| self.fail("set the NUMA policy of", range, e))?;
+        }
+        Ok(())
     }
 
     fn advise_huge_pages(&self, range: Range<u64>) {
@@ -100,6 +183,7 @@ impl Mapping {
         }
     }
 
+    /// Maps a range and tells the host how to treat it.
     fn map(&self, range: Range<u64>, charge: bool, protection: libc::c_int) -> Result<(), Error> {
         if range.is_empty() {
             return Ok(());
@@ -125,7 +209,7 @@ impl Mapping {
         };
         let length = (range.end - range.start) as usize;
         // SAFETY: MAP_FIXED over the block's own place in the arena, which nobody uses yet, or
-        // (in `resize`) over a part of it that was inaccessible.
+        // (in `grow`) over a part of it that was inaccessible.
         let result = unsafe {
             libc::mmap(
                 self.at(range.start),
@@ -137,22 +221,65 @@ impl Mapping {
             )
         };
         if result != libc::MAP_FAILED {
-            return Ok(());
+            return self.apply_policy(&range);
         }
         let source = io::Error::last_os_error();
-        if source.raw_os_error() == Some(libc::ENOMEM) {
-            let detail = if self.hugetlb {
-                huge_page_figures(self.page_size_bytes)
-            } else {
-                HostMemory::read().to_string()
-            };
-            return Err(Error::NoHostMemory {
-                name: self.name.clone(),
-                bytes: length as u64,
-                detail,
-            });
+        match source.raw_os_error() {
+            Some(libc::ENOMEM) => Err(self.no_memory(length as u64)),
+            Some(libc::EACCES | libc::EPERM) if self.shared && !self.readonly => {
+                let Some(path) = self.path.clone() else {
+                    return Err(self.fail("map", &range, source));
+                };
+                let name = self.name.clone();
+                Err(Error::BackingUnwritable { name, path, source })
+            }
+            _ => Err(self.fail("map", &range, source)),
         }
-        Err(self.fail("map", &range, source))
+    }
+
+    /// The host lacks memory of the kind needed.
+    fn no_memory(&self, bytes: u64) -> Error {
+        let name = self.name.clone();
+        if self.hugetlb {
+            return Error::NoHugePages {
+                name,
+                page_size_bytes: self.page_size_bytes,
+                bytes,
+                detail: huge_page_figures(self.page_size_bytes),
+            };
+        }
+        let mut detail = HostMemory::read().to_string();
+        if let Some(path) = &self.path {
+            detail.push_str(&format!(
+                "; the filesystem of {} may be full",
+                path.display()
+            ));
+        }
+        Error::NoHostMemory {
+            name,
+            bytes,
+            detail,
+        }
+    }
+
+    /// Whether the file still has `end` bytes; others may have cut it short.
+    fn check_length(&self, end: u64) -> Result<(), Error> {
+        let (Some(path), Some(fd)) = (&self.path, &self.fd) else {
+            return Ok(());
+        };
+        let file = fd.try_clone().map(File::from);
+        let metadata = file
+            .and_then(|file| file.metadata())
+            .map_err(|e| self.fail("examine the file behind", &(0..end), e))?;
+        if !metadata.is_file() || metadata.len() >= end {
+            return Ok(());
+        }
+        Err(Error::BackingTooShort {
+            name: self.name.clone(),
+            path: path.clone(),
+            bytes: metadata.len(),
+            needed: end,
+        })
     }
 
     /// Lets the kernel merge the mappings of adjacent plugged blocks whatever the order in which
@@ -172,7 +299,7 @@ impl Mapping {
     /// Makes `range` accessible or inaccessible. Its pages stay.
     pub(crate) fn protect(&self, range: Range<u64>, accessible: bool) -> Result<(), Error> {
         let protection = if accessible {
-            libc::PROT_READ | libc::PROT_WRITE
+            self.accessible()
         } else {
             libc::PROT_NONE
         };
@@ -217,39 +344,34 @@ impl Mapping {
         }
     }
 
-    /// Allocates the pages of `range`, which must be accessible. Some may stay after an error.
+    /// Allocates the pages of `range`, which must be accessible, with several threads when that
+    /// helps. Some may stay after an error.
     pub(crate) fn populate(&self, range: Range<u64>) -> Result<(), Error> {
         let bytes = range.end - range.start;
-        let short = |detail| Error::NoHostMemory {
-            name: self.name.clone(),
-            bytes,
-            detail,
-        };
-        if !self.hugetlb {
+        self.check_length(range.end)?;
+        if !self.hugetlb && (self.path.is_none() || !self.shared) {
             // Asking first: past its limit a control group kills instead of refusing.
             let host = HostMemory::read();
             if host.headroom_bytes() < bytes {
-                return Err(short(host.to_string()));
+                return Err(self.no_memory(bytes));
             }
         }
-        match self.advise(range.clone(), libc::MADV_POPULATE_WRITE) {
-            Ok(()) => Ok(()),
-            // EFAULT: touching the pages would have given SIGBUS.
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::ENOMEM | libc::EFAULT | libc::ENOSPC)
-                ) =>
-            {
-                Err(short(if self.hugetlb {
-                    huge_page_figures(self.page_size_bytes)
-                } else {
-                    HostMemory::read().to_string()
-                }))
-            }
-            Err(source) => {
-                Err(self.fail("allocate (MADV_POPULATE_WRITE, Linux 5.14)", &range, source))
-            }
+        let advice = if self.readonly {
+            libc::MADV_POPULATE_READ
+        } else {
+            libc::MADV_POPULATE_WRITE
+        };
+        let threads = self.policy.prefault_threads;
+        let Err(source) =
+            populate::in_pieces(range.clone(), threads, |piece| self.advise(piece, advice))
+        else {
+            return Ok(());
+        };
+        // EFAULT: touching the pages would have given SIGBUS. The file may have been cut short.
+        self.check_length(range.end)?;
+        match source.raw_os_error() {
+            Some(libc::ENOMEM | libc::EFAULT | libc::ENOSPC) => Err(self.no_memory(bytes)),
+            _ => Err(self.fail("allocate (MADV_POPULATE_WRITE, Linux 5.14)", &range, source)),
         }
     }
 
@@ -281,11 +403,15 @@ impl Mapping {
             .map_err(|e| self.fail("give back", &range, e))
     }
 
-    /// Makes the block accessible up to `new` bytes.
+    /// Makes the block accessible up to `new` bytes, or leaves it as it was.
     pub(crate) fn grow(&self, old: u64, new: u64) -> Result<(), Error> {
-        self.map(old..new, true, libc::PROT_READ | libc::PROT_WRITE)?;
-        self.advise_huge_pages(old..new);
-        Ok(())
+        self.check_length(new)?;
+        let grown = self.map(old..new, true, self.accessible());
+        if grown.is_err() {
+            // Mapped, but the policy was refused.
+            self.protect(old..new, false)?;
+        }
+        grown
     }
 
     /// Makes the whole place inaccessible for good and gives all pages back. May block.
@@ -314,161 +440,4 @@ impl Mapping {
             Ok(())
         }
     }
-}
-
-/// What a block's memory comes from, opened.
-pub(crate) struct Source {
-    fd: Option<OwnedFd>,
-    page_size_bytes: u64,
-    thp: bool,
-    shared: bool,
-    hugetlb: bool,
-    own_pages: bool,
-}
-
-impl Source {
-    /// Opens the backing of `spec`.
-    pub(crate) fn open(spec: &RamSpec) -> Result<Source, Error> {
-        let plain = Source {
-            fd: None,
-            page_size_bytes: host_page_size(),
-            thp: false,
-            shared: false,
-            hugetlb: false,
-            own_pages: true,
-        };
-        match &spec.backing {
-            Backing::Anon { thp } => Ok(Source { thp: *thp, ..plain }),
-            Backing::Memfd { thp } => {
-                let fd = memfd(spec, 0)?;
-                Ok(Source {
-                    fd: Some(fd),
-                    thp: *thp,
-                    shared: true,
-                    ..plain
-                })
-            }
-            Backing::Hugetlb { page_size_bytes } => {
-                let page = *page_size_bytes;
-                if !page.is_power_of_two() || page <= host_page_size() {
-                    let reason = format!("{page} bytes is not a size of huge pages");
-                    return Err(Error::BadSpec {
-                        name: spec.name.clone(),
-                        reason,
-                    });
-                }
-                let flags = libc::MFD_HUGETLB | (page.trailing_zeros() << libc::MFD_HUGE_SHIFT);
-                let fd = memfd(spec, flags)?;
-                Ok(Source {
-                    fd: Some(fd),
-                    page_size_bytes: page,
-                    shared: true,
-                    hugetlb: true,
-                    ..plain
-                })
-            }
-            Backing::File { path, share } => {
-                let fail = |what: &str, source| Error::Host {
-                    name: spec.name.clone(),
-                    what: format!("cannot {what} {}", path.display()),
-                    source,
-                };
-                let mut options = OpenOptions::new();
-                options.read(true).write(true).create(true).truncate(false);
-                let file = options.open(path).map_err(|e| fail("open", e))?;
-                let length = file
-                    .metadata()
-                    .map_err(|e| fail("read the size of", e))?
-                    .len();
-                if length < spec.max_size_bytes {
-                    file.set_len(spec.max_size_bytes)
-                        .map_err(|e| fail("extend", e))?;
-                }
-                let fd = OwnedFd::from(file);
-                let page = huge_page_of(&fd).map_err(|e| fail("examine", e))?;
-                Ok(Source {
-                    page_size_bytes: page.unwrap_or(plain.page_size_bytes),
-                    hugetlb: page.is_some(),
-                    fd: Some(fd),
-                    shared: *share,
-                    own_pages: false,
-                    ..plain
-                })
-            }
-        }
-    }
-
-    pub(crate) fn page_size_bytes(&self) -> u64 {
-        self.page_size_bytes
-    }
-
-    /// Whether freeing pages shows zeroes, rather than the contents of a file.
-    pub(crate) fn can_be_sparse(&self) -> bool {
-        self.fd.is_none() || self.shared
-    }
-}
-
-fn memfd(spec: &RamSpec, flags: libc::c_uint) -> Result<OwnedFd, Error> {
-    let refused = |what: String, source| Error::Host {
-        name: spec.name.clone(),
-        what,
-        source,
-    };
-    let name = CString::new(spec.name.replace('\0', "_")).unwrap_or_default();
-    // memfd names are limited to 249 bytes.
-    let name =
-        CString::new(name.as_bytes().get(..200).unwrap_or(name.as_bytes())).unwrap_or_default();
-    // SAFETY: a terminated string and flags.
-    let fd = unsafe {
-        libc::memfd_create(
-            name.as_ptr(),
-            libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING | flags,
-        )
-    };
-    if fd < 0 {
-        let error = io::Error::last_os_error();
-        if let Backing::Hugetlb { page_size_bytes } = spec.backing {
-            return Err(refused(
-                format!("no memfd ({})", huge_page_figures(page_size_bytes)),
-                error,
-            ));
-        }
-        return Err(refused("cannot make a memfd".to_owned(), error));
-    }
-    // SAFETY: a descriptor just made, owned by nobody else.
-    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-    // SAFETY: integers only.
-    if unsafe { libc::ftruncate(fd.as_raw_fd(), spec.max_size_bytes as libc::off_t) } != 0 {
-        return Err(refused(
-            format!("cannot size a memfd to {}", spec.max_size_bytes),
-            io::Error::last_os_error(),
-        ));
-    }
-    // Nobody who is handed the descriptor can make our mapping fault by cutting it short.
-    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-    // SAFETY: integers only.
-    if unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) } != 0 {
-        return Err(refused(
-            "cannot seal a memfd".to_owned(),
-            io::Error::last_os_error(),
-        ));
-    }
-    Ok(fd)
-}
-
-/// The page size of a file on hugetlbfs.
-fn huge_page_of(fd: &OwnedFd) -> io::Result<Option<u64>> {
-    // SAFETY: all zeroes is a valid statfs.
-    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a descriptor of ours and a place for the answer.
-    if unsafe { libc::fstatfs(fd.as_raw_fd(), ptr::from_mut(&mut stat)) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((stat.f_type == HUGETLBFS_MAGIC).then_some(stat.f_bsize as u64))
-}
-
-/// The host's page size, in bytes.
-pub(crate) fn host_page_size() -> u64 {
-    // SAFETY: sysconf takes an integer.
-    u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }

@@ -10,13 +10,15 @@ use std::sync::atomic::{AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use super::arena::Arena;
-use super::backing::{Mapping, Source};
+use super::backing::Mapping;
 use super::fence::Fence;
-use super::{Plugged, RamSpec, Seal};
-use crate::Error;
+use super::source::Source;
+use super::{Plugged, RamPolicy, RamSpec, Seal};
+use crate::discard;
 use crate::grace::{Grace, Job};
 use crate::reader::wake::Level;
 use crate::ticket::Holds;
+use crate::{DiscardRules, Error};
 
 const LIVE: u8 = 0;
 const UNPLUGGED: u8 = 1;
@@ -39,6 +41,7 @@ pub struct RamBlock {
     holds: Arc<Holds>,
     mapping: Mapping,
     grace: Arc<Grace>,
+    discards: DiscardRules,
     /// Last: the addresses stay reserved for as long as somebody knows the block.
     _arena: Arc<Arena>,
 }
@@ -49,10 +52,11 @@ unsafe impl Send for RamBlock {}
 // SAFETY: as above; state is in atomics and locks.
 unsafe impl Sync for RamBlock {}
 
-struct Sparse {
+pub(super) struct Sparse {
     block_bytes: u64,
     fence: Arc<Fence>,
     plugged_bytes: AtomicU64,
+    pub(super) listeners: discard::Source,
     /// One bit per block that is being plugged or is sealed.
     busy: Mutex<Vec<u64>>,
 }
@@ -60,27 +64,27 @@ struct Sparse {
 impl RamBlock {
     pub(super) fn new(
         spec: &RamSpec,
+        policy: &RamPolicy,
         ram_offset: u64,
-        grace: &Arc<Grace>,
+        (grace, discards): (&Arc<Grace>, &DiscardRules),
         arena: &Arc<Arena>,
         slot: u32,
     ) -> Result<RamBlock, Error> {
         let source = Source::open(spec)?;
         spec.check_against(&source)?;
-        let host = arena.place(
+        let (host, placed) = arena.place(
             &spec.name,
             spec.max_size_bytes,
             spec.block_size_bytes.unwrap_or(1),
         )?;
-        let mapping = Mapping::new(spec, host, source)?;
-        if spec.prefault
-            && spec.block_size_bytes.is_none()
-            && spec.size_bytes > 0
-            && let Err(error) = mapping.populate(0..spec.size_bytes)
-        {
-            mapping.destroy()?;
-            return Err(error);
-        }
+        let mapping = match Mapping::new(spec, policy, host, source) {
+            Ok(mapping) => mapping,
+            Err(error) => {
+                // Blocks are made one at a time: there was no other placing since.
+                arena.take_back(placed);
+                return Err(error);
+            }
+        };
         let sparse = spec.block_size_bytes.map(|block_bytes| {
             let blocks = spec.max_size_bytes / block_bytes;
             Sparse {
@@ -92,6 +96,7 @@ impl RamBlock {
                     blocks,
                 ),
                 plugged_bytes: AtomicU64::new(0),
+                listeners: discard::Source::new(block_bytes, blocks),
                 busy: Mutex::new(vec![0; blocks.div_ceil(64) as usize]),
             }
         });
@@ -107,6 +112,7 @@ impl RamBlock {
             holds: Holds::new(grace.hub()),
             mapping,
             grace: Arc::clone(grace),
+            discards: discards.clone(),
             _arena: Arc::clone(arena),
         })
     }
@@ -147,6 +153,21 @@ impl RamBlock {
         self.mapping.fd().map(AsFd::as_fd)
     }
 
+    /// Whether nobody may write to it: a shared file that is only read.
+    pub fn is_readonly(&self) -> bool {
+        self.mapping.is_readonly()
+    }
+
+    /// How the host treats its memory.
+    pub fn policy(&self) -> &RamPolicy {
+        self.mapping.policy()
+    }
+
+    /// Who requires and who disables discarding of RAM.
+    pub fn discards(&self) -> &DiscardRules {
+        &self.discards
+    }
+
     /// Bytes of the blocks of a sparse block.
     pub fn block_size_bytes(&self) -> Option<u64> {
         self.sparse.as_ref().map(|sparse| sparse.block_bytes)
@@ -185,11 +206,13 @@ impl RamBlock {
     /// Plugs unplugged blocks: makes `range` (bytes, whole blocks) accessible, all zeroes, and
     /// with `populate` allocates its memory now. All or nothing.
     ///
-    /// With `populate` it takes as long as the host takes to find and clear the pages.
+    /// With `populate` it takes as long as the host takes to find and clear the pages; and as long
+    /// as the discard listeners take.
     ///
     /// # Errors
     /// `NotSparse`, `BadRange`; `BadState` when some of it is plugged, sealed or being plugged;
-    /// `NoHostMemory` with the host's figures; `Unplugged`; `Host`.
+    /// `NoHostMemory`, `NoHugePages` with the host's figures; `PopulateVetoed` by a discard
+    /// listener; `Unplugged`; `Host`. Nothing has changed then.
     pub fn plug(&self, range: Range<u64>, populate: bool) -> Result<(), Error> {
         let sparse = self.sparse()?;
         let blocks = self.whole_blocks(sparse, &range)?;
@@ -209,6 +232,7 @@ impl RamBlock {
             set_bits(&mut busy, blocks.clone(), true);
         }
         let result = self.make_accessible(&range, populate);
+        let result = result.and_then(|()| self.tell_populate(sparse, &range));
         let mut busy = lock(&sparse.busy);
         if result.is_ok() {
             sparse
@@ -225,13 +249,24 @@ impl RamBlock {
         if !populate {
             return Ok(());
         }
-        self.mapping.populate(range.clone()).inspect_err(|_| {
-            // Inaccessible first, so that no guest can bring pages back after the freeing.
-            let undone = self.mapping.protect(range.clone(), false);
-            if let Err(error) = undone.and(self.mapping.free_pages(range.clone())) {
-                tracing::error!(block = self.name, %error, "cannot take a failed plug back");
-            }
+        self.mapping
+            .populate(range.clone())
+            .inspect_err(|_| self.take_plug_back(range))
+    }
+
+    fn tell_populate(&self, sparse: &Sparse, range: &Range<u64>) -> Result<(), Error> {
+        sparse.listeners.populate(range).map_err(|veto| {
+            self.take_plug_back(range);
+            self.vetoed(veto)
         })
+    }
+
+    fn take_plug_back(&self, range: &Range<u64>) {
+        // Inaccessible first, so that no guest can bring pages back after the freeing.
+        let undone = self.mapping.protect(range.clone(), false);
+        if let Err(error) = undone.and(self.mapping.free_pages(range.clone())) {
+            tracing::error!(block = self.name, %error, "cannot take a failed plug back");
+        }
     }
 
     /// Begins to unplug plugged blocks: `range` (bytes, whole blocks) is unplugged for every pin
@@ -263,12 +298,16 @@ impl RamBlock {
         Ok(Seal::new(Arc::clone(self), range, level))
     }
 
-    /// Frees the pages of a drained seal.
-    pub(super) fn discard_sealed(&self, range: &Range<u64>) -> Result<(), Error> {
+    /// Frees the pages of a drained seal, after telling the discard listeners unless they have been
+    /// `told`.
+    pub(super) fn discard_sealed(&self, range: &Range<u64>, told: &mut bool) -> Result<(), Error> {
         let sparse = self.sparse()?;
         let blocks = self.whole_blocks(sparse, range)?;
         // Inaccessible first, so that no guest can bring pages back after the freeing.
         self.mapping.protect(range.clone(), false)?;
+        if !std::mem::replace(told, true) {
+            sparse.listeners.discard(range);
+        }
         if let Err(error) = self.mapping.free_pages(range.clone()) {
             self.mapping.protect(range.clone(), true)?;
             return Err(error);
@@ -277,12 +316,15 @@ impl RamBlock {
         Ok(())
     }
 
-    /// Takes a seal back.
-    pub(super) fn unseal(&self, range: &Range<u64>) {
+    /// Takes a seal back, of which the discard listeners may have been `told`.
+    pub(super) fn unseal(&self, range: &Range<u64>, told: bool) {
         let Some(sparse) = &self.sparse else { return };
         let Ok(blocks) = self.whole_blocks(sparse, range) else {
             return;
         };
+        if told {
+            sparse.listeners.restore(range);
+        }
         let mut busy = lock(&sparse.busy);
         if self.life.load(Acquire) != GONE {
             sparse
@@ -293,13 +335,18 @@ impl RamBlock {
         set_bits(&mut busy, blocks, false);
     }
 
-    fn sparse(&self) -> Result<&Sparse, Error> {
+    pub(super) fn sparse(&self) -> Result<&Sparse, Error> {
         self.sparse
             .as_ref()
             .ok_or_else(|| Error::NotSparse(self.name.clone()))
     }
 
-    fn whole_blocks(&self, sparse: &Sparse, range: &Range<u64>) -> Result<Range<u64>, Error> {
+    /// The numbers of the blocks that `range` is made of.
+    pub(super) fn whole_blocks(
+        &self,
+        sparse: &Sparse,
+        range: &Range<u64>,
+    ) -> Result<Range<u64>, Error> {
         let size = sparse.block_bytes;
         let whole = range.start.is_multiple_of(size) && range.end.is_multiple_of(size);
         if !whole || range.start >= range.end || range.end > self.size_bytes() {
@@ -359,6 +406,24 @@ impl RamBlock {
             .store(if unplugged { UNPLUGGED } else { LIVE }, Release);
     }
 
+    pub(super) fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Where in its life it is, in a word.
+    pub(super) fn state(&self) -> &'static str {
+        match self.life.load(Acquire) {
+            LIVE => "live",
+            UNPLUGGED => "being unplugged",
+            _ => "gone",
+        }
+    }
+
+    /// Whether dropping the last handle may wait for a filesystem.
+    pub(crate) fn is_file(&self) -> bool {
+        self.mapping.is_file()
+    }
+
     pub(super) fn grow(&self, new: u64) -> Result<u64, Error> {
         let old = self.size_bytes();
         self.mapping.grow(old, new)?;
@@ -366,16 +431,34 @@ impl RamBlock {
         Ok(old)
     }
 
+    /// Whether no range is on its way in or out and nobody listens to its discards.
+    pub(super) fn check_destroyable(&self) -> Result<(), Error> {
+        self.sparse.as_ref().map_or(Ok(()), |sparse| {
+            self.check_idle(sparse, &lock(&sparse.busy))
+        })
+    }
+
+    fn check_idle(&self, sparse: &Sparse, busy: &[u64]) -> Result<(), Error> {
+        let listeners = sparse.listeners.listeners();
+        let holders = if !listeners.is_empty() {
+            format!("discard listeners: {}", listeners.join(", "))
+        } else if busy.iter().any(|word| *word != 0) {
+            "a range is sealed or being plugged".to_owned()
+        } else {
+            return Ok(());
+        };
+        let what = format!("RAM block {}", self.name);
+        Err(Error::NotDrained { what, holders })
+    }
+
     /// Makes the whole block inaccessible for good. Nobody uses it any more.
     pub(super) fn destroy(&self) -> Result<(), Error> {
         if let Some(sparse) = &self.sparse {
             let busy = lock(&sparse.busy);
-            if busy.iter().any(|word| *word != 0) {
-                let what = format!("RAM block {}", self.name);
-                return Err(Error::NotDrained {
-                    what,
-                    holders: "a range is sealed or being plugged".to_owned(),
-                });
+            self.check_idle(sparse, &busy)?;
+            // Until none has come in between.
+            while !sparse.listeners.close() {
+                self.check_idle(sparse, &busy)?;
             }
             self.life.store(GONE, Release);
         }

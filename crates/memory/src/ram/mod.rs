@@ -4,63 +4,27 @@
 pub(crate) mod arena;
 mod backing;
 mod block;
+mod blocks;
+mod describe;
 pub(crate) mod fence;
 mod host;
 mod list;
+mod listen;
+mod numa;
+mod populate;
 mod seal;
+mod source;
+mod spec;
 
 pub use block::RamBlock;
+pub use blocks::RamBlocks;
 pub use host::HostMemory;
 pub(crate) use list::ListShared;
-pub use list::RamList;
+pub use list::{RamList, RamListGuard};
 pub use seal::Seal;
+pub use spec::{Backing, NumaPolicy, RamPolicy, RamSpec};
 
-use std::path::PathBuf;
 use std::ptr::NonNull;
-
-/// Where a block's memory comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Backing {
-    /// Private anonymous memory.
-    Anon {
-        /// Advise transparent huge pages.
-        thp: bool,
-    },
-    /// A memfd, which other processes can map.
-    Memfd {
-        /// Advise transparent huge pages.
-        thp: bool,
-    },
-    /// Huge pages from the host's pool.
-    Hugetlb {
-        /// Page size in bytes.
-        page_size_bytes: u64,
-    },
-    /// A file.
-    File {
-        /// Its path; made or extended when needed.
-        path: PathBuf,
-        /// Whether guest writes reach the file.
-        share: bool,
-    },
-}
-
-/// What a RAM block is to be.
-#[derive(Clone, Debug)]
-pub struct RamSpec {
-    /// Name, unique in the list.
-    pub name: String,
-    /// Bytes used.
-    pub size_bytes: u64,
-    /// Bytes it may grow to; at least `size_bytes`.
-    pub max_size_bytes: u64,
-    /// Where the memory comes from.
-    pub backing: Backing,
-    /// Allocate all of it now.
-    pub prefault: bool,
-    /// Sparse: made of blocks of this many bytes, all unplugged at first.
-    pub block_size_bytes: Option<u64>,
-}
 
 /// The state of a range of a sparse block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -73,13 +37,14 @@ pub enum Plugged {
     Mixed,
 }
 
-/// Follows the RAM list. Called with the list locked: no call back into it.
+/// Follows the RAM list. Called by whoever changes the list, one change after the other: a
+/// notifier may look blocks up, but must not change the list or its notifiers.
 pub trait RamNotifier: Send {
-    /// A block appears: host address, bytes used, bytes it may grow to.
+    /// A block has appeared: host address, bytes used, bytes it may grow to.
     fn added(&mut self, host: NonNull<u8>, used: u64, max: u64);
-    /// A block goes.
+    /// A block goes: it is no longer in the list; nobody uses its memory, which is still mapped.
     fn removed(&mut self, host: NonNull<u8>, used: u64, max: u64);
-    /// A block changes its size.
+    /// A block has a new size in bytes.
     fn resized(&mut self, host: NonNull<u8>, old: u64, new: u64);
 }
 

@@ -16,6 +16,8 @@ pub struct Seal {
     block: Arc<RamBlock>,
     range: Range<u64>,
     level: Arc<Level>,
+    /// Discard listeners have been told.
+    told: bool,
     discarded: bool,
 }
 
@@ -25,6 +27,7 @@ impl Seal {
             block,
             range,
             level,
+            told: false,
             discarded: false,
         }
     }
@@ -49,11 +52,12 @@ impl Seal {
         self.level.reached(1)
     }
 
-    /// Makes the range plugged again, with its contents.
+    /// Makes the range plugged again, with its contents. Discard listeners that were told of its
+    /// discard get it back.
     pub fn undo(self) {}
 
-    /// Gives the pages of the range back to the host and makes it inaccessible. May block for
-    /// as long as the host takes to free the pages.
+    /// Tells the discard listeners, gives the pages of the range back to the host and makes it
+    /// inaccessible. May block for as long as those take.
     ///
     /// # Errors
     /// `NotDrained` while pins are left, naming whose; `Host` when the host refuses. The seal
@@ -78,7 +82,7 @@ impl Seal {
                 },
             ));
         }
-        match self.block.discard_sealed(&self.range) {
+        match self.block.discard_sealed(&self.range, &mut self.told) {
             Ok(()) => {
                 self.discarded = true;
                 Ok(())
@@ -91,7 +95,7 @@ impl Seal {
 impl Drop for Seal {
     fn drop(&mut self) {
         if !self.discarded {
-            self.block.unseal(&self.range);
+            self.block.unseal(&self.range, self.told);
         }
     }
 }

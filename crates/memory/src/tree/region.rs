@@ -115,7 +115,7 @@ impl Region {
     pub fn ram(name: impl Into<String>, block: &Arc<RamBlock>) -> Arc<Region> {
         let kind = RegionKind::Ram {
             block: Arc::clone(block),
-            readonly: false,
+            readonly: block.is_readonly(),
         };
         Region::new(name, kind, block.size_bytes())
     }

@@ -2,8 +2,8 @@
 //! The host side of a region: plugging and unplugging its blocks, with patience instead of errors.
 //!
 //! ```text
-//! plug:    make accessible (populate) ── fails ──► pause, try again ── time is up ──► Busy
-//! unplug:  seal ─► wait for pins ─► discard ── fails ──► pause, try again ── time is up ──► undo, Busy
+//! plug:    make accessible (populate) ─► listeners ── fails, veto ──► pause, try again ── time is up ──► Busy
+//! unplug:  seal ─► wait for pins ─► listeners ─► discard ── fails ──► pause, try again ── time is up ──► undo, Busy
 //!                       └── time is up ──► undo, Busy
 //! ```
 //!
@@ -90,7 +90,13 @@ impl Blocks {
             };
             self.failed("provide", &error);
             if !retry.pause(local, gate).await {
-                return self.gave_up(gate, Setback::HostMemory);
+                let vetoed = matches!(error, Error::PopulateVetoed { .. });
+                let setback = if vetoed {
+                    Setback::MapperRefused
+                } else {
+                    Setback::HostMemory
+                };
+                return self.gave_up(gate, setback);
             }
             if obsolete() {
                 return Outcome::Obsolete;
@@ -165,11 +171,13 @@ impl Blocks {
 
     async fn plug_once(&self, range: Range<u64>) -> Result<(), Error> {
         self.strike(Step::Plug)?;
-        if !self.populate {
+        let populate = self.populate;
+        if !populate && !self.block.has_discard_listeners() {
             return self.block.plug(range, false);
         }
         let block = Arc::clone(&self.block);
-        self.blocking.run(move || block.plug(range, true)).await
+        let plug = move || block.plug(range, populate);
+        self.blocking.run(plug).await
     }
 
     fn seal(&self, range: Range<u64>) -> Result<Seal, Error> {
@@ -205,7 +213,7 @@ impl Blocks {
             .iter()
             .map(|seal| seal.range().end - seal.range().start)
             .sum();
-        if bytes <= INLINE_DISCARD_BYTES {
+        if bytes <= INLINE_DISCARD_BYTES && !self.block.has_discard_listeners() {
             return self.discard_here(seals);
         }
         let this = self.clone();

@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebbtide_iothread::{Blocking, Remote, Sender, channel};
-use ebbtide_memory::{Gpa, RamBlock};
+use ebbtide_memory::{DiscardToken, Gpa, RamBlock};
 
 use self::blocks::Blocks;
 pub use self::blocks::Patience;
@@ -153,7 +153,7 @@ pub enum MemError {
         /// The device.
         id: String,
     },
-    /// The host did not take memory back.
+    /// The host did not take memory back, or it must not be given back.
     #[error("memory device '{id}': {source}")]
     Memory {
         /// The device.
@@ -195,13 +195,16 @@ pub struct MemStatus {
 pub struct VirtioMem {
     shared: Arc<Shared>,
     remote: Remote,
+    /// What discards its block's memory cannot live with who cannot bear discards.
+    _discards: DiscardToken,
 }
 
 impl VirtioMem {
     /// A device whose queue is served on `remote`; what may block runs on `blocking`; `events` hears what happens.
     ///
     /// # Errors
-    /// The RAM block, its place or the requested size cannot be; the iothread has stopped.
+    /// The RAM block, its place or the requested size cannot be; somebody has disabled discarding of RAM; the iothread
+    /// has stopped.
     pub fn new(
         spec: MemSpec,
         remote: Remote,
@@ -219,6 +222,11 @@ impl VirtioMem {
             faults,
             ..
         } = spec;
+        let discards = block.discards().require_coordinated(&id);
+        let discards = discards.map_err(|source| MemError::Memory {
+            id: id.as_str().into(),
+            source,
+        })?;
         let counters = Arc::new(Counters::default());
         let blocks = Blocks {
             block,
@@ -243,6 +251,7 @@ impl VirtioMem {
         let device = VirtioMem {
             shared: Arc::new(shared),
             remote,
+            _discards: discards,
         };
         device.check_requested(requested_bytes)?;
         let weak = Arc::downgrade(&device.shared);

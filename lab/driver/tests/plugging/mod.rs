@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use ebbtide_iothread::{Blocking, Receiver, channel};
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State, config};
 use ebbtide_lab_driver::{Board, DriverQueue, LIMIT, Layout, VirtioDriver};
-use ebbtide_memory::{Backing, Gpa, RamBlock, RamSpec, Region};
+use ebbtide_memory::{Backing, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
 use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::mem::fault::HostFaults;
 use ebbtide_virtio::mem::{MemEvent, MemSpec, Patience, VirtioMem, feature};
@@ -39,6 +39,24 @@ pub fn impatient() -> Patience {
         drain: Duration::from_millis(300),
         host: Duration::from_millis(250),
     }
+}
+
+/// A memory with a sparse block "vmem1" and nothing else.
+pub fn sparse_memory() -> Arc<Memory> {
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 4 * GIB,
+    })
+    .unwrap();
+    let spec = RamSpec {
+        name: "vmem1".into(),
+        size_bytes: GIB,
+        max_size_bytes: GIB,
+        backing: Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: Some(BLOCK),
+    };
+    memory.ram().add(spec).unwrap();
+    memory
 }
 
 impl Rig {

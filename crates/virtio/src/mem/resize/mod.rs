@@ -92,6 +92,8 @@ pub enum Reason {
     Unmovable,
     /// The host did not give or take the memory.
     HostMemory,
+    /// Something that maps the memory for a device (VFIO, vhost-user) refuses it.
+    MapperRefused,
     /// Devices still transfer data to or from memory the guest gives back.
     IoInFlight,
     /// The driver does not go on and gives no sign why; a guest that lacks memory to manage more memory does that.
@@ -108,6 +110,7 @@ impl Reason {
             Reason::Granularity => "granularity",
             Reason::Unmovable => "unmovable",
             Reason::HostMemory => "host-memory",
+            Reason::MapperRefused => "mapper-refused",
             Reason::IoInFlight => "io-in-flight",
             Reason::DriverIdle => "driver-idle",
         }
@@ -123,6 +126,7 @@ impl fmt::Display for Reason {
             Reason::Granularity => "the rest is smaller than the unit the guest plugs and unplugs memory in",
             Reason::Unmovable => "the guest cannot free the memory that is left",
             Reason::HostMemory => "the host cannot provide or release the memory",
+            Reason::MapperRefused => "what maps the memory for a device refuses it",
             Reason::IoInFlight => "devices are still transferring data in memory the guest gives back",
             Reason::DriverIdle => "the guest does not go on and does not say why",
         })
@@ -146,6 +150,7 @@ pub enum Progress {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Setback {
     HostMemory,
+    MapperRefused,
     IoInFlight,
 }
 
@@ -449,6 +454,7 @@ impl Resize {
         }
         match self.setback {
             Some(Setback::HostMemory) => return Reason::HostMemory,
+            Some(Setback::MapperRefused) => return Reason::MapperRefused,
             Some(Setback::IoInFlight) => return Reason::IoInFlight,
             None if self.begun.is_some() && !self.grows() => return Reason::IoInFlight,
             None if self.begun.is_some() => return Reason::HostMemory,
