@@ -42,6 +42,10 @@ impl Mmio for Behind {
             self.registers.write(offset, size, value);
         }
     }
+
+    fn gate(&self) -> Option<&Arc<Gate>> {
+        Some(&self.gate)
+    }
 }
 
 /// The registers of an owned device. A memory region may outlive the device: it does not keep it alive.
@@ -63,6 +67,10 @@ impl<D: Mmio + 'static> Mmio for Entered<D> {
         if let Some(device) = self.0.enter(Entry::Mmio) {
             device.write(offset, size, value);
         }
+    }
+
+    fn gate(&self) -> Option<&Arc<Gate>> {
+        Some(self.0.gate())
     }
 }
 
