@@ -35,7 +35,9 @@ pub struct Translation {
 
 /// Translates the addresses of an IOMMU region.
 ///
-/// Called outside any read section, from several threads at once.
+/// Called outside any read section, from several threads at once. It usually holds the address
+/// space it translates to, and that the memory: the region must be taken out of the tree before
+/// the memory can end.
 pub trait Iommu: Send + Sync {
     /// The translation of `offset` (bytes) of the region, `None` if there is none for `access`.
     /// What allows less than `access` is taken for none.

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use crate::grace::{Grace, Job, Worker};
+use crate::map::Budget;
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
 use crate::reader::barrier::Barrier;
@@ -13,6 +14,7 @@ use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
 use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
+use crate::{BounceGrant, BounceWait};
 
 /// What a memory has besides its blocks and its tree.
 #[derive(Clone)]
@@ -213,5 +215,26 @@ impl Sparse {
             self.core.grace.submit(Job::Fence(Arc::clone(&self.fence)));
         }
         Waiting { level, wanted: 1 }
+    }
+}
+
+/// The bounce buffer of a device.
+#[derive(Clone)]
+pub struct Bounce(Arc<Budget>);
+
+impl Bounce {
+    /// With room for `bytes`.
+    pub fn new(bytes: u64) -> Bounce {
+        Bounce(Budget::new(bytes))
+    }
+
+    /// `bytes` of it at once, or in turn.
+    pub fn take(&self, bytes: u64) -> Result<BounceGrant, BounceWait> {
+        self.0.take(bytes)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.0.used()
     }
 }
