@@ -188,6 +188,15 @@ impl Mmio for Bar {
     fn write(&self, _: u64, _: u8, _: u64) {}
 }
 
+/// One thread less that moves, also when it fails.
+struct Moved<'a>(&'a AtomicU64);
+
+impl Drop for Moved<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
 /// Four threads move a BAR each, within its own window, while all of them and two more read all
 /// of them: the first access after the write that moved a BAR hits it in its new place, and not
 /// in the old one. A fifth device comes, is closed under the reads, and goes.
@@ -214,17 +223,16 @@ fn four_threads_move_bars_while_others_read_them() {
     for (number, region) in bars.iter().enumerate() {
         map.add(region, number as u64 * WINDOW);
     }
-    let stop = AtomicBool::new(false);
-    let (moves, hits) = (AtomicU64::new(0), AtomicU64::new(0));
-    let until = Instant::now() + Duration::from_millis(1500);
+    let (moving, hits) = (AtomicU64::new(4), AtomicU64::new(0));
     thread::scope(|scope| {
         for (number, region) in bars.iter().enumerate() {
-            let (map, moves) = (&map, &moves);
+            let (map, moving) = (&map, &moving);
             scope.spawn(move || {
+                let _moved = Moved(moving);
                 let reader = map.memory.register();
                 let base = number as u64 * WINDOW;
                 let (mut at, mut step) = (base, number as u64 + 1);
-                while Instant::now() < until {
+                for _ in 0..500 {
                     step = step.wrapping_mul(6364136223846793005).wrapping_add(1);
                     let to = base + (step >> 40) % (WINDOW / BAR) * BAR;
                     map.change(|t| t.set_offset(region, to));
@@ -233,17 +241,16 @@ fn four_threads_move_bars_while_others_read_them() {
                         assert_eq!(map.space.load(&reader, at + 8, 8), u64::MAX, "old place");
                     }
                     at = to;
-                    moves.fetch_add(1, Ordering::Relaxed);
                 }
             });
         }
         for _ in 0..2 {
-            let (map, stop, hits) = (&map, &stop, &hits);
+            let (map, moving, hits) = (&map, &moving, &hits);
             scope.spawn(move || {
                 let reader = map.memory.register();
                 let mut address = 0;
-                while !stop.load(Ordering::Relaxed) {
-                    address = (address + 5 * BAR) % (5 * WINDOW);
+                while moving.load(Ordering::SeqCst) > 0 {
+                    address = (address + BAR) % (5 * WINDOW);
                     let value = map.space.load(&reader, address, 8);
                     let wanted = [address / WINDOW, u64::MAX];
                     assert!(wanted.contains(&value), "{value:#x} at {address:#x}");
@@ -252,7 +259,7 @@ fn four_threads_move_bars_while_others_read_them() {
             });
         }
         let reader = map.memory.register();
-        while Instant::now() < until {
+        while moving.load(Ordering::SeqCst) > 0 {
             let (region, gate) = bar(4);
             map.add(&region, 4 * WINDOW);
             assert_eq!(map.space.load(&reader, 4 * WINDOW, 8), 4);
@@ -262,13 +269,13 @@ fn four_threads_move_bars_while_others_read_them() {
                 .unwrap();
             assert!(gate.enter(Entry::Mmio).is_none());
             map.change(|t| t.remove(&region));
+            // The writer's lock is not fair: the others are to have it, too.
+            thread::sleep(Duration::from_micros(200));
         }
-        stop.store(true, Ordering::Relaxed);
     });
     assert!(
         !after_drain.load(Ordering::SeqCst),
         "a drained device was entered"
     );
-    let (moves, hits) = (moves.into_inner(), hits.into_inner());
-    assert!(moves > 100 && hits > 0, "{moves} moves, {hits} hits");
+    assert!(hits.into_inner() > 0, "the readers never hit anything");
 }

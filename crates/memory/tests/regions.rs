@@ -220,8 +220,11 @@ fn a_function_sees_memory_only_while_it_is_bus_master() {
     assert_eq!(map.space.load(&reader, 0x20_0000, 1), 9);
 }
 
+/// What came (true) and went.
+type Told = Arc<Mutex<Vec<(bool, Range<u64>)>>>;
+
 /// Remembers coalesced ranges.
-struct Coalesced(Arc<Mutex<Vec<(bool, Range<u64>)>>>);
+struct Coalesced(Told);
 
 impl Listener for Coalesced {
     fn region_add(&mut self, _: &FlatSection) -> Result<(), ListenerError> {
@@ -432,7 +435,7 @@ impl Iommu for Table {
     }
 }
 
-struct Mirror(Arc<Mutex<Vec<(bool, Range<u64>)>>>);
+struct Mirror(Told);
 
 impl IommuNotifier for Mirror {
     fn map(&mut self, mapping: &IommuMapping) {
