@@ -166,8 +166,9 @@ fn beside_ram(
             (count, registered(registers, offset, gpa, bytes))
         }
         RegionKind::Iommu(domain) => {
-            let _flight = domain.depart(offset..offset.saturating_add(len));
-            let translation = domain.translate(offset, len, bytes.access());
+            let range = offset..offset.saturating_add(len);
+            let (_flight, translation) =
+                domain.fly(range, || domain.translate(offset, len, bytes.access()));
             let Some(to) = translation.filter(|_| depth < MAX_TRANSLATIONS) else {
                 bytes.part(0, 1).fill_ones();
                 return (1, Err(AccessError::Untranslated { gpa, len }));

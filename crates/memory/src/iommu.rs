@@ -113,6 +113,8 @@ impl Domain {
     }
 
     /// Adds a notifier for `range` (bytes of the region); it is shown what is translated there.
+    /// [`Iommu::replay`] is called under the lock that [`Domain::map`] and [`Domain::unmap`] take:
+    /// an IOMMU calls those without holding what its `replay` waits for.
     pub fn add_notifier(
         &self,
         range: Range<u64>,
@@ -173,9 +175,20 @@ impl Domain {
         Some(translation)
     }
 
-    /// Counts DMA to `range` as under way. To be taken before the translation is asked for: an
-    /// invalidation that the translation does not know yet then waits for it.
-    pub(crate) fn depart(&self, range: Range<u64>) -> Flight {
+    /// Runs `translate` with DMA to `range` counted as under way, and on until the flight is
+    /// dropped. Counted first, asked then: an invalidation that the translation does not know
+    /// yet waits for the flight.
+    pub(crate) fn fly<T>(&self, range: Range<u64>, translate: impl FnOnce() -> T) -> (Flight, T) {
+        if cfg!(seeded = "iommu_late_flight") {
+            let translated = translate();
+            return (self.depart(range), translated);
+        }
+        let flight = self.depart(range);
+        let translated = translate();
+        (flight, translated)
+    }
+
+    fn depart(&self, range: Range<u64>) -> Flight {
         let mut flights = lock(&self.flights);
         let id = flights.next;
         flights.next += 1;
@@ -231,7 +244,10 @@ impl Future for Landed {
         }
         if !flights.waiting.iter().any(|other| other.will_wake(&waker)) {
             flights.waiting.push(waker);
+            return Poll::Pending;
         }
+        drop(flights);
+        // `waker` goes outside the lock: with a waker may go a task, and with it a flight.
         Poll::Pending
     }
 }

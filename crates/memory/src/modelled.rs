@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The protocols as the loom models drive them: the real code, without mappings and threads.
 
+use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::grace::{Grace, Job, Worker};
+use crate::iommu::{Domain, Flight};
 use crate::map::Budget;
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
@@ -14,7 +16,7 @@ use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
 use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
-use crate::{BounceGrant, BounceWait};
+use crate::{Access, BounceGrant, BounceWait, Iommu, Translation};
 
 /// What a memory has besides its blocks and its tree.
 #[derive(Clone)]
@@ -236,5 +238,38 @@ impl Bounce {
     /// Bytes in use.
     pub fn used(&self) -> u64 {
         self.0.used()
+    }
+}
+
+/// An IOMMU region, whose table the model keeps.
+pub struct Translations(Domain);
+
+/// DMA under way.
+pub struct UnderWay(#[allow(dead_code)] Flight);
+
+struct NoTable;
+
+impl Iommu for NoTable {
+    fn translate(&self, _: u64, _: Access) -> Option<Translation> {
+        None
+    }
+}
+
+impl Default for Translations {
+    fn default() -> Translations {
+        Translations(Domain::new(Arc::new(NoTable)))
+    }
+}
+
+impl Translations {
+    /// As DMA to `range` does: `look` asks the table.
+    pub fn dma<T>(&self, range: Range<u64>, look: impl FnOnce() -> T) -> (UnderWay, T) {
+        let (flight, found) = self.0.fly(range, look);
+        (UnderWay(flight), found)
+    }
+
+    /// As an invalidation does that has changed the table.
+    pub fn unmap(&self, range: Range<u64>) -> impl Future<Output = ()> + Send + use<> {
+        self.0.unmap(range)
     }
 }

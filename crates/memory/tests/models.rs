@@ -5,8 +5,8 @@
 //! that gets lost shows as a deadlock: the worker sleeps for ever.
 #![cfg(loom)]
 
-#[path = "models/bounce.rs"]
-mod bounce;
+#[path = "models/dma.rs"]
+mod dma;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -78,7 +78,7 @@ impl Bounced {
         access: Access,
         grant: BounceGrant,
     ) -> Result<Bounced, AccessError> {
-        let bytes = plan.bounced().map_or(0, |(_, bytes)| bytes) as usize;
+        let bytes = plan.bounced.map_or(0, |(_, bytes)| bytes) as usize;
         let buffer = Buffer::new(bytes);
         let mut pins = PinList::new();
         let mut iovecs = SmallVec::new();

@@ -127,8 +127,8 @@ impl Dma {
         self.shared.budget.used()
     }
 
-    /// Reads from whatever answers, registers included. For small things; what a backend
-    /// transfers is mapped.
+    /// Reads from whatever answers, registers included, and so not inside a read section. For
+    /// small things; what a backend transfers is mapped.
     ///
     /// # Errors
     /// That of the first part that does not answer; what lies before it has been read.
@@ -138,7 +138,7 @@ impl Dma {
         dispatch::transfer(self.space(), reader, gpa.raw(), into, OnError::Stop)
     }
 
-    /// Writes to whatever answers, registers included.
+    /// Writes to whatever answers, registers included, and so not inside a read section.
     ///
     /// # Errors
     /// That of the first part that does not answer; what lies before it has been written.
@@ -149,7 +149,8 @@ impl Dma {
     }
 
     /// Maps the ranges of one request, in order. Ranges of length 0 are left out. Registers are
-    /// read now if the device is to read them, and written when the mapping is completed.
+    /// read now if the device is to read them, and written when the mapping is completed; neither
+    /// belongs into a read section.
     ///
     /// # Errors
     /// What is in the way of the first range that cannot be had; `BounceLimit` when the request
@@ -219,14 +220,11 @@ impl Dma {
         access: Access,
         grant: Option<BounceGrant>,
     ) -> Result<Mapping, AccessError> {
-        let plan = Plan::new(self.space(), reader, ranges, access)?;
-        let Some((gpa, len)) = plan.bounced() else {
+        let limit = self.shared.budget.limit();
+        let plan = Plan::new(self.space(), reader, ranges, access, limit)?;
+        let Some((_, len)) = plan.bounced else {
             return self.pin_plan(reader, plan, access);
         };
-        let limit = self.shared.budget.limit();
-        if len > limit {
-            return Err(AccessError::BounceLimit { gpa, len, limit });
-        }
         let grant = match grant.filter(|grant| grant.bytes() >= len) {
             Some(grant) => grant,
             // Nothing is held while waiting: no pin, no translation.

@@ -19,34 +19,48 @@ pub(super) struct Piece {
 }
 
 /// The pieces of a request.
-#[derive(Default)]
 pub(super) struct Plan {
     pub(super) pieces: Vec<Piece>,
+    /// Bytes that need a buffer, and the address of the first of them.
+    pub(super) bounced: Option<(Gpa, u64)>,
+    /// Bytes that may be bounced.
+    limit: u64,
     /// Keeps invalidations of the translations used waiting.
     pub(super) flights: Vec<Flight>,
 }
 
 impl Plan {
-    /// Looks `ranges` up.
+    /// Looks `ranges` up, of which at most `limit` bytes may have to be bounced.
     pub(super) fn new(
         space: &AddressSpace,
         reader: &Reader,
         ranges: &[(Gpa, u32)],
         access: Access,
+        limit: u64,
     ) -> Result<Plan, AccessError> {
-        let mut plan = Plan::default();
+        let mut plan = Plan {
+            pieces: Vec::new(),
+            bounced: None,
+            limit,
+            flights: Vec::new(),
+        };
         for (gpa, len) in ranges {
             plan.extend(space, None, reader, *gpa, u64::from(*len), access, 0)?;
         }
         Ok(plan)
     }
 
-    /// Bytes that need a buffer, and the address of the first of them.
-    pub(super) fn bounced(&self) -> Option<(Gpa, u64)> {
-        let mut pieces = self.pieces.iter().filter(|piece| piece.bounce);
-        let first = pieces.next()?;
-        let rest: u64 = pieces.map(|piece| piece.len).sum();
-        Some((first.gpa, first.len + rest))
+    fn push(&mut self, piece: Piece) -> Result<(), AccessError> {
+        if piece.bounce {
+            let (gpa, before) = self.bounced.unwrap_or((piece.gpa, 0));
+            let (len, limit) = (before + piece.len, self.limit);
+            if len > limit {
+                return Err(AccessError::BounceLimit { gpa, len, limit });
+            }
+            self.bounced = Some((gpa, len));
+        }
+        self.pieces.push(piece);
+        Ok(())
     }
 
     #[allow(clippy::too_many_arguments)]
@@ -67,12 +81,12 @@ impl Plan {
             let found = look(space, reader, at, len - done, access)?;
             done += found.len;
             let Some((region, offset)) = found.translated else {
-                self.pieces.push(Piece {
+                self.push(Piece {
                     space: shared.cloned(),
                     gpa: at,
                     len: found.len,
                     bounce: found.bounce,
-                });
+                })?;
                 continue;
             };
             self.translate(reader, &region, offset, at, found.len, access, depth)?;
@@ -97,26 +111,29 @@ impl Plan {
         };
         let domain = region.domain().filter(|_| depth < MAX_TRANSLATIONS);
         let domain = domain.ok_or_else(|| untranslated(0))?;
-        self.flights
-            .push(domain.depart(offset..offset.saturating_add(len)));
-        let mut done = 0;
-        while done < len {
-            let to = domain
-                .translate(offset + done, len - done, access)
-                .ok_or_else(|| untranslated(done))?;
-            done += to.len;
-            let (space, target) = (&to.space, to.target);
-            self.extend(
-                space,
-                Some(space),
-                reader,
-                target,
-                to.len,
-                access,
-                depth + 1,
-            )?;
-        }
-        Ok(())
+        let range = offset..offset.saturating_add(len);
+        let (flight, result) = domain.fly(range, || {
+            let mut done = 0;
+            while done < len {
+                let to = domain
+                    .translate(offset + done, len - done, access)
+                    .ok_or_else(|| untranslated(done))?;
+                done += to.len;
+                let (space, target) = (&to.space, to.target);
+                self.extend(
+                    space,
+                    Some(space),
+                    reader,
+                    target,
+                    to.len,
+                    access,
+                    depth + 1,
+                )?;
+            }
+            Ok(())
+        });
+        self.flights.push(flight);
+        result
     }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Waiters of the bounce budget.
+//! Waiters of the bounce budget, and DMA through an IOMMU while it is told to forget.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -7,12 +7,13 @@ use std::sync::Arc;
 use std::task::{Context, Waker};
 
 use ebbtide_memory::BounceGrant;
-use ebbtide_memory::modelled::Bounce;
+use ebbtide_memory::modelled::{Bounce, Translations};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
+use loom::sync::atomic::{AtomicBool, Ordering};
 use loom::thread;
 
-use super::explore;
+use super::{Page, explore};
 
 /// What a grant of the whole budget gives the right to.
 struct Buffer(UnsafeCell<u32>);
@@ -100,6 +101,41 @@ fn model_bounce_gives_up() {
             quitter.join().unwrap();
             waiter.join().unwrap();
             assert_eq!(bounce.used(), 0);
+        },
+    );
+}
+
+#[test]
+fn model_iommu() {
+    explore(
+        "memory/iommu",
+        "an invalidation is complete only when no DMA through the old translation is left",
+        4,
+        || {
+            let domain = Arc::new(Translations::default());
+            let mapped = Arc::new(AtomicBool::new(true));
+            let page = Page::new();
+            let devices: Vec<_> = (0..2)
+                .map(|_| {
+                    let (domain, mapped) = (Arc::clone(&domain), Arc::clone(&mapped));
+                    let page = Arc::clone(&page);
+                    thread::spawn(move || {
+                        // The table has a lock of its own in real life; acquire does here.
+                        let look = || mapped.load(Ordering::Acquire);
+                        let (flight, found) = domain.dma(0..1, look);
+                        if found {
+                            page.touch();
+                        }
+                        drop(flight);
+                    })
+                })
+                .collect();
+            mapped.store(false, Ordering::Release);
+            block_on(domain.unmap(0..1));
+            page.poison();
+            for device in devices {
+                device.join().unwrap();
+            }
         },
     );
 }
