@@ -112,6 +112,25 @@ mod tests {
         assert_eq!(scratch.0.load(Ordering::SeqCst), 5);
     }
 
+    /// What dispatch tells devices apart by, to keep DMA of one out of its own registers.
+    #[test]
+    fn registers_name_the_gate_of_their_device() {
+        let gate = Gate::new("scratch");
+        let registers_behind = behind(&gate, Arc::new(Scratch::default()));
+        assert!(
+            registers_behind
+                .gate()
+                .is_some_and(|it| Arc::ptr_eq(it, &gate))
+        );
+        let owned = Owned::new("scratch", Scratch::default());
+        let entered = registers(owned.handle());
+        assert!(
+            entered
+                .gate()
+                .is_some_and(|it| Arc::ptr_eq(it, owned.gate()))
+        );
+    }
+
     #[test]
     fn closed_owner_reads_all_ones_and_drops_writes() {
         let owned = Owned::new("scratch", Scratch::default());

@@ -6,14 +6,13 @@ mod setup;
 
 use std::future::Future;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
 use ebbtide_gate::Gate;
 use ebbtide_memory::{
-    Access, AccessError, BounceWait, Busy, Dma, EntryPoint, Gpa, Mapping, Mmio, Reader, Region,
-    Registers,
+    Access, AccessError, BounceWait, Dma, Gpa, Mapping, Mmio, Reader, Region, Registers,
 };
 use setup::{Map, Scratch};
 
@@ -349,179 +348,42 @@ fn a_request_that_waited_sees_the_map_of_its_turn() {
     assert_eq!(dma.bounced_bytes(), 0);
 }
 
-/// A device that, when entered, does DMA to an address that the guest gave it.
-struct Engine {
-    dma: Dma,
-    target: u64,
-    memory: std::sync::Weak<ebbtide_memory::Memory>,
-    entered: AtomicUsize,
-    results: Mutex<Vec<Result<(), AccessError>>>,
-}
-
-impl Engine {
-    /// Each kind of DMA, read and write.
-    fn work(&self) {
-        let Some(memory) = self.memory.upgrade() else {
-            return;
-        };
-        let reader = memory.register();
-        let target = Gpa(self.target);
-        let map = |access| self.dma.map(&reader, &[(target, 4)], access);
-        let results = [
-            self.dma.read(&reader, target, &mut [0; 4]),
-            self.dma.write(&reader, target, &[0; 4]),
-            map(Access::Read).and_then(|mapping| mapping.complete(&reader, 4)),
-            map(Access::Write).and_then(|mapping| mapping.complete(&reader, 4)),
-        ];
-        self.results.lock().unwrap().extend(results);
-    }
-
-    fn take(&self) -> (usize, Vec<Result<(), AccessError>>) {
-        let entered = self.entered.swap(0, Ordering::SeqCst);
-        (entered, std::mem::take(&mut self.results.lock().unwrap()))
-    }
-}
-
-impl Mmio for Engine {
-    fn read(&self, _: u64, _: u8) -> u64 {
-        self.entered.fetch_add(1, Ordering::SeqCst);
-        0
-    }
-    fn write(&self, _: u64, _: u8, _: u64) {
-        if self.entered.fetch_add(1, Ordering::SeqCst) == 0 {
-            self.work();
+/// What waits for bounce buffer holds no pin: the RAM of its list can be unplugged meanwhile.
+#[test]
+fn a_request_that_waits_holds_up_no_unplug() {
+    let b = board();
+    let dma = Dma::with_bounce_bytes(&b.map.space, &Gate::new("disk"), 8);
+    let dimm = b.map.ram("dimm", 0x1000);
+    b.map.add(&dimm, 0x1000_0000);
+    let ranges = [(Gpa(0x1000_0000), 8), (Gpa(BAR), 8)];
+    let first = dma.map(&b.reader, &ranges, Access::Write).unwrap();
+    let mut waiting = Box::pin(dma.mapped(&b.reader, &ranges, Access::Write));
+    assert!(!is_ready(&mut waiting));
+    let ticket = b.map.change(|t| t.unplug(&dimm));
+    b.map.memory.synchronize();
+    assert!(ticket.destroy().is_err_and(|(ticket, _)| {
+        assert_eq!(
+            ticket
+                .holders()
+                .iter()
+                .map(|holder| holder.count)
+                .sum::<u64>(),
+            1
+        );
+        // The pin of the request that runs, and nothing else.
+        drop(first);
+        let start = std::time::Instant::now();
+        while !is_ready(&mut Box::pin(ticket.drained())) {
+            assert!(start.elapsed() < std::time::Duration::from_secs(5));
+            std::thread::yield_now();
         }
-    }
-}
-
-const DOORBELL: u64 = 0x300_0000;
-const CONTROL: u64 = 0x310_0000;
-
-/// A device with a doorbell and a second region, whose DMA goes to `target`. `owner` is who the
-/// DMA is said to be from: the device itself, or one that has nothing to do with it, as if the
-/// device's code had used another's.
-fn engine(b: &Board, gate: &Arc<Gate>, owner: &Arc<Gate>, target: u64) -> Arc<Engine> {
-    let engine = Arc::new(Engine {
-        dma: Dma::new(&b.map.space, owner),
-        target,
-        memory: Arc::downgrade(&b.map.memory),
-        entered: AtomicUsize::new(0),
-        results: Mutex::default(),
-    });
-    let registers = || Registers::new(Arc::clone(&engine) as Arc<dyn Mmio>).gate(gate);
-    b.map.change(|t| {
-        let doorbell = Region::registers("doorbell", 0x1000, registers());
-        t.add(&b.map.root, &doorbell, DOORBELL, 0)?;
-        let control = Region::registers("control", 0x1000, registers());
-        t.add(&b.map.root, &control, CONTROL, 0)
-    });
-    engine
-}
-
-fn bus_errors(target: u64) -> Vec<Result<(), AccessError>> {
-    let gpa = Gpa(target);
-    vec![Err(AccessError::Reentrant { gpa, len: 4 }); 4]
-}
-
-/// A device that is entered by its doorbell and does DMA to `target`, its own registers.
-fn entered_by_mmio(target: u64) {
-    let gate = Gate::new("engine");
-    for owner in [Arc::clone(&gate), Gate::new("somebody")] {
-        let b = board();
-        let engine = engine(&b, &gate, &owner, target);
-        b.map.space.store(&b.reader, DOORBELL, 4, 1);
-        assert_eq!(engine.take(), (1, bus_errors(target)));
-        assert!(Busy::points(&gate).is_empty());
-    }
-}
-
-#[test]
-fn dma_to_the_own_doorbell_from_mmio_is_a_bus_error() {
-    entered_by_mmio(DOORBELL);
-}
-
-#[test]
-fn dma_to_another_region_of_the_device_from_mmio_is_a_bus_error() {
-    entered_by_mmio(CONTROL);
-}
-
-/// A device that is entered otherwise.
-fn entered_by(point: EntryPoint) {
-    let b = board();
-    let gate = Gate::new("engine");
-    // Whoever the DMA is said to be from, that the device is being served is enough.
-    let engine = engine(&b, &gate, &Gate::new("somebody"), DOORBELL);
-    {
-        let _busy = Busy::enter(&gate, point).unwrap();
-        assert_eq!(Busy::points(&gate), [point]);
-        engine.work();
-    }
-    assert_eq!(engine.take(), (0, bus_errors(DOORBELL)));
-    // With a lease taken before, the entry is noted all the same.
-    {
-        let _busy = Busy::note(&gate, point);
-        engine.work();
-    }
-    assert_eq!(engine.take(), (0, bus_errors(DOORBELL)));
-    assert!(Busy::points(&gate).is_empty());
-    assert!(gate.held().is_empty());
-    gate.close();
-    assert!(Busy::enter(&gate, point).is_none());
-}
-
-#[test]
-fn dma_to_the_own_doorbell_from_a_timer_is_a_bus_error() {
-    entered_by(EntryPoint::Timer);
-}
-
-#[test]
-fn dma_to_the_own_doorbell_from_a_bottom_half_is_a_bus_error() {
-    entered_by(EntryPoint::BottomHalf);
-}
-
-#[test]
-fn dma_to_the_own_doorbell_from_a_queue_is_a_bus_error() {
-    entered_by(EntryPoint::Queue);
-}
-
-#[test]
-fn dma_to_the_own_doorbell_from_an_ioeventfd_is_a_bus_error() {
-    entered_by(EntryPoint::Ioeventfd);
-}
-
-#[test]
-fn dma_to_the_own_doorbell_is_a_bus_error_when_the_entry_was_forgotten() {
-    let b = board();
-    let gate = Gate::new("engine");
-    let engine = engine(&b, &gate, &gate, DOORBELL);
-    engine.work();
-    assert_eq!(engine.take(), (0, bus_errors(DOORBELL)));
-}
-
-#[test]
-fn two_devices_reach_each_other_but_not_in_a_circle() {
-    let b = board();
-    let (there, back) = (Gate::new("there"), Gate::new("back"));
-    let first = engine(&b, &there, &there, BAR);
-    first.work();
-    let (entered, results) = first.take();
-    assert_eq!((entered, results), (0, vec![Ok(()); 4]));
-    // A second device, whose DMA comes back to the first.
-    let second = Arc::new(Engine {
-        dma: Dma::new(&b.map.space, &back),
-        target: CONTROL,
-        memory: Arc::downgrade(&b.map.memory),
-        entered: AtomicUsize::new(0),
-        results: Mutex::default(),
-    });
-    let registers = Registers::new(Arc::clone(&second) as Arc<dyn Mmio>).gate(&back);
-    b.map.change(|t| {
-        let region = Region::registers("back", 0x1000, registers);
-        t.add(&b.map.root, &region, BAR, 5)
-    });
-    first.dma.write(&b.reader, Gpa(BAR), &[0; 4]).unwrap();
-    assert_eq!(second.take(), (1, bus_errors(CONTROL)));
-    assert_eq!(first.take(), (0, vec![]));
+        ticket.destroy().is_ok()
+    }));
+    let Poll::Ready(Err(error)) = poll(&mut waiting, &Arc::default()) else {
+        panic!("its turn came, its memory went")
+    };
+    assert!(matches!(error, AccessError::Unmapped { .. }), "{error}");
+    assert_eq!(dma.bounced_bytes(), 0);
 }
 
 /// Nine read guards at once, each on another view: every one sees the map as it was when it was

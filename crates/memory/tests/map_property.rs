@@ -15,7 +15,7 @@ use setup::{Map, Scratch};
 
 /// Pages of 4 KiB: RAM, registers, and again, in another order, by the IOMMU.
 const PAGES: u64 = 8;
-const SPACE: u64 = 2 * PAGES << 12;
+const SPACE: u64 = (2 * PAGES) << 12;
 
 /// Shows the pages in reverse.
 struct Reverse(Arc<AddressSpace>);

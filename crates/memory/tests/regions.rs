@@ -468,6 +468,9 @@ fn an_iommu_translates_dma_and_waits_for_what_is_under_way() {
     table.set(1, 0x5000, Access::ReadWrite);
     let told = Arc::new(Mutex::new(Vec::new()));
     domain.add_notifier(0..1 << 32, Box::new(Mirror(Arc::clone(&told))));
+    let elsewhere = Arc::new(Mutex::new(Vec::new()));
+    let mirror = Box::new(Mirror(Arc::clone(&elsewhere)));
+    let second = domain.add_notifier(0x2000..0x3000, mirror);
     domain.map(&table.set(2, 0x9000, Access::Read));
     domain.map(&table.set(3, 0x20_0000, Access::ReadWrite));
     let reader = map.memory.register();
@@ -497,8 +500,8 @@ fn an_iommu_translates_dma_and_waits_for_what_is_under_way() {
     assert!(matches!(mapping, Mapping::Direct(_)), "{mapping:?}");
     table.pages.lock().unwrap().remove(&1);
     let mut landed = Box::pin(domain.unmap(0x1000..0x2000));
-    let mut elsewhere = Box::pin(domain.unmap(0x2000..0x3000));
-    assert!(is_ready(&mut elsewhere));
+    let mut other = Box::pin(domain.unmap(0x2000..0x3000));
+    assert!(is_ready(&mut other));
     assert!(!is_ready(&mut landed), "the mapping is still out");
     assert!(dma.map(&reader, &[(Gpa(0x1800), 8)], Access::Read).is_err());
     mapping.complete(&reader, 0).unwrap();
@@ -511,6 +514,16 @@ fn an_iommu_translates_dma_and_waits_for_what_is_under_way() {
         (false, 0x2000..0x3000),
     ];
     assert_eq!(*told.lock().unwrap(), wanted);
+    // The second one was shown all there was, and told of its own part; then of nothing.
+    assert!(domain.remove_notifier(second).is_some());
+    assert!(domain.remove_notifier(second).is_none());
+    drop(domain.unmap(0x2000..0x3000));
+    let own = [
+        (true, 0x1000..0x2000),
+        (true, 0x2000..0x3000),
+        (false, 0x2000..0x3000),
+    ];
+    assert_eq!(*elsewhere.lock().unwrap(), own);
     // A CPU's view of it; a circle ends.
     table.set(8, 0x7000, Access::ReadWrite);
     space.store(&reader, 0x8010, 4, 99);
