@@ -115,23 +115,37 @@ fn piece(
     let (gpa, len) = (Gpa(at), bytes.len() as u64);
     let guard = space.read(reader);
     let Some(entry) = guard.entry(at) else {
-        bytes.part(0, 1).fill_ones();
-        return (1, Err(AccessError::Unmapped { gpa, len }));
+        let count = run(len, |next| {
+            at.checked_add(next)
+                .is_none_or(|address| guard.entry(address).is_none())
+        });
+        bytes.part(0, count).fill_ones();
+        return (count, Err(AccessError::Unmapped { gpa, len }));
     };
     let here = (entry.last - at).saturating_add(1).min(len);
     let hidden = bytes.access().writes() && entry.kind & READONLY != 0;
     if entry.kind & RAM != 0 && !hidden {
-        // SAFETY: bytes of the section, from its entry.
-        let count = unsafe { entry.plugged_prefix(guard.reader().hub(), entry.host(at), here) };
-        if count == 0 {
-            bytes.part(0, 1).fill_ones();
-            return (1, Err(AccessError::Unplugged { gpa, len }));
-        }
-        let outcome = match bytes.part(0, count as usize) {
+        let mut here = bytes.part(0, here as usize);
+        let outcome = match &mut here {
             Bytes::Load(bytes) => guard.read_bytes(gpa, bytes),
             Bytes::Store(bytes) => guard.write_bytes(gpa, bytes),
         };
-        return (count as usize, outcome);
+        let Err(error) = outcome else {
+            return (here.len(), Ok(()));
+        };
+        // What lies before the part that failed is done.
+        let failed = match error {
+            AccessError::Unplugged { gpa, .. } => gpa.raw().saturating_sub(at) as usize,
+            _ => 0,
+        };
+        let failed = failed.min(here.len() - 1);
+        let rest = (here.len() - failed) as u64;
+        let count = run(rest, |next| {
+            let gpa = Gpa(at + failed as u64 + next);
+            guard.read_bytes(gpa, &mut [0]).is_err()
+        });
+        here.part(failed, count).fill_ones();
+        return (failed + count, Err(error));
     }
     let section = &entry.flat().section;
     let region = Arc::clone(&section.region);
@@ -147,6 +161,14 @@ fn piece(
         on_error,
         depth,
     )
+}
+
+/// Of `len` bytes, the first of which does not answer, how many do not; no more than a CPU's
+/// access has. They are found in one section: were each byte looked up in a view of its own, a
+/// map that changes meanwhile would tear an access that is one for the CPU.
+fn run(len: u64, silent: impl Fn(u64) -> bool) -> usize {
+    let more = (1..len.min(8)).take_while(|next| silent(*next)).count();
+    1 + more
 }
 
 /// Transfers a piece that is not plain RAM: `offset` of `region`.

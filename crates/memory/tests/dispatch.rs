@@ -171,6 +171,45 @@ fn a_closed_gate_gives_all_ones_and_drops_stores() {
     assert!(gate.is_drained(), "dispatch left the gate each time");
 }
 
+#[test]
+fn unplugged_memory_gives_all_ones_byte_by_byte() {
+    let map = Map::new();
+    let spec = ebbtide_memory::RamSpec {
+        name: "vmem".to_owned(),
+        size_bytes: 0x3_0000,
+        max_size_bytes: 0x3_0000,
+        backing: ebbtide_memory::Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: Some(0x1_0000),
+    };
+    let block = map.memory.ram().add(spec).unwrap();
+    block.plug(0..0x1_0000, false).unwrap();
+    block.plug(0x2_0000..0x3_0000, false).unwrap();
+    map.add(&Region::ram("vmem", &block), 0);
+    let reader = map.memory.register();
+    // Over the end of what is plugged, and over its beginning.
+    map.space.store(&reader, 0xfffd, 8, 0x8877_6655_4433_2211);
+    assert_eq!(map.space.load(&reader, 0xfffd, 8), 0xffff_ffff_ff33_2211);
+    assert_eq!(map.space.load(&reader, 0xfffd, 2), 0x2211);
+    map.space.store(&reader, 0x1_fffd, 8, 0x8877_6655_4433_2211);
+    assert_eq!(map.space.load(&reader, 0x1_fffd, 8), 0x8877_6655_44ff_ffff);
+    assert_eq!(map.space.load(&reader, 0x1_8000, 4), 0xffff_ffff);
+    let dma = Dma::new(&map.space, &Gate::new("disk"));
+    let mut bytes = [0; 8];
+    let unplugged = |len| AccessError::Unplugged {
+        gpa: Gpa(0x1_0000),
+        len,
+    };
+    let result = dma.read(&reader, Gpa(0xfffd), &mut bytes);
+    assert_eq!(
+        (result, &bytes[..3]),
+        (Err(unplugged(5)), &[0x11, 0x22, 0x33][..])
+    );
+    let mapped = dma.map(&reader, &[(Gpa(0x1_0000), 8)], Access::Read);
+    let gpa = Gpa(0x1_0000);
+    assert!(matches!(mapped, Err(AccessError::Unplugged { gpa: at, .. }) if at == gpa));
+}
+
 /// Answers with its number, counts who is inside, and notes the gate's state.
 struct Bar {
     number: u64,
@@ -199,7 +238,7 @@ impl Drop for Moved<'_> {
 
 /// Four threads move a BAR each, within its own window, while all of them and two more read all
 /// of them: the first access after the write that moved a BAR hits it in its new place, and not
-/// in the old one. A fifth device comes, is closed under the reads, and goes.
+/// in the old one, and no access is torn. A fifth device comes, is closed under the reads, and goes.
 #[test]
 fn four_threads_move_bars_while_others_read_them() {
     const WINDOW: u64 = 1 << 20;

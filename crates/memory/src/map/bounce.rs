@@ -157,14 +157,10 @@ impl Bounced {
                 continue;
             }
             let Some(iovec) = iovecs.next() else { break };
-            // The device is done with the buffer; a copy, should it be a guest's thread after all.
-            let mut bytes = vec![0; count];
-            // SAFETY: a piece of the buffer, of which `count` bytes are at most its length.
-            unsafe {
-                crate::copy::from_guest(iovec.iov_base.cast(), bytes.as_mut_ptr(), count);
-            }
+            // SAFETY: a piece of the buffer, which the device is done with: `self` is used up.
+            let bytes = unsafe { std::slice::from_raw_parts(iovec.iov_base.cast::<u8>(), count) };
             let space = piece.space.as_ref().unwrap_or(self.dma.space());
-            let from = Bytes::Store(&bytes);
+            let from = Bytes::Store(bytes);
             dispatch::transfer(space, reader, piece.gpa.raw(), from, OnError::Stop)?;
         }
         Ok(())
