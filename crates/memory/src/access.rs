@@ -7,7 +7,7 @@ use crate::Gpa;
 use crate::fault::Fault;
 
 /// What the *device* does to guest memory (the opposite of what the driver calls its buffers).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Access {
     /// The device reads guest memory.
     Read,
@@ -21,6 +21,11 @@ impl Access {
     /// Whether the device writes.
     pub const fn writes(self) -> bool {
         matches!(self, Access::Write | Access::ReadWrite)
+    }
+
+    /// Whether the device reads.
+    pub const fn reads(self) -> bool {
+        matches!(self, Access::Read | Access::ReadWrite)
     }
 }
 
@@ -67,6 +72,42 @@ pub enum AccessError {
         gpa: Gpa,
         /// Bytes asked for.
         len: u64,
+    },
+    /// Registers refuse the access: its size or direction is against their rules, or the gate of
+    /// their device is closed.
+    #[error("bus error at {gpa} (length {len}): the device does not take the access")]
+    Refused {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// The DMA of a device ends at registers of a device that is being served on this thread.
+    #[error("bus error at {gpa} (length {len}): the device there is busy with what led here")]
+    Reentrant {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// An IOMMU does not translate the address, not for this access, or its translations run in
+    /// a circle.
+    #[error("no translation of {gpa} (length {len})")]
+    Untranslated {
+        /// First address of the part that failed.
+        gpa: Gpa,
+        /// Bytes asked for from there.
+        len: u64,
+    },
+    /// One request needs more bounce buffer than its device may ever have.
+    #[error("{len} bytes at {gpa} need a bounce buffer, of which there are {limit} bytes")]
+    BounceLimit {
+        /// First address of the request that is not RAM.
+        gpa: Gpa,
+        /// Bytes that need to be bounced.
+        len: u64,
+        /// Bytes the device may have.
+        limit: u64,
     },
     /// The range wraps around the end of the address space, or an offset lies outside its slice.
     #[error("range at {gpa} (length {len}) overflows")]

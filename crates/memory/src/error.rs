@@ -204,6 +204,63 @@ pub enum Error {
         /// What is wrong.
         reason: &'static str,
     },
+    /// Two RAM regions would overlap at one priority, so that it would depend on their age which
+    /// of them the guest sees.
+    #[error(
+        "RAM region {region} at {offset:#x} overlaps RAM region {other}, both at priority {priority}"
+    )]
+    Overlap {
+        /// The region.
+        region: String,
+        /// Its offset in the parent of both, bytes.
+        offset: u64,
+        /// The region that is there.
+        other: String,
+        /// Priority of both.
+        priority: i32,
+    },
+    /// A region's size, or what an alias shows, is not possible.
+    #[error("region {region}: {reason}")]
+    BadSize {
+        /// The region.
+        region: String,
+        /// What is wrong, with the values.
+        reason: String,
+    },
+    /// A region would grow past its maximum.
+    #[error("region {region}: {size:#x} bytes are more than its maximum of {max:#x}")]
+    PastMaximum {
+        /// The region.
+        region: String,
+        /// Bytes asked for.
+        size: u64,
+        /// Bytes it may have.
+        max: u64,
+    },
+    /// The access rules of registers contradict themselves.
+    #[error("region {region}: {reason}")]
+    BadRules {
+        /// The region.
+        region: String,
+        /// What is wrong.
+        reason: &'static str,
+    },
+    /// A coalesced range is registered twice, or overlaps another.
+    #[error("region {region}: writes at {offset:#x} are coalesced already")]
+    DuplicateCoalesced {
+        /// The region.
+        region: String,
+        /// Offset in the region, bytes.
+        offset: u64,
+    },
+    /// A coalesced range to remove is not registered.
+    #[error("region {region}: no coalesced range at {offset:#x}")]
+    NoCoalesced {
+        /// The region.
+        region: String,
+        /// Offset in the region, bytes.
+        offset: u64,
+    },
     /// The region is not of the kind the operation needs.
     #[error("region {region} is not {wanted}")]
     WrongKind {

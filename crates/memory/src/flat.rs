@@ -20,11 +20,13 @@ pub enum SectionKind {
         block: Arc<RamBlock>,
         /// Where in the block the section starts, in bytes.
         block_offset: u64,
-        /// Whether it is ROM.
+        /// Whether it is ROM, or a ROM device, whose registers get the stores.
         readonly: bool,
     },
     /// Device registers.
     Mmio,
+    /// Translated when used; [`Region::domain`] tells of changes.
+    Iommu,
     /// Kept free: reads give all ones, writes are dropped.
     Reservation,
 }
@@ -50,12 +52,20 @@ impl FlatSection {
         region: &Arc<Region>,
     ) -> FlatSection {
         let kind = match region.kind() {
-            RegionKind::Ram { block, readonly } => SectionKind::Ram {
+            RegionKind::Ram {
+                block, readonly, ..
+            } => SectionKind::Ram {
                 block: Arc::clone(block),
                 block_offset: offset_in_region,
                 readonly: *readonly,
             },
-            RegionKind::Mmio(_) => SectionKind::Mmio,
+            RegionKind::RomDevice { block, .. } if region.is_direct() => SectionKind::Ram {
+                block: Arc::clone(block),
+                block_offset: offset_in_region,
+                readonly: true,
+            },
+            RegionKind::Mmio(_) | RegionKind::RomDevice { .. } => SectionKind::Mmio,
+            RegionKind::Iommu(_) => SectionKind::Iommu,
             RegionKind::Container | RegionKind::Reservation | RegionKind::Alias { .. } => {
                 SectionKind::Reservation
             }
@@ -66,6 +76,12 @@ impl FlatSection {
             offset_in_region,
             region: Arc::clone(region),
         }
+    }
+
+    /// Whether it is RAM that belongs to a device (see [`Region::ram_device`]): no place for what
+    /// the machine loads, dumps or migrates.
+    pub fn is_ram_device(&self) -> bool {
+        self.region.is_ram_device()
     }
 
     /// Counts as a user of the section's RAM until dropped. An external mapper (KVM slot, VFIO,
@@ -79,7 +95,7 @@ impl FlatSection {
     pub fn hold_as(&self, what: &str) -> RegionHold {
         let block = match &self.kind {
             SectionKind::Ram { block, .. } => Some((Arc::clone(block), block.holds().add(what))),
-            SectionKind::Mmio | SectionKind::Reservation => None,
+            SectionKind::Mmio | SectionKind::Iommu | SectionKind::Reservation => None,
         };
         RegionHold {
             block,
@@ -99,7 +115,7 @@ impl FlatSection {
                 // SAFETY: a section lies inside its block.
                 Some(unsafe { block.host().add(*block_offset as usize) })
             }
-            SectionKind::Mmio | SectionKind::Reservation => None,
+            SectionKind::Mmio | SectionKind::Iommu | SectionKind::Reservation => None,
         }
     }
 }
@@ -150,6 +166,14 @@ impl PartialEq for FlatIoeventfd {
     }
 }
 
+/// A range of registers at its place in an address space whose writes may be kept back: the
+/// hypervisor notes them and hands them over, in order, before the next access that it passes on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FlatCoalesced {
+    /// Addresses.
+    pub range: Range<u64>,
+}
+
 /// A section as views hold it.
 pub(crate) struct Flat {
     pub(crate) section: FlatSection,
@@ -168,7 +192,7 @@ impl Flat {
     pub(crate) fn block(&self) -> Option<&Arc<RamBlock>> {
         match &self.section.kind {
             SectionKind::Ram { block, .. } => Some(block),
-            SectionKind::Mmio | SectionKind::Reservation => None,
+            SectionKind::Mmio | SectionKind::Iommu | SectionKind::Reservation => None,
         }
     }
 

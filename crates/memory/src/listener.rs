@@ -3,7 +3,7 @@
 
 use thiserror::Error;
 
-use crate::{FlatIoeventfd, FlatSection};
+use crate::{FlatCoalesced, FlatIoeventfd, FlatSection};
 
 /// Why a listener refuses a change.
 #[derive(Debug, Error)]
@@ -33,6 +33,12 @@ pub trait Listener: Send {
     }
     /// An ioeventfd goes.
     fn ioeventfd_del(&mut self, _ioeventfd: &FlatIoeventfd) {}
+    /// A range whose writes may be kept back appears. An error takes the whole change back.
+    fn coalesced_add(&mut self, _coalesced: &FlatCoalesced) -> Result<(), ListenerError> {
+        Ok(())
+    }
+    /// A range whose writes may be kept back goes: those kept are to be handed over.
+    fn coalesced_del(&mut self, _coalesced: &FlatCoalesced) {}
     /// The change is complete: published, or taken back.
     fn commit(&mut self) {}
 }

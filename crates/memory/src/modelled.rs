@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The protocols as the loom models drive them: the real code, without mappings and threads.
 
+use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::grace::{Grace, Job, Worker};
+use crate::iommu::{Domain, Flight};
+use crate::map::Budget;
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
 use crate::reader::barrier::Barrier;
@@ -13,6 +16,7 @@ use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
 use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
+use crate::{Access, BounceGrant, BounceWait, Iommu, Translation};
 
 /// What a memory has besides its blocks and its tree.
 #[derive(Clone)]
@@ -213,5 +217,59 @@ impl Sparse {
             self.core.grace.submit(Job::Fence(Arc::clone(&self.fence)));
         }
         Waiting { level, wanted: 1 }
+    }
+}
+
+/// The bounce buffer of a device.
+#[derive(Clone)]
+pub struct Bounce(Arc<Budget>);
+
+impl Bounce {
+    /// With room for `bytes`.
+    pub fn new(bytes: u64) -> Bounce {
+        Bounce(Budget::new(bytes))
+    }
+
+    /// `bytes` of it at once, or in turn.
+    pub fn take(&self, bytes: u64) -> Result<BounceGrant, BounceWait> {
+        self.0.take(bytes)
+    }
+
+    /// Bytes in use.
+    pub fn used(&self) -> u64 {
+        self.0.used()
+    }
+}
+
+/// An IOMMU region, whose table the model keeps.
+pub struct Translations(Domain);
+
+/// DMA under way.
+pub struct UnderWay(#[allow(dead_code)] Flight);
+
+struct NoTable;
+
+impl Iommu for NoTable {
+    fn translate(&self, _: u64, _: Access) -> Option<Translation> {
+        None
+    }
+}
+
+impl Default for Translations {
+    fn default() -> Translations {
+        Translations(Domain::new(Arc::new(NoTable)))
+    }
+}
+
+impl Translations {
+    /// As DMA to `range` does: `look` asks the table.
+    pub fn dma<T>(&self, range: Range<u64>, look: impl FnOnce() -> T) -> (UnderWay, T) {
+        let (flight, found) = self.0.fly(range, look);
+        (UnderWay(flight), found)
+    }
+
+    /// As an invalidation does that has changed the table.
+    pub fn unmap(&self, range: Range<u64>) -> impl Future<Output = ()> + Send + use<> {
+        self.0.unmap(range)
     }
 }

@@ -5,12 +5,12 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
+use crate::dispatch::{self, Bytes, OnError};
 use crate::guard::ReadGuard;
-use crate::index::{RAM, READONLY, View};
+use crate::index::View;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
-use crate::tree::RegionKind;
-use crate::{Error, FlatSection, Gpa, Listener, ListenerId, Memory, Mmio, Reader, copy};
+use crate::{Error, FlatSection, Gpa, Listener, ListenerId, Memory, Reader};
 
 /// A root region as CPUs and devices see it: memory, port I/O, a device's bus-master view.
 pub struct AddressSpace {
@@ -20,21 +20,6 @@ pub struct AddressSpace {
     id: u64,
     name: String,
     memory: Arc<Memory>,
-}
-
-/// Where one piece of a CPU's access goes.
-enum Target {
-    Ram {
-        host: *mut u8,
-        bytes: usize,
-        writable: bool,
-    },
-    Mmio {
-        ops: Arc<dyn Mmio>,
-        offset: u64,
-        bytes: usize,
-    },
-    Nothing,
 }
 
 impl AddressSpace {
@@ -134,120 +119,24 @@ impl AddressSpace {
     }
 
     /// What a CPU's load of `size` bytes (1 to 8) gives: RAM, or device registers, called outside
-    /// the section in naturally aligned pieces; all ones where nothing answers.
+    /// the section in the pieces their rules want; all ones where nothing answers.
     pub fn load(&self, reader: &Reader, addr: u64, size: u8) -> u64 {
         let size = usize::from(size.min(8));
-        let mut bytes = [0xffu8; 8];
-        let mut done = 0;
-        while done < size {
-            let Some(at) = addr.checked_add(done as u64) else {
-                break;
-            };
-            let guard = self.read(reader);
-            match target(&guard, at, size - done) {
-                Target::Ram {
-                    host, bytes: count, ..
-                } => {
-                    // SAFETY: `target` found this many bytes of RAM in the open section.
-                    // What the host does not provide stays all ones, as where nothing answers.
-                    let _ = unsafe { copy::from_guest(host, bytes[done..].as_mut_ptr(), count) };
-                    done += count;
-                }
-                Target::Mmio {
-                    ops,
-                    offset,
-                    bytes: count,
-                } => {
-                    drop(guard);
-                    let value = ops.read(offset, count as u8).to_le_bytes();
-                    bytes[done..done + count].copy_from_slice(&value[..count]);
-                    done += count;
-                }
-                Target::Nothing => done += 1,
-            }
-        }
-        let mask = if size == 8 {
-            u64::MAX
-        } else {
-            (1 << (8 * size)) - 1
-        };
-        u64::from_le_bytes(bytes) & mask
+        let mut bytes = [0; 8];
+        let into = Bytes::Load(&mut bytes[..size]);
+        // A CPU is not told: what does not answer is all ones already.
+        let _ = dispatch::transfer(self, reader, addr, into, OnError::GoOn);
+        u64::from_le_bytes(bytes)
     }
 
     /// What a CPU's store of `size` bytes (1 to 8) does; dropped by ROM and where nothing
     /// answers.
     pub fn store(&self, reader: &Reader, addr: u64, size: u8, value: u64) {
         let size = usize::from(size.min(8));
-        let bytes = value.to_le_bytes();
-        let mut done = 0;
-        while done < size {
-            let Some(at) = addr.checked_add(done as u64) else {
-                break;
-            };
-            let guard = self.read(reader);
-            match target(&guard, at, size - done) {
-                Target::Ram {
-                    host,
-                    bytes: count,
-                    writable,
-                } => {
-                    if writable {
-                        // SAFETY: `target` found this many bytes of RAM in the open section.
-                        // What the host does not provide drops it, as where nothing answers.
-                        let _ = unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
-                    }
-                    done += count;
-                }
-                Target::Mmio {
-                    ops,
-                    offset,
-                    bytes: count,
-                } => {
-                    drop(guard);
-                    let mut part = [0; 8];
-                    part[..count].copy_from_slice(&bytes[done..done + count]);
-                    ops.write(offset, count as u8, u64::from_le_bytes(part));
-                    done += count;
-                }
-                Target::Nothing => done += 1,
-            }
-        }
-    }
-}
-
-/// Where the first piece of an access of at most `len` bytes at `addr` goes.
-fn target(guard: &ReadGuard<'_>, addr: u64, len: usize) -> Target {
-    let Some(entry) = guard.entry(addr) else {
-        return Target::Nothing;
-    };
-    let here = (entry.last - addr).saturating_add(1).min(len as u64);
-    if entry.kind & RAM != 0 {
-        let host = entry.host(addr);
-        // SAFETY: bytes of the section, from its entry.
-        let bytes = unsafe { entry.plugged_prefix(guard.reader().hub(), host, here) };
-        if bytes == 0 {
-            return Target::Nothing;
-        }
-        let writable = entry.kind & READONLY == 0;
-        return Target::Ram {
-            host: host as *mut u8,
-            bytes: bytes as usize,
-            writable,
-        };
-    }
-    let section = &entry.flat().section;
-    let RegionKind::Mmio(ops) = section.region.kind() else {
-        return Target::Nothing;
-    };
-    let offset = section.offset_in_region + (addr - section.range.start);
-    let mut bytes = 8;
-    while bytes as u64 > here || !offset.is_multiple_of(bytes as u64) {
-        bytes /= 2;
-    }
-    Target::Mmio {
-        ops: Arc::clone(ops),
-        offset,
-        bytes,
+        let from = value.to_le_bytes();
+        let from = Bytes::Store(&from[..size]);
+        // As above: what is refused is dropped already.
+        let _ = dispatch::transfer(self, reader, addr, from, OnError::GoOn);
     }
 }
 

@@ -32,7 +32,11 @@ impl Sweeper {
         let region = Arc::clone(&flat.section.region);
         drop(flat);
         let last = Arc::strong_count(&region) == 1;
-        if last && matches!(region.kind(), RegionKind::Mmio(_)) {
+        let foreign = matches!(
+            region.kind(),
+            RegionKind::Mmio(_) | RegionKind::RomDevice { .. } | RegionKind::Iommu(_)
+        );
+        if last && foreign {
             self.drop_elsewhere(Box::new(region));
         }
     }

@@ -5,6 +5,9 @@
 //! that gets lost shows as a deadlock: the worker sleeps for ever.
 #![cfg(loom)]
 
+#[path = "models/dma.rs"]
+mod dma;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -203,11 +203,20 @@ fn the_example_map_of_the_qemu_documentation() {
     ];
     assert_eq!(flat(&space), wanted);
     let text = memory.mtree(true);
-    assert!(text.contains("AS \"memory\", root: system"), "{text}");
-    assert!(
-        text.contains("  00000000000a8000-00000000000affff (ram): vram @0000000000020000"),
-        "{text}"
-    );
+    let golden = "\
+FlatView #0
+ AS \"memory\", root: system
+ Root memory region: system
+  0000000000000000-000000000009ffff (prio 0, ram): ram
+  00000000000a0000-00000000000a7fff (prio 0, ram): vram @0000000000010000
+  00000000000a8000-00000000000affff (prio 0, ram): vram @0000000000020000
+  00000000000b0000-00000000dfffffff (prio 0, ram): ram @00000000000b0000
+  00000000e1000000-00000000e1ffffff (prio 0, ram): vram
+  00000000e2000000-00000000e200ffff (prio 0, i/o): vga-mmio
+  0000000100000000-000000011fffffff (prio 0, ram): ram @00000000e0000000
+
+";
+    assert_eq!(text, golden);
     let text = memory.mtree(false);
     let line = "    00000000000a0000-00000000000bffff (prio 1, container): alias vga-window @pci 00000000000a0000-00000000000bffff";
     assert!(text.contains(line), "{text}");

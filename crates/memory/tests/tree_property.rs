@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use ebbtide_memory::{
-    AddressSpace, FlatSection, Gpa, Listener, ListenerError, Memory, MemoryConfig, Mmio, Reader,
-    Region,
+    AddressSpace, Backing, Error, FlatSection, Gpa, Listener, ListenerError, Memory, MemoryConfig,
+    Mmio, RamSpec, Reader, Region, Registers,
 };
 use proptest::prelude::*;
 
@@ -30,9 +30,12 @@ struct Node {
     place: Option<(usize, u64, i32, usize)>,
 }
 
+#[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Container,
     Leaf,
+    Ram,
+    RomDevice,
     Alias(usize, u64),
 }
 
@@ -68,7 +71,34 @@ impl Model {
                 return inside;
             }
         }
-        matches!(this.kind, Kind::Leaf).then_some((node, offset))
+        (this.kind != Kind::Container).then_some((node, offset))
+    }
+
+    /// Whether it, or what it is an alias of, is RAM.
+    fn is_ram(&self, node: usize) -> bool {
+        match self.nodes[node].kind {
+            Kind::Ram => true,
+            Kind::Alias(target, _) => self.is_ram(target),
+            _ => false,
+        }
+    }
+
+    /// RAM that overlaps other RAM at its priority: there must be none.
+    fn overlap(&self) -> Option<(usize, usize)> {
+        let rams: Vec<_> = (0..self.nodes.len())
+            .filter(|at| self.is_ram(*at) && self.nodes[*at].enabled)
+            .filter_map(|at| self.nodes[at].place.map(|place| (at, place)))
+            .collect();
+        for (at, (parent, start, priority, _)) in &rams {
+            for (other, (their_parent, their_start, their_priority, _)) in &rams {
+                let meet = *start < their_start + self.nodes[*other].size
+                    && *their_start < start + self.nodes[*at].size;
+                if at != other && parent == their_parent && priority == their_priority && meet {
+                    return Some((*at, *other));
+                }
+            }
+        }
+        None
     }
 }
 
@@ -83,9 +113,42 @@ enum Step {
     Remove(usize),
     Move(usize, u64),
     Toggle(usize),
+    Resize(usize, u64),
+    Reprioritize(usize, i32),
+    Direct(usize, bool),
+}
+
+impl Step {
+    fn fits(&self, count: usize) -> bool {
+        match *self {
+            Step::Place { child, parent, .. } => child < count && parent < count,
+            Step::Remove(at)
+            | Step::Move(at, _)
+            | Step::Toggle(at)
+            | Step::Resize(at, _)
+            | Step::Reprioritize(at, _)
+            | Step::Direct(at, _) => at < count,
+        }
+    }
+
+    fn child(&self) -> usize {
+        match *self {
+            Step::Place { child: at, .. }
+            | Step::Remove(at)
+            | Step::Move(at, _)
+            | Step::Toggle(at)
+            | Step::Resize(at, _)
+            | Step::Reprioritize(at, _)
+            | Step::Direct(at, _) => at,
+        }
+    }
 }
 
 const SPACE: u64 = 1 << 14;
+
+fn way() -> impl Strategy<Value = Way> {
+    prop_oneof![5 => Just(Way::Alone), 2 => Just(Way::Nested), 1 => Just(Way::TakenBack)]
+}
 
 fn step(nodes: usize) -> impl Strategy<Value = Step> {
     let offset = prop_oneof![0..SPACE, (0..16u64).prop_map(|n| n << 10)];
@@ -95,6 +158,9 @@ fn step(nodes: usize) -> impl Strategy<Value = Step> {
         1 => (1..nodes).prop_map(Step::Remove),
         2 => (1..nodes, offset).prop_map(|(child, offset)| Step::Move(child, offset)),
         1 => (0..nodes).prop_map(Step::Toggle),
+        1 => (0..nodes, 0..2 * SPACE).prop_map(|(at, size)| Step::Resize(at, size)),
+        1 => (1..nodes, -2..3i32).prop_map(|(at, priority)| Step::Reprioritize(at, priority)),
+        1 => (1..nodes, any::<bool>()).prop_map(|(at, direct)| Step::Direct(at, direct)),
     ]
 }
 
@@ -125,40 +191,76 @@ impl Listener for Mirror {
     }
 }
 
-fn apply(memory: &Memory, model: &mut Model, step: Step) {
+/// Makes the step, in a change of its own, in one that goes on after a failure, or in one that is
+/// taken back; and in the model if it was made.
+fn apply(memory: &Memory, model: &mut Model, step: &Step, way: Way) {
     let region = |at: usize| Arc::clone(&model.nodes[at].region);
-    match step {
+    let change = |t: &mut ebbtide_memory::Transaction<'_>| match *step {
         Step::Place {
             child,
             parent,
             offset,
             priority,
-        } => {
-            let (c, p) = (region(child), region(parent));
-            if memory.update(|t| t.add(&p, &c, offset, priority)).is_ok() {
-                model.clock += 1;
-                model.nodes[child].place = Some((parent, offset, priority, model.clock));
-            }
+        } => t.add(&region(parent), &region(child), offset, priority),
+        Step::Remove(child) => t.remove(&region(child)),
+        Step::Move(child, offset) => t.set_offset(&region(child), offset),
+        Step::Toggle(at) => t.set_enabled(&region(at), !model.nodes[at].enabled),
+        Step::Resize(at, size) => t.resize(&region(at), size),
+        Step::Reprioritize(child, priority) => t.set_priority(&region(child), priority),
+        Step::Direct(at, direct) => t.set_rom_direct(&region(at), direct),
+    };
+    let made = match way {
+        Way::Alone => memory.update(change).is_ok(),
+        Way::Nested => memory.update(|t| Ok(t.nested(change).is_ok())).unwrap(),
+        Way::TakenBack => {
+            let nowhere = Region::container("nowhere", 1);
+            let back = |t: &mut ebbtide_memory::Transaction<'_>| -> Result<(), Error> {
+                change(t)?;
+                t.remove(&nowhere)
+            };
+            assert!(memory.update(|t| Ok(t.nested(back).is_ok())).is_ok());
+            assert!(memory.update(back).is_err());
+            false
         }
-        Step::Remove(child) => {
-            let c = region(child);
-            if memory.update(|t| t.remove(&c)).is_ok() {
-                model.nodes[child].place = None;
+    };
+    if made {
+        model.make(step);
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Way {
+    Alone,
+    Nested,
+    TakenBack,
+}
+
+impl Model {
+    fn make(&mut self, step: &Step) {
+        self.clock += 1;
+        let clock = self.clock;
+        let node = &mut self.nodes[step.child()];
+        match *step {
+            Step::Place {
+                parent,
+                offset,
+                priority,
+                ..
+            } => node.place = Some((parent, offset, priority, clock)),
+            Step::Remove(_) => node.place = None,
+            Step::Toggle(_) => node.enabled = !node.enabled,
+            Step::Resize(_, size) => node.size = size,
+            Step::Direct(..) => {}
+            Step::Move(_, offset) => {
+                if let Some(place) = &mut node.place {
+                    place.1 = offset;
+                }
             }
-        }
-        Step::Move(child, offset) => {
-            let c = region(child);
-            if memory.update(|t| t.set_offset(&c, offset)).is_ok()
-                && let Some(place) = &mut model.nodes[child].place
-            {
-                place.1 = offset;
+            Step::Reprioritize(_, priority) => {
+                if let Some(place) = &mut node.place {
+                    (place.2, place.3) = (priority, clock);
+                }
             }
-        }
-        Step::Toggle(node) => {
-            let enabled = !model.nodes[node].enabled;
-            let r = region(node);
-            memory.update(|t| t.set_enabled(&r, enabled)).unwrap();
-            model.nodes[node].enabled = enabled;
         }
     }
 }
@@ -178,8 +280,8 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
     #[test]
     fn views_match_a_naive_walk(
-        sizes in prop::collection::vec((0..3u8, 1..SPACE, 0..6usize, 0..SPACE), 5..12),
-        steps in prop::collection::vec(step(12), 1..60),
+        sizes in prop::collection::vec((0..6u8, 1..SPACE, 0..6usize, 0..SPACE), 5..12),
+        steps in prop::collection::vec((step(12), way()), 1..60),
     ) {
         let memory = Memory::new(MemoryConfig { arena_bytes: 1 << 30 }).unwrap();
         let root = Region::container("0", SPACE.into());
@@ -187,13 +289,30 @@ proptest! {
         model.nodes.push(Node { region: root, size: SPACE, kind: Kind::Container, enabled: true, place: None });
         for (kind, size, target, base) in sizes {
             let name = model.nodes.len().to_string();
-            let (region, kind) = match kind {
-                0 => (Region::container(name, size.into()), Kind::Container),
-                1 => (Region::mmio(name, size, Arc::new(Nothing)), Kind::Leaf),
+            let pages = size.next_multiple_of(4096);
+            let block = || {
+                let spec = RamSpec {
+                    name: name.clone(),
+                    size_bytes: pages,
+                    max_size_bytes: pages,
+                    backing: Backing::Anon { thp: false },
+                    prefault: false,
+                    block_size_bytes: None,
+                };
+                memory.ram().add(spec).unwrap()
+            };
+            let (region, size, kind) = match kind {
+                0 => (Region::container(name, size.into()).growing_to(SPACE), size, Kind::Container),
+                1 => (Region::mmio(name, size, Arc::new(Nothing)), size, Kind::Leaf),
+                2 => (Region::ram(&name, &block()), pages, Kind::Ram),
+                3 => {
+                    let registers = Registers::new(Arc::new(Nothing));
+                    (Region::rom_device(&name, &block(), registers), pages, Kind::RomDevice)
+                }
                 _ => {
                     let target = target.min(model.nodes.len() - 1);
                     let region = Region::alias(name, &model.nodes[target].region, base, size);
-                    (region, Kind::Alias(target, base))
+                    (region.growing_to(SPACE), size, Kind::Alias(target, base))
                 }
             };
             model.nodes.push(Node { region, size, kind, enabled: true, place: None });
@@ -204,16 +323,11 @@ proptest! {
         space.add_listener(Box::new(Mirror(Arc::clone(&mirrored))), 0).unwrap();
         let reader = memory.register();
         let count = model.nodes.len();
-        for step in steps {
-            let fits = match step {
-                Step::Place { child, parent, .. } => child < count && parent < count,
-                Step::Remove(at) | Step::Move(at, _) | Step::Toggle(at) => at < count,
-            };
-            if fits {
-                apply(&memory, &mut model, step);
-                compare(&model, 0, &space, &reader);
-                compare(&model, 1, &second, &reader);
-            }
+        for (step, way) in steps.into_iter().filter(|(step, _)| step.fits(count)) {
+            apply(&memory, &mut model, &step, way);
+            prop_assert_eq!(model.overlap(), None);
+            compare(&model, 0, &space, &reader);
+            compare(&model, 1, &second, &reader);
         }
         // What the listener was told adds up to the view, in as few sections as possible.
         let map = mirrored.lock().unwrap().clone();

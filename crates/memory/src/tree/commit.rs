@@ -4,15 +4,15 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
+use super::delta::Delta;
+use super::fixture::Fixture;
 use super::region::Region;
-use super::render::{Piece, render};
 use crate::flat::Flat;
 use crate::grace::Job;
-use crate::index::{Index, OldNodes, View};
+use crate::index::{Index, View};
 use crate::ticket::Drain;
 use crate::{
-    AddressSpace, Error, FlatIoeventfd, FlatSection, Listener, ListenerError, ListenerId, Memory,
-    RamBlock,
+    AddressSpace, Error, FlatSection, Listener, ListenerError, ListenerId, Memory, RamBlock,
 };
 
 /// Everything behind the map's writer lock.
@@ -32,22 +32,9 @@ pub(crate) struct SpaceState {
     /// Sorted, disjoint, merged.
     pub(super) flats: Vec<Arc<Flat>>,
     /// Sorted by address.
-    pub(super) ioeventfds: Vec<FlatIoeventfd>,
-    listeners: Vec<(i32, ListenerId, Box<dyn Listener>)>,
-    index: Index,
-}
-
-/// How one address space changes.
-struct Delta {
-    /// Index in `Tree::spaces`.
-    at: usize,
-    /// Per window, ascending: sections replaced (as a range of `flats`) and what replaces them.
-    windows: Vec<(Range<usize>, Vec<Arc<Flat>>)>,
-    removed: Vec<Arc<Flat>>,
-    added: Vec<Arc<Flat>>,
-    ioeventfds: Option<Vec<FlatIoeventfd>>,
-    ioeventfds_removed: Vec<FlatIoeventfd>,
-    ioeventfds_added: Vec<FlatIoeventfd>,
+    pub(super) fixtures: Vec<Fixture>,
+    pub(super) listeners: Vec<(i32, ListenerId, Box<dyn Listener>)>,
+    pub(super) index: Index,
 }
 
 impl Tree {
@@ -62,7 +49,7 @@ impl Tree {
             root: Arc::clone(root),
             space: Weak::new(),
             flats: Vec::new(),
-            ioeventfds: Vec::new(),
+            fixtures: Vec::new(),
             listeners: Vec::new(),
             index: Index::new(),
         };
@@ -250,8 +237,8 @@ impl SpaceState {
             shown.0 += 1;
         }
         if result.is_ok() {
-            for ioeventfd in &self.ioeventfds {
-                result = listener.ioeventfd_add(ioeventfd);
+            for fixture in &self.fixtures {
+                result = fixture.tell(&mut *listener);
                 if result.is_err() {
                     break;
                 }
@@ -259,10 +246,10 @@ impl SpaceState {
             }
         }
         if result.is_err() {
-            self.ioeventfds[..shown.1]
+            self.fixtures[..shown.1]
                 .iter()
                 .rev()
-                .for_each(|e| listener.ioeventfd_del(e));
+                .for_each(|fixture| fixture.untell(&mut *listener));
             self.flats[..shown.0]
                 .iter()
                 .rev()
@@ -286,10 +273,10 @@ impl SpaceState {
             .position(|(_, other, _)| *other == id)?;
         let (_, _, mut listener) = self.listeners.remove(at);
         listener.begin();
-        self.ioeventfds
+        self.fixtures
             .iter()
             .rev()
-            .for_each(|ioeventfd| listener.ioeventfd_del(ioeventfd));
+            .for_each(|fixture| fixture.untell(&mut *listener));
         self.flats
             .iter()
             .rev()
@@ -302,251 +289,5 @@ impl SpaceState {
     /// was taken away, and the nodes that index them.
     pub(crate) fn into_old(self) -> (Vec<Arc<Flat>>, Index) {
         (self.flats, self.index)
-    }
-
-    /// How the space changes when `windows` (sorted by start) are rendered anew, if it does.
-    fn delta(&self, at: usize, windows: &[Range<u64>]) -> Option<Delta> {
-        let mut delta = Delta {
-            at,
-            windows: Vec::new(),
-            removed: Vec::new(),
-            added: Vec::new(),
-            ioeventfds: None,
-            ioeventfds_removed: Vec::new(),
-            ioeventfds_added: Vec::new(),
-        };
-        let windows = self.whole_sections(windows);
-        for (window, old) in &windows {
-            let new = self.replace(old.clone(), render(&self.root, window.clone()), &mut delta);
-            delta.windows.push((old.clone(), new));
-        }
-        self.compare_ioeventfds(&windows, &mut delta);
-        delta.windows.retain(|(old, new)| {
-            old.len() != new.len()
-                || !self.flats[old.clone()]
-                    .iter()
-                    .zip(new)
-                    .all(|(a, b)| Arc::ptr_eq(a, b))
-        });
-        let changes = !delta.windows.is_empty() || delta.ioeventfds.is_some();
-        changes.then_some(delta)
-    }
-
-    /// Widens windows to the sections they touch, so that what was cut can become whole again,
-    /// and merges those that meet. Returns each with the sections it holds.
-    fn whole_sections(&self, windows: &[Range<u64>]) -> Vec<(Range<u64>, Range<usize>)> {
-        let mut whole: Vec<(Range<u64>, Range<usize>)> = Vec::new();
-        for window in windows {
-            let first = self
-                .flats
-                .partition_point(|flat| flat.section.range.end < window.start);
-            let last = first
-                + self.flats[first..]
-                    .partition_point(|flat| flat.section.range.start <= window.end);
-            let (mut start, mut end) = (window.start, window.end);
-            if first < last {
-                start = start.min(self.flats[first].section.range.start);
-                end = end.max(self.flats[last - 1].section.range.end);
-            }
-            match whole.last_mut() {
-                Some((before, held)) if before.end >= start => {
-                    before.end = before.end.max(end);
-                    held.end = held.end.max(last);
-                }
-                _ => whole.push((start..end, first..last)),
-            }
-        }
-        whole
-    }
-
-    /// Compares the sections `old` with what is rendered in their place; unchanged ones are kept.
-    fn replace(&self, old: Range<usize>, pieces: Vec<Piece>, delta: &mut Delta) -> Vec<Arc<Flat>> {
-        let mut old = self.flats[old].iter().peekable();
-        let mut new = Vec::with_capacity(pieces.len());
-        for piece in pieces {
-            while let Some(flat) = old.next_if(|flat| flat.section.range.start < piece.range.start)
-            {
-                delta.removed.push(Arc::clone(flat));
-            }
-            let same = |flat: &&Arc<Flat>| {
-                let section = &flat.section;
-                section.range == piece.range
-                    && section.offset_in_region == piece.offset
-                    && Arc::ptr_eq(&section.region, &piece.region)
-            };
-            let flat = match old.next_if(same) {
-                Some(flat) => Arc::clone(flat),
-                None => {
-                    let flat =
-                        Flat::new(FlatSection::new(piece.range, piece.offset, &piece.region));
-                    delta.added.push(Arc::clone(&flat));
-                    flat
-                }
-            };
-            new.push(flat);
-        }
-        delta.removed.extend(old.cloned());
-        new
-    }
-
-    fn compare_ioeventfds(&self, windows: &[(Range<u64>, Range<usize>)], delta: &mut Delta) {
-        let in_windows = |addr: u64| windows.iter().any(|(window, _)| window.contains(&addr));
-        let mut new = Vec::new();
-        for flat in delta.windows.iter().flat_map(|(_, flats)| flats) {
-            let section = &flat.section;
-            let state = section.region.state();
-            for ioeventfd in &state.ioeventfds {
-                let Some(at) = ioeventfd.offset.checked_sub(section.offset_in_region) else {
-                    continue;
-                };
-                if at < section.range.end - section.range.start {
-                    let addr = section.range.start + at;
-                    let (size, datamatch, fd) = (
-                        ioeventfd.size,
-                        ioeventfd.datamatch,
-                        Arc::clone(&ioeventfd.fd),
-                    );
-                    new.push(FlatIoeventfd {
-                        addr,
-                        size,
-                        datamatch,
-                        fd,
-                    });
-                }
-            }
-        }
-        if new.is_empty() && self.ioeventfds.is_empty() {
-            return;
-        }
-        let old = self.ioeventfds.iter().filter(|old| in_windows(old.addr));
-        delta.ioeventfds_removed = old
-            .clone()
-            .filter(|old| !new.contains(old))
-            .cloned()
-            .collect();
-        delta.ioeventfds_added = new
-            .iter()
-            .filter(|new| !old.clone().any(|old| old == *new))
-            .cloned()
-            .collect();
-        if delta.ioeventfds_removed.is_empty() && delta.ioeventfds_added.is_empty() {
-            return;
-        }
-        let mut all: Vec<FlatIoeventfd> = self
-            .ioeventfds
-            .iter()
-            .filter(|e| !in_windows(e.addr))
-            .cloned()
-            .collect();
-        all.extend(new);
-        all.sort_by_key(|ioeventfd| (ioeventfd.addr, ioeventfd.size, ioeventfd.datamatch));
-        delta.ioeventfds = Some(all);
-    }
-
-    /// Tells the listeners of a delta; when one refuses, takes back what was told.
-    fn tell(&mut self, delta: &Delta) -> Result<(), ListenerError> {
-        let listeners = &mut self.listeners;
-        listeners
-            .iter_mut()
-            .for_each(|(_, _, listener)| listener.begin());
-        for ioeventfd in delta.ioeventfds_removed.iter().rev() {
-            listeners
-                .iter_mut()
-                .rev()
-                .for_each(|(_, _, listener)| listener.ioeventfd_del(ioeventfd));
-        }
-        for flat in delta.removed.iter().rev() {
-            listeners
-                .iter_mut()
-                .rev()
-                .for_each(|(_, _, listener)| listener.region_del(&flat.section));
-        }
-        let count = listeners.len();
-        let mut told = 0;
-        let mut result = Ok(());
-        let regions = delta
-            .added
-            .iter()
-            .flat_map(|flat| (0..count).map(move |at| (flat, at)));
-        for (flat, at) in regions {
-            result = self.listeners[at].2.region_add(&flat.section);
-            if result.is_err() {
-                break;
-            }
-            told += 1;
-        }
-        let mut told_ioeventfds = 0;
-        if result.is_ok() {
-            let ioeventfds = delta
-                .ioeventfds_added
-                .iter()
-                .flat_map(|e| (0..count).map(move |at| (e, at)));
-            for (ioeventfd, at) in ioeventfds {
-                result = self.listeners[at].2.ioeventfd_add(ioeventfd);
-                if result.is_err() {
-                    break;
-                }
-                told_ioeventfds += 1;
-            }
-        }
-        if result.is_err() {
-            self.untell(delta, told, told_ioeventfds);
-            self.listeners
-                .iter_mut()
-                .for_each(|(_, _, listener)| listener.commit());
-        }
-        result
-    }
-
-    /// Takes back what was told of a delta: the first `told` calls of `region_add` and
-    /// `told_ioeventfds` of `ioeventfd_add`, and all removals.
-    fn untell(&mut self, delta: &Delta, told: usize, told_ioeventfds: usize) {
-        let count = self.listeners.len();
-        let calls = |things: usize, told: usize| {
-            (0..things * count)
-                .take(told)
-                .map(move |call| (call / count, call % count))
-                .collect::<Vec<_>>()
-        };
-        for (thing, at) in calls(delta.ioeventfds_added.len(), told_ioeventfds)
-            .into_iter()
-            .rev()
-        {
-            self.listeners[at]
-                .2
-                .ioeventfd_del(&delta.ioeventfds_added[thing]);
-        }
-        for (thing, at) in calls(delta.added.len(), told).into_iter().rev() {
-            self.listeners[at].2.region_del(&delta.added[thing].section);
-        }
-        let name = &self.name;
-        let lost = |error: ListenerError| tracing::error!(space = name, %error, "a listener lost part of the map");
-        for (_, _, listener) in &mut self.listeners {
-            let removed = delta.removed.iter();
-            removed
-                .filter_map(|flat| listener.region_add(&flat.section).err())
-                .for_each(lost);
-        }
-        for (_, _, listener) in &mut self.listeners {
-            let removed = delta.ioeventfds_removed.iter();
-            removed
-                .filter_map(|ioeventfd| listener.ioeventfd_add(ioeventfd).err())
-                .for_each(lost);
-        }
-    }
-
-    /// Brings sections and index up to date; returns the new view and the nodes that are old.
-    fn apply(&mut self, delta: &mut Delta) -> (Box<View>, OldNodes) {
-        for (old, new) in delta.windows.drain(..).rev() {
-            self.flats.splice(old, new);
-        }
-        if let Some(ioeventfds) = delta.ioeventfds.take() {
-            self.ioeventfds = ioeventfds;
-        }
-        let both = delta.removed.iter().chain(&delta.added);
-        let mut changed: Vec<Range<u64>> = both.map(|flat| flat.section.range.clone()).collect();
-        changed.sort_unstable_by_key(|range| range.start);
-        let nodes = self.index.update(&self.flats, &changed);
-        (self.index.view(), nodes)
     }
 }

@@ -7,12 +7,18 @@
 //! ```
 
 mod commit;
+mod delta;
+mod edit;
+mod fixture;
 mod mtree;
 mod region;
+mod registers;
 mod render;
 mod transaction;
 
 pub(crate) use commit::Tree;
 pub(crate) use region::RegionKind;
-pub use region::{Ioeventfd, Mmio, Region};
+pub use region::{Ioeventfd, Region};
+pub(crate) use registers::Refused;
+pub use registers::{AccessRules, Endian, Mmio, Registers};
 pub use transaction::Transaction;

@@ -5,8 +5,9 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use super::commit::Tree;
+use super::fixture::Fixture;
 use super::region::{Region, RegionKind};
-use crate::SectionKind;
+use crate::FlatSection;
 
 impl Tree {
     pub(crate) fn text(&self, flat: bool) -> String {
@@ -20,43 +21,27 @@ impl Tree {
     }
 
     fn flat_text(&self, text: &mut String) {
-        for (number, space) in self.spaces.iter().enumerate() {
-            let _ = writeln!(text, "FlatView #{number}");
-            let _ = writeln!(text, " AS \"{}\", root: {}", space.name, space.root.name());
+        let mut done: Vec<&Arc<Region>> = Vec::new();
+        for space in &self.spaces {
+            // Address spaces with one root show the same.
+            if done.iter().any(|root| Arc::ptr_eq(root, &space.root)) {
+                continue;
+            }
+            let _ = writeln!(text, "FlatView #{}", done.len());
+            done.push(&space.root);
+            let peers = self.spaces.iter();
+            for peer in peers.filter(|peer| Arc::ptr_eq(&peer.root, &space.root)) {
+                let _ = writeln!(text, " AS \"{}\", root: {}", peer.name, peer.root.name());
+            }
+            let _ = writeln!(text, " Root memory region: {}", space.root.name());
             if space.flats.is_empty() {
                 let _ = writeln!(text, "  No rendered FlatView");
             }
             for flat in &space.flats {
-                let section = &flat.section;
-                let kind = match &section.kind {
-                    SectionKind::Ram {
-                        readonly: false, ..
-                    } => "ram",
-                    SectionKind::Ram { readonly: true, .. } => "rom",
-                    SectionKind::Mmio => "i/o",
-                    SectionKind::Reservation => "reservation",
-                };
-                let (first, last) = (section.range.start, section.range.end - 1);
-                let _ = write!(
-                    text,
-                    "  {first:016x}-{last:016x} ({kind}): {}",
-                    section.region.name()
-                );
-                if section.offset_in_region != 0 {
-                    let _ = write!(text, " @{:016x}", section.offset_in_region);
-                }
-                text.push('\n');
+                section_text(&flat.section, text);
             }
-            for ioeventfd in &space.ioeventfds {
-                let _ = write!(
-                    text,
-                    "  ioeventfd {:016x} size {}",
-                    ioeventfd.addr, ioeventfd.size
-                );
-                if let Some(value) = ioeventfd.datamatch {
-                    let _ = write!(text, " value {value:#x}");
-                }
-                text.push('\n');
+            for fixture in &space.fixtures {
+                fixture_text(fixture, text);
             }
             text.push('\n');
         }
@@ -95,6 +80,53 @@ fn last_byte(region: &Region) -> u64 {
     }
 }
 
+/// What people know a region's kind as.
+fn kind_text(region: &Region) -> &'static str {
+    match region.kind() {
+        RegionKind::Container => "container",
+        RegionKind::Ram { device: true, .. } => "ramd",
+        RegionKind::Ram { readonly: true, .. } => "rom",
+        RegionKind::Ram { .. } => "ram",
+        RegionKind::RomDevice { .. } if region.is_direct() => "romd",
+        RegionKind::RomDevice { .. } | RegionKind::Mmio(_) => "i/o",
+        RegionKind::Iommu(_) => "iommu",
+        RegionKind::Reservation => "reservation",
+        RegionKind::Alias { target, .. } => kind_text(target),
+    }
+}
+
+fn section_text(section: &FlatSection, text: &mut String) {
+    let region = &section.region;
+    let (first, last) = (section.range.start, section.range.end - 1);
+    let _ = write!(
+        text,
+        "  {first:016x}-{last:016x} (prio {}, {}): {}",
+        region.priority(),
+        kind_text(region),
+        region.name()
+    );
+    if section.offset_in_region != 0 {
+        let _ = write!(text, " @{:016x}", section.offset_in_region);
+    }
+    text.push('\n');
+}
+
+fn fixture_text(fixture: &Fixture, text: &mut String) {
+    let _ = match fixture {
+        Fixture::Ioeventfd(it) => {
+            let _ = write!(text, "  ioeventfd {:016x} size {}", it.addr, it.size);
+            match it.datamatch {
+                Some(value) => writeln!(text, " value {value:#x}"),
+                None => writeln!(text),
+            }
+        }
+        Fixture::Coalesced(it) => {
+            let (first, last) = (it.range.start, it.range.end - 1);
+            writeln!(text, "  coalesced {first:016x}-{last:016x}")
+        }
+    };
+}
+
 fn region_text(
     region: &Arc<Region>,
     base: u64,
@@ -104,23 +136,7 @@ fn region_text(
     aliased: &mut Vec<Arc<Region>>,
 ) {
     let last = base.saturating_add(last_byte(region));
-    let kind = match region.kind() {
-        RegionKind::Container => "container",
-        RegionKind::Ram {
-            readonly: false, ..
-        } => "ram",
-        RegionKind::Ram { readonly: true, .. } => "rom",
-        RegionKind::Mmio(_) => "i/o",
-        RegionKind::Reservation => "reservation",
-        RegionKind::Alias { target, .. } => match target.kind() {
-            RegionKind::Ram {
-                readonly: false, ..
-            } => "ram",
-            RegionKind::Ram { readonly: true, .. } => "rom",
-            RegionKind::Mmio(_) => "i/o",
-            _ => "container",
-        },
-    };
+    let kind = kind_text(region);
     let _ = write!(
         text,
         "{:indent$}{base:016x}-{last:016x} (prio {priority}, {kind}): ",

@@ -5,21 +5,26 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::commit::Tree;
+use super::edit::{
+    attach, check_change, check_end, check_overlap, detach, mark, parent_of, resize, set_disabled,
+    with_place,
+};
 use super::region::{Child, Ioeventfd, Region, RegionKind};
 use crate::{Error, Memory, RamBlock, Ticket};
 
 /// A change of the tree under way. See [`Memory::update`].
 pub struct Transaction<'a> {
-    memory: &'a Memory,
+    pub(super) memory: &'a Memory,
     tree: &'a mut Tree,
-    undo: Vec<Undo>,
+    pub(super) undo: Vec<Undo>,
     /// Address spaces (by number) and the addresses in them that may have changed.
     pub(super) dirty: Vec<(u64, Range<u64>)>,
     /// Blocks on their way out.
     pub(super) unplugged: Vec<(Arc<RamBlock>, Arc<crate::ticket::Drain>)>,
 }
 
-enum Undo {
+/// What takes one step back.
+pub(super) enum Undo {
     Add {
         parent: Arc<Region>,
         child: Arc<Region>,
@@ -51,6 +56,24 @@ enum Undo {
         ioeventfd: Ioeventfd,
         at: usize,
     },
+    AddCoalesced {
+        region: Arc<Region>,
+        range: Range<u64>,
+    },
+    RemoveCoalesced {
+        region: Arc<Region>,
+        range: Range<u64>,
+        at: usize,
+    },
+    Reprioritize {
+        parent: Arc<Region>,
+        child: Child,
+        at: usize,
+    },
+    Direct {
+        region: Arc<Region>,
+        direct: bool,
+    },
     Unplug {
         block: Arc<RamBlock>,
     },
@@ -69,11 +92,13 @@ impl<'a> Transaction<'a> {
 
     /// Places `child` at `offset` (bytes) of `parent`. Where children overlap, the one of higher
     /// priority hides the other; of the same priority the later added one. Parts that stick out
-    /// of the parent are not seen.
+    /// of the parent are not seen. RAM of the machine, itself or by an alias, does not overlap
+    /// other such RAM at its priority: who hides whom is then to be said.
     ///
     /// # Errors
-    /// `HasParent`, `Cycle`, `Foreign`; `BadPlacement` in an alias or past 2^64; `Unplugged` for
-    /// RAM on its way out.
+    /// `HasParent`, `Cycle`, `Foreign`, `Overlap`; `BadPlacement` in an alias, past 2^64, or for
+    /// RAM not at a multiple of 4096 bytes; `BadSize` and `BadRules` for what the region was made
+    /// with; `Unplugged` for RAM on its way out.
     pub fn add(
         &mut self,
         parent: &Arc<Region>,
@@ -95,9 +120,6 @@ impl<'a> Transaction<'a> {
         if matches!(parent.kind(), RegionKind::Alias { .. }) {
             return bad("an alias has no children of its own");
         }
-        if offset.checked_add(child.size()).is_none() {
-            return bad("it ends past 2^64");
-        }
         if child.parent().is_some() {
             return Err(Error::HasParent(child.name().to_owned()));
         }
@@ -116,7 +138,10 @@ impl<'a> Transaction<'a> {
             size: child.size(),
             priority,
             enabled,
+            machine_ram: child.is_machine_ram(),
         };
+        check_end(parent, &place)?;
+        check_overlap(parent, &place)?;
         let at = parent
             .state()
             .children
@@ -187,11 +212,12 @@ impl<'a> Transaction<'a> {
     /// Shows or hides `region` and what it holds, wherever it is shown.
     ///
     /// # Errors
-    /// `Foreign`.
+    /// `Foreign`; `Overlap` for RAM of the machine.
     pub fn set_enabled(&mut self, region: &Arc<Region>, enabled: bool) -> Result<(), Error> {
         self.memory.bind(region)?;
         let was_disabled = region.state().disabled;
         if was_disabled == enabled {
+            check_change(region, |place| place.enabled = enabled)?;
             set_disabled(region, !enabled);
             self.undo.push(Undo::Enable {
                 region: Arc::clone(region),
@@ -205,18 +231,10 @@ impl<'a> Transaction<'a> {
     /// Moves `child` to `offset` (bytes) of its parent.
     ///
     /// # Errors
-    /// `NoParent`; `BadPlacement` past 2^64.
+    /// `NoParent`, `Overlap`; `BadPlacement` past 2^64 or for RAM not at a multiple of 4096 bytes.
     pub fn set_offset(&mut self, child: &Arc<Region>, offset: u64) -> Result<(), Error> {
         let parent = parent_of(child)?;
-        if offset.checked_add(child.size()).is_none() {
-            let (child, parent) = (child.name().to_owned(), parent.name().to_owned());
-            return Err(Error::BadPlacement {
-                child,
-                parent,
-                offset,
-                reason: "it ends past 2^64",
-            });
-        }
+        check_change(child, |place| place.offset = offset)?;
         self.mark(child, 0..child.size());
         let old = with_place(&parent, child, |place| {
             std::mem::replace(&mut place.offset, offset)
@@ -235,7 +253,7 @@ impl<'a> Transaction<'a> {
     /// Makes a RAM or ROM region as large as its block is now, after [`crate::RamList::grow`].
     ///
     /// # Errors
-    /// `WrongKind` unless RAM or ROM; `BadPlacement` when it would end past 2^64.
+    /// `WrongKind` unless RAM or ROM; `BadPlacement` when it would end past 2^64; `Overlap`.
     pub fn set_size(&mut self, region: &Arc<Region>) -> Result<(), Error> {
         let Some(block) = region.ram_block() else {
             return Err(Error::WrongKind {
@@ -244,19 +262,50 @@ impl<'a> Transaction<'a> {
             });
         };
         self.memory.bind(region)?;
-        let (old, new) = (region.size(), block.size_bytes());
-        if let Some(parent) = region.parent() {
-            let offset = with_place(&parent, region, |place| place.offset).unwrap_or(0);
-            if offset.checked_add(new).is_none() {
-                let (child, parent) = (region.name().to_owned(), parent.name().to_owned());
-                return Err(Error::BadPlacement {
-                    child,
-                    parent,
-                    offset,
-                    reason: "it ends past 2^64",
-                });
-            }
+        let size = block.size_bytes();
+        self.resize_to(region, size)
+    }
+
+    /// Makes a region `size` bytes large, at most its maximum (see [`Region::growing_to`]).
+    ///
+    /// # Errors
+    /// `PastMaximum`, `Foreign`; `BadSize` for 0; `WrongKind` for RAM and ROM, which are as large
+    /// as their block; `BadPlacement` when it, or what an alias shows, would end past 2^64.
+    pub fn resize(&mut self, region: &Arc<Region>, size: u64) -> Result<(), Error> {
+        self.memory.bind(region)?;
+        let name = || region.name().to_owned();
+        if region.ram_block().is_some() {
+            return Err(Error::WrongKind {
+                region: name(),
+                wanted: "of a size of its own",
+            });
         }
+        let bad = |reason: &str| Error::BadSize {
+            region: name(),
+            reason: format!("{size:#x} bytes: {reason}"),
+        };
+        if size == 0 {
+            return Err(bad("a region has at least one byte"));
+        }
+        let max = region.max_size();
+        if size > max {
+            return Err(Error::PastMaximum {
+                region: name(),
+                size,
+                max,
+            });
+        }
+        if let RegionKind::Alias { offset, .. } = region.kind()
+            && offset.checked_add(size).is_none()
+        {
+            return Err(bad("the alias shows what lies past 2^64"));
+        }
+        self.resize_to(region, size)
+    }
+
+    fn resize_to(&mut self, region: &Arc<Region>, new: u64) -> Result<(), Error> {
+        let old = region.size();
+        check_change(region, |place| place.size = new)?;
         resize(region, new);
         self.undo.push(Undo::Resize {
             region: Arc::clone(region),
@@ -266,85 +315,73 @@ impl<'a> Transaction<'a> {
         Ok(())
     }
 
-    /// Adds an ioeventfd to a region of device registers.
+    /// Gives `child` another priority in its parent. Of its new equals it is the latest.
     ///
     /// # Errors
-    /// `WrongKind`; `DuplicateIoeventfd` when the region has one that matches the same writes;
-    /// `BadPlacement` outside the region.
-    pub fn add_ioeventfd(
-        &mut self,
-        region: &Arc<Region>,
-        ioeventfd: Ioeventfd,
-    ) -> Result<(), Error> {
-        self.memory.bind(region)?;
-        if !matches!(region.kind(), RegionKind::Mmio(_)) {
-            return Err(Error::WrongKind {
-                region: region.name().to_owned(),
-                wanted: "device registers",
-            });
-        }
-        let offset = ioeventfd.offset;
-        let end = offset.checked_add(u64::from(ioeventfd.size.max(1)));
-        if end.is_none_or(|end| end > region.size()) || !matches!(ioeventfd.size, 0 | 1 | 2 | 4 | 8)
-        {
-            let (child, parent) = ("ioeventfd".to_owned(), region.name().to_owned());
-            return Err(Error::BadPlacement {
-                child,
-                parent,
-                offset,
-                reason: "not a write to the region",
-            });
-        }
-        let mut state = region.state();
-        if state
-            .ioeventfds
-            .iter()
-            .any(|other| other.same_place(&ioeventfd))
-        {
-            return Err(Error::DuplicateIoeventfd {
-                region: region.name().to_owned(),
-                offset,
-            });
-        }
-        state.ioeventfds.push(ioeventfd.clone());
-        drop(state);
-        self.undo.push(Undo::AddIoeventfd {
-            region: Arc::clone(region),
-            ioeventfd,
+    /// `NoParent`, `Overlap`.
+    pub fn set_priority(&mut self, child: &Arc<Region>, priority: i32) -> Result<(), Error> {
+        let parent = parent_of(child)?;
+        check_change(child, |place| place.priority = priority)?;
+        let Some((place, at)) = detach(&parent, child) else {
+            return Ok(());
+        };
+        let mut moved = place.clone();
+        moved.priority = priority;
+        let to = parent
+            .state()
+            .children
+            .partition_point(|other| other.priority > priority);
+        attach(&parent, moved, to);
+        self.undo.push(Undo::Reprioritize {
+            parent,
+            child: place,
+            at,
         });
-        self.mark(region, offset..offset + 1);
+        self.mark(child, 0..child.size());
         Ok(())
     }
 
-    /// Removes an ioeventfd: the one with the same offset, size, value and eventfd.
+    /// Lets loads of a ROM device come from its block, or go to its registers as stores do.
     ///
     /// # Errors
-    /// `NoIoeventfd`.
-    pub fn remove_ioeventfd(
-        &mut self,
-        region: &Arc<Region>,
-        ioeventfd: &Ioeventfd,
-    ) -> Result<(), Error> {
-        let offset = ioeventfd.offset;
-        let mut state = region.state();
-        let same = |other: &Ioeventfd| {
-            other.same_place(ioeventfd) && Arc::ptr_eq(&other.fd, &ioeventfd.fd)
-        };
-        let Some(at) = state.ioeventfds.iter().position(same) else {
-            return Err(Error::NoIoeventfd {
+    /// `WrongKind`, `Foreign`.
+    pub fn set_rom_direct(&mut self, region: &Arc<Region>, direct: bool) -> Result<(), Error> {
+        self.memory.bind(region)?;
+        if !matches!(region.kind(), RegionKind::RomDevice { .. }) {
+            return Err(Error::WrongKind {
                 region: region.name().to_owned(),
-                offset,
+                wanted: "a ROM device",
             });
-        };
-        let ioeventfd = state.ioeventfds.remove(at);
-        drop(state);
-        self.undo.push(Undo::RemoveIoeventfd {
-            region: Arc::clone(region),
-            ioeventfd,
-            at,
-        });
-        self.mark(region, offset..offset + 1);
+        }
+        let was = region.is_direct();
+        if was != direct {
+            region.set_direct(direct);
+            self.undo.push(Undo::Direct {
+                region: Arc::clone(region),
+                direct: was,
+            });
+            self.mark(region, 0..region.size());
+        }
         Ok(())
+    }
+
+    /// A change within the change: when `f` fails, what it did is taken back, and the change
+    /// around it can go on. Nothing is published before the outermost change is complete.
+    ///
+    /// # Errors
+    /// What `f` returns.
+    pub fn nested<T>(
+        &mut self,
+        f: impl FnOnce(&mut Transaction<'a>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let (steps, unplugged) = (self.undo.len(), self.unplugged.len());
+        let result = f(self);
+        if result.is_err() {
+            // What was marked stays so: to render too much is not wrong.
+            self.undo.drain(steps..).rev().for_each(Undo::apply);
+            self.unplugged.truncate(unplugged);
+        }
+        result
     }
 
     /// Tells listeners and publishes; on an error the caller takes the change back.
@@ -361,7 +398,7 @@ impl<'a> Transaction<'a> {
     }
 
     /// Marks a range of `region` (bytes) as changed wherever it is shown.
-    fn mark(&mut self, region: &Arc<Region>, range: Range<u64>) {
+    pub(super) fn mark(&mut self, region: &Arc<Region>, range: Range<u64>) {
         mark(region, range, &mut self.dirty);
     }
 }
@@ -393,94 +430,18 @@ impl Undo {
                 ioeventfd,
                 at,
             } => region.state().ioeventfds.insert(at, ioeventfd),
+            Undo::AddCoalesced { region, range } => {
+                region.state().coalesced.retain(|other| *other != range);
+            }
+            Undo::RemoveCoalesced { region, range, at } => {
+                region.state().coalesced.insert(at, range);
+            }
+            Undo::Reprioritize { parent, child, at } => {
+                detach(&parent, &child.region);
+                attach(&parent, child, at);
+            }
+            Undo::Direct { region, direct } => region.set_direct(direct),
             Undo::Unplug { block } => block.set_unplugged(false),
-        }
-    }
-}
-
-fn parent_of(child: &Arc<Region>) -> Result<Arc<Region>, Error> {
-    child
-        .parent()
-        .ok_or_else(|| Error::NoParent(child.name().to_owned()))
-}
-
-fn attach(parent: &Arc<Region>, place: Child, at: usize) {
-    let child = Arc::clone(&place.region);
-    parent.state().children.insert(at, place);
-    child.state().parent = Some(Arc::downgrade(parent));
-}
-
-fn detach(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize)> {
-    let mut state = parent.state();
-    let at = state
-        .children
-        .iter()
-        .position(|place| Arc::ptr_eq(&place.region, child))?;
-    let place = state.children.remove(at);
-    drop(state);
-    child.state().parent = None;
-    Some((place, at))
-}
-
-fn with_place<T>(
-    parent: &Arc<Region>,
-    child: &Arc<Region>,
-    f: impl FnOnce(&mut Child) -> T,
-) -> Option<T> {
-    let mut state = parent.state();
-    state
-        .children
-        .iter_mut()
-        .find(|place| Arc::ptr_eq(&place.region, child))
-        .map(f)
-}
-
-fn set_disabled(region: &Arc<Region>, disabled: bool) {
-    region.state().disabled = disabled;
-    if let Some(parent) = region.parent() {
-        with_place(&parent, region, |place| place.enabled = !disabled);
-    }
-}
-
-fn resize(region: &Arc<Region>, size: u64) {
-    region.set_size(size);
-    if let Some(parent) = region.parent() {
-        with_place(&parent, region, |place| place.size = size);
-    }
-}
-
-/// Follows a range upwards, through parents and aliases, to the address spaces that show it.
-/// What hides it on the way is ignored: too much dirt costs time, too little would be wrong.
-fn mark(region: &Arc<Region>, range: Range<u64>, out: &mut Vec<(u64, Range<u64>)>) {
-    if range.is_empty() {
-        return;
-    }
-    let (spaces, parent, aliases) = {
-        let state = region.state();
-        (
-            state.spaces.clone(),
-            state.parent.as_ref().and_then(|p| p.upgrade()),
-            state.aliases.clone(),
-        )
-    };
-    out.extend(spaces.into_iter().map(|space| (space, range.clone())));
-    if let Some(parent) = parent {
-        let offset = with_place(&parent, region, |place| place.offset).unwrap_or(0);
-        let end = range.end.saturating_add(offset).min(parent.size());
-        mark(
-            &parent,
-            range.start.saturating_add(offset).min(end)..end,
-            out,
-        );
-    }
-    for alias in aliases.iter().filter_map(|alias| alias.upgrade()) {
-        if let RegionKind::Alias { offset, .. } = alias.kind() {
-            let end = range.end.saturating_sub(*offset).min(alias.size());
-            mark(
-                &alias,
-                range.start.saturating_sub(*offset).min(end)..end,
-                out,
-            );
         }
     }
 }

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The single steps that changes of the tree are made of, and what they touch.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::region::{Child, Region, RegionKind};
+use crate::Error;
+
+/// What hypervisors map.
+const PAGE_BYTES: u64 = 4096;
+
+pub(super) fn parent_of(child: &Arc<Region>) -> Result<Arc<Region>, Error> {
+    child
+        .parent()
+        .ok_or_else(|| Error::NoParent(child.name().to_owned()))
+}
+
+pub(super) fn attach(parent: &Arc<Region>, place: Child, at: usize) {
+    let child = Arc::clone(&place.region);
+    parent.state().children.insert(at, place);
+    child.state().parent = Some(Arc::downgrade(parent));
+}
+
+pub(super) fn detach(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize)> {
+    let mut state = parent.state();
+    let at = state
+        .children
+        .iter()
+        .position(|place| Arc::ptr_eq(&place.region, child))?;
+    let place = state.children.remove(at);
+    drop(state);
+    child.state().parent = None;
+    Some((place, at))
+}
+
+pub(super) fn with_place<T>(
+    parent: &Arc<Region>,
+    child: &Arc<Region>,
+    f: impl FnOnce(&mut Child) -> T,
+) -> Option<T> {
+    let mut state = parent.state();
+    state
+        .children
+        .iter_mut()
+        .find(|place| Arc::ptr_eq(&place.region, child))
+        .map(f)
+}
+
+pub(super) fn set_disabled(region: &Arc<Region>, disabled: bool) {
+    region.state().disabled = disabled;
+    if let Some(parent) = region.parent() {
+        with_place(&parent, region, |place| place.enabled = !disabled);
+    }
+}
+
+pub(super) fn resize(region: &Arc<Region>, size: u64) {
+    region.set_size(size);
+    if let Some(parent) = region.parent() {
+        with_place(&parent, region, |place| place.size = size);
+    }
+}
+
+/// Follows a range upwards, through parents and aliases, to the address spaces that show it.
+/// What hides it on the way is ignored: too much dirt costs time, too little would be wrong.
+pub(super) fn mark(region: &Arc<Region>, range: Range<u64>, out: &mut Vec<(u64, Range<u64>)>) {
+    if range.is_empty() {
+        return;
+    }
+    let (spaces, parent, aliases) = {
+        let state = region.state();
+        (
+            state.spaces.clone(),
+            state.parent.as_ref().and_then(|p| p.upgrade()),
+            state.aliases.clone(),
+        )
+    };
+    out.extend(spaces.into_iter().map(|space| (space, range.clone())));
+    if let Some(parent) = parent {
+        let offset = with_place(&parent, region, |place| place.offset).unwrap_or(0);
+        let end = range.end.saturating_add(offset).min(parent.size());
+        mark(
+            &parent,
+            range.start.saturating_add(offset).min(end)..end,
+            out,
+        );
+    }
+    for alias in aliases.iter().filter_map(|alias| alias.upgrade()) {
+        if let RegionKind::Alias { offset, .. } = alias.kind() {
+            let end = range.end.saturating_sub(*offset).min(alias.size());
+            mark(
+                &alias,
+                range.start.saturating_sub(*offset).min(end)..end,
+                out,
+            );
+        }
+    }
+}
+
+/// Refuses to have RAM of the machine overlap other such RAM at the same priority: `child`, as it
+/// would be placed, against the enabled children of `parent`.
+pub(super) fn check_overlap(parent: &Arc<Region>, place: &Child) -> Result<(), Error> {
+    if !place.machine_ram || !place.enabled {
+        return Ok(());
+    }
+    let (start, end) = (place.offset, place.offset.saturating_add(place.size));
+    let state = parent.state();
+    let first = state
+        .children
+        .partition_point(|other| other.priority > place.priority);
+    let peers = state.children[first..]
+        .iter()
+        .take_while(|other| other.priority == place.priority);
+    for other in peers {
+        let meets = other.machine_ram
+            && other.enabled
+            && other.offset < end
+            && start < other.offset.saturating_add(other.size);
+        if meets && !Arc::ptr_eq(&other.region, &place.region) {
+            return Err(Error::Overlap {
+                region: place.region.name().to_owned(),
+                offset: place.offset,
+                other: other.region.name().to_owned(),
+                priority: place.priority,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// As [`check_overlap`], for a child that is there and is about to change.
+pub(super) fn check_change(
+    child: &Arc<Region>,
+    change: impl FnOnce(&mut Child),
+) -> Result<(), Error> {
+    let Some(parent) = child.parent() else {
+        return Ok(());
+    };
+    let Some(mut place) = with_place(&parent, child, |place| place.clone()) else {
+        return Ok(());
+    };
+    change(&mut place);
+    check_end(&parent, &place)?;
+    check_overlap(&parent, &place)
+}
+
+/// Refuses what would end past 2^64, and RAM of the machine that no host page fits.
+pub(super) fn check_end(parent: &Arc<Region>, place: &Child) -> Result<(), Error> {
+    let bad = |reason| {
+        Err(Error::BadPlacement {
+            child: place.region.name().to_owned(),
+            parent: parent.name().to_owned(),
+            offset: place.offset,
+            reason,
+        })
+    };
+    if place.offset.checked_add(place.size).is_none() {
+        return bad("it ends past 2^64");
+    }
+    let whole = matches!(place.region.kind(), RegionKind::Ram { .. });
+    if whole && place.machine_ram && !place.offset.is_multiple_of(PAGE_BYTES) {
+        return bad("RAM starts at a multiple of 4096 bytes");
+    }
+    Ok(())
+}
