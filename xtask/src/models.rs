@@ -2,7 +2,7 @@
 //! The concurrency models: each must hold, and each seeded bug must be found.
 //!
 //! A crate with models lists them in its `models.toml`; they are the tests of its
-//! `tests/models.rs`, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
+//! `tests/models.rs`, or of the file of `tests/` that it names, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
 //! script when `EBBTIDE_SEEDED` names it, so that only that crate is built again.
 
 use std::fs;
@@ -28,9 +28,16 @@ struct Listing {
 #[derive(Deserialize)]
 struct Model {
     name: String,
+    /// The file of `tests/`, without its extension.
+    #[serde(default = "models_file")]
+    file: String,
     test: String,
     invariant: String,
     seeded: Vec<String>,
+}
+
+fn models_file() -> String {
+    "models".to_owned()
 }
 
 /// What a model's test prints when it holds.
@@ -105,7 +112,7 @@ fn of_crate(dir: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
     );
     let mut rows = Vec::new();
     for model in listing.model {
-        let (holds, text) = test(&package, &model.test, None)?;
+        let (holds, text) = test(&package, &model, None)?;
         let passed = text
             .lines()
             .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
@@ -118,8 +125,8 @@ fn of_crate(dir: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
             model.name, passed.schedules, model.invariant
         ));
         let mut seeded = Vec::new();
-        for bug in model.seeded {
-            let (holds, text) = test(&package, &model.test, Some(&bug))?;
+        for bug in &model.seeded {
+            let (holds, text) = test(&package, &model, Some(bug))?;
             // A bug that does not compile is not found.
             let ran = text.contains("running 1 test");
             if !ran {
@@ -130,7 +137,10 @@ fn of_crate(dir: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
                 "",
                 if holds { "NOT FOUND" } else { "found" }
             ));
-            seeded.push(Seeded { bug, found: !holds });
+            seeded.push(Seeded {
+                bug: bug.clone(),
+                found: !holds,
+            });
         }
         rows.push(Row {
             model: model.name,
@@ -143,10 +153,11 @@ fn of_crate(dir: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
 }
 
 /// Runs one model's test; whether it held, and what was printed.
-fn test(package: &str, test: &str, seeded: Option<&str>) -> Result<(bool, String)> {
+fn test(package: &str, model: &Model, seeded: Option<&str>) -> Result<(bool, String)> {
     let mut command = build::cargo(&["test", "--release", "--quiet", "--package", package]);
     command
-        .args(["--test", "models", "--", "--exact", test, "--nocapture"])
+        .args(["--test", &model.file, "--", "--exact", &model.test])
+        .arg("--nocapture")
         .env("RUSTFLAGS", "--cfg loom")
         .env("CARGO_TARGET_DIR", build::target_dir().join("models"))
         .env_remove("EBBTIDE_SEEDED");

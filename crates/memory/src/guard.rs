@@ -143,6 +143,18 @@ impl<'r> ReadGuard<'r> {
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
     }
 
+    /// The host address of `len` bytes in one piece of one region, and the slot of their block;
+    /// refused as a pin is.
+    pub(crate) fn find(
+        &self,
+        gpa: Gpa,
+        len: usize,
+        access: Access,
+    ) -> Result<(*mut u8, u32), AccessError> {
+        let place = place_slowly(self.view, self.reader.hub(), gpa, len as u64, access)?;
+        Ok((place.host as *mut u8, place.slot))
+    }
+
     /// Pins several ranges for one request: splits them at region borders, takes one pin per
     /// region, and appends the pieces to `list`. Ranges of length 0 are left out.
     ///
@@ -186,10 +198,10 @@ impl<'r> ReadGuard<'r> {
                 let admitted = unsafe { entry.admit(self.reader.hub(), host as u64, count) };
                 bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             }
-            if !list.holds(self.reader.row(), entry.slot, bank) {
-                list.hold(Token::take(self.reader, entry.slot, bank));
-            }
-            list.push(host, count as usize);
+            let held = list.holds(self.reader.row(), entry.slot, bank);
+            let token =
+                held.unwrap_or_else(|| list.hold(Token::take(self.reader, entry.slot, bank)));
+            list.push(host, count as usize, access.writes().then_some(token));
             done += count;
         }
         Ok(())
@@ -242,8 +254,17 @@ impl<'r> ReadGuard<'r> {
                 len: len as u64,
             };
             let at = gpa.raw().checked_add(done as u64).ok_or(overflow)?;
-            let (_, host, count) = self.ram(at, rest, access)?;
+            let (entry, host, count) = self.ram(at, rest, access)?;
             f(host, count as usize);
+            if access.writes() {
+                // SAFETY: bytes of the entry's block, in this section.
+                unsafe {
+                    self.reader
+                        .hub()
+                        .dirty()
+                        .mark(entry.slot, host as u64, count)
+                };
+            }
             done += count as usize;
         }
         Ok(())
@@ -381,7 +402,8 @@ impl<'g> Section<'g> {
     }
 
     /// The host address of the address that was looked up, for RAM. It may be unplugged; it is
-    /// valid inside the read section only. To keep it, pin.
+    /// valid inside the read section only. To keep it, pin. What is written through it is marked
+    /// by nobody: see [`crate::RamBlock::mark_dirty`].
     #[inline(always)]
     pub fn host(&self) -> Option<NonNull<u8>> {
         if self.is_ram() {

@@ -4,6 +4,7 @@
 mod access;
 mod cached;
 mod copy;
+mod dirty;
 mod error;
 mod flat;
 mod gpa;
@@ -29,6 +30,7 @@ mod vm_memory;
 
 pub use access::{Access, AccessError};
 pub use cached::CachedMap;
+pub use dirty::{DirtyClient, DirtyLog, DirtyRanges, DirtySnapshot};
 pub use error::Error;
 pub use flat::{FlatIoeventfd, FlatSection, RegionHold, SectionKind};
 pub use gpa::Gpa;

@@ -14,7 +14,7 @@ use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
 use crate::tree::Tree;
-use crate::{AddressSpace, Error, RamBlock, RamList, Reader, Region, Transaction};
+use crate::{AddressSpace, DirtyLog, Error, RamBlock, RamList, Reader, Region, Transaction};
 
 /// How a [`Memory`] is made.
 #[derive(Clone, Debug)]
@@ -94,6 +94,11 @@ impl Memory {
     /// The RAM blocks.
     pub fn ram(&self) -> &RamList {
         &self.ram
+    }
+
+    /// Who follows what changes in RAM.
+    pub fn dirty_log(&self) -> DirtyLog<'_> {
+        DirtyLog::new(self)
     }
 
     /// Makes an address space that shows `root` and what is put below it.

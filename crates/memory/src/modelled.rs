@@ -14,6 +14,8 @@ use crate::reader::row::{Row, make_token};
 use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
 
+pub use crate::dirty::modelled::Dirty;
+
 /// What a memory has besides its blocks and its tree.
 #[derive(Clone)]
 pub struct Core {
@@ -29,6 +31,10 @@ impl Default for Core {
 }
 
 impl Core {
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.grace.hub()
+    }
+
     /// As `Memory::register`.
     pub fn register(&self) -> Thread {
         let hub = self.grace.hub();

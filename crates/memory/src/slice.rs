@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicU8, AtomicU16, AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::dirty::SlotLog;
 use crate::{AccessError, Gpa, copy};
 
 /// A contiguous piece of guest memory inside a read section. Offsets are in bytes. The guest may
@@ -17,6 +18,7 @@ pub struct GuestSlice<'g> {
     len: usize,
     writable: bool,
     gpa: Gpa,
+    log: SlotLog,
     _guard: PhantomData<&'g ()>,
 }
 
@@ -55,6 +57,7 @@ macro_rules! atomic_access {
             self.check_writable(offset, size_of::<$int>())?;
             // SAFETY: as above, and writable.
             unsafe { <$atomic>::from_ptr(at) }.store(value, order);
+            self.mark(at.cast(), size_of::<$int>());
             Ok(())
         }
     };
@@ -63,18 +66,21 @@ macro_rules! atomic_access {
 impl<'g> GuestSlice<'g> {
     /// # Safety
     /// `host` must be valid for `len` bytes of guest memory for `'g`, for writes if `writable`.
+    /// They lie in the block of `log`, and `'g` is inside a read section whose view shows it.
     #[inline(always)]
     pub(crate) unsafe fn new(
         host: *mut u8,
         len: usize,
         writable: bool,
         gpa: Gpa,
+        log: SlotLog,
     ) -> GuestSlice<'g> {
         GuestSlice {
             host,
             len,
             writable,
             gpa,
+            log,
             _guard: PhantomData,
         }
     }
@@ -125,6 +131,7 @@ impl<'g> GuestSlice<'g> {
         self.check_writable(offset, size_of::<T>())?;
         // SAFETY: inside the slice, and writable.
         unsafe { copy::write(at, &value) };
+        self.mark(at, size_of::<T>());
         Ok(())
     }
 
@@ -148,6 +155,7 @@ impl<'g> GuestSlice<'g> {
         self.check_writable(offset, bytes.len())?;
         // SAFETY: inside the slice, and writable.
         unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
+        self.mark(at, bytes.len());
         Ok(())
     }
 
@@ -164,6 +172,14 @@ impl<'g> GuestSlice<'g> {
             gpa,
             ..*self
         })
+    }
+
+    /// Marks what was written at `at`, a part of the slice.
+    #[inline(always)]
+    fn mark(&self, at: *const u8, len: usize) {
+        // SAFETY: a part of the slice, which lies in the block of its log, in the section that
+        // `'g` stands for.
+        unsafe { self.log.mark(at, len) };
     }
 
     #[inline(always)]

@@ -28,6 +28,7 @@ enum Target {
         host: *mut u8,
         bytes: usize,
         writable: bool,
+        slot: u32,
     },
     Mmio {
         ops: Arc<dyn Mmio>,
@@ -189,10 +190,15 @@ impl AddressSpace {
                     host,
                     bytes: count,
                     writable,
+                    slot,
                 } => {
                     if writable {
-                        // SAFETY: `target` found this many bytes of RAM in the open section.
-                        unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
+                        // SAFETY: `target` found this many bytes of RAM of the block of `slot` in
+                        // the open section.
+                        unsafe {
+                            copy::to_guest(bytes[done..].as_ptr(), host, count);
+                            self.hub.dirty().mark(slot, host as u64, count as u64);
+                        }
                     }
                     done += count;
                 }
@@ -231,6 +237,7 @@ fn target(guard: &ReadGuard<'_>, addr: u64, len: usize) -> Target {
             host: host as *mut u8,
             bytes: bytes as usize,
             writable,
+            slot: entry.slot,
         };
     }
     let section = &entry.flat().section;

@@ -33,7 +33,7 @@ pub(crate) struct SpaceState {
     pub(super) flats: Vec<Arc<Flat>>,
     /// Sorted by address.
     pub(super) ioeventfds: Vec<FlatIoeventfd>,
-    listeners: Vec<(i32, ListenerId, Box<dyn Listener>)>,
+    pub(super) listeners: Vec<(i32, ListenerId, Box<dyn Listener>)>,
     index: Index,
 }
 

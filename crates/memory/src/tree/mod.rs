@@ -7,6 +7,7 @@
 //! ```
 
 mod commit;
+mod log;
 mod mtree;
 mod region;
 mod render;
