@@ -174,7 +174,10 @@ fn take_bits(word: &AtomicU64, mask: u64) -> u64 {
 pub(super) unsafe fn mark_page(word_zero: *const AtomicU64, page: u64) {
     // SAFETY: the bitmap has the page.
     let word = unsafe { &*word_zero.wrapping_add((page / 64) as usize) };
-    mark_bits(word, 1 << (page % 64));
+    let bits = word.load(Relaxed);
+    if (bits >> (page % 64)) & 1 == 0 {
+        set_bits(word, bits, 1 << (page % 64));
+    }
 }
 
 /// Marks the pages with the host page numbers `first..=last`.
@@ -185,18 +188,23 @@ pub(super) unsafe fn mark_page(word_zero: *const AtomicU64, page: u64) {
 pub(super) unsafe fn mark_pages(word_zero: *const AtomicU64, first: u64, last: u64) {
     for (word, mask) in masks(first..last + 1) {
         // SAFETY: the bitmap has the pages.
-        mark_bits(unsafe { &*word_zero.wrapping_add(word as usize) }, mask);
+        let word = unsafe { &*word_zero.wrapping_add(word as usize) };
+        let bits = word.load(Relaxed);
+        if bits & mask != mask {
+            set_bits(word, bits, mask);
+        }
     }
 }
 
-#[inline(always)]
-fn mark_bits(word: &AtomicU64, mask: u64) {
-    let bits = word.load(Relaxed);
-    if bits & mask != mask {
-        #[cfg(not(seeded = "mark_by_store"))]
-        word.fetch_or(mask, Release);
-        #[cfg(seeded = "mark_by_store")]
+/// Sets bits of a word that were not all set in `bits`: the less likely part of marking, out of
+/// the way of the other.
+#[cold]
+#[inline(never)]
+fn set_bits(word: &AtomicU64, bits: u64, mask: u64) {
+    if cfg!(seeded = "mark_by_store") {
         word.store(bits | mask, Release);
+    } else {
+        word.fetch_or(mask, Release);
     }
 }
 

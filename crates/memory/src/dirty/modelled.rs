@@ -38,10 +38,16 @@ impl Dirty {
         self.table.start(DirtyClient::Migration, None).unwrap();
     }
 
-    /// What every write does once the bytes are there.
+    /// What every write does once the bytes are there: page 0 the short way.
     pub fn mark(&self, slot: u32, page: u64) {
         // SAFETY: the models mark pages of blocks that stay until the end.
-        unsafe { self.table.mark(slot, page * PAGE_BYTES, 1) };
+        unsafe {
+            if page == 0 {
+                self.table.mark_expected(slot, page * PAGE_BYTES, 1);
+            } else {
+                self.table.mark(slot, page * PAGE_BYTES, 1);
+            }
+        }
     }
 
     /// As `RamBlock::snapshot_and_clear`, of the whole block: whether each page was dirty.

@@ -20,9 +20,14 @@ use crate::sync::{AtomicPtr, AtomicU8, AtomicU64, Mutex, fence, lock};
 /// In a mask: writers need a real fence before they ask for clients.
 const FENCED: u8 = 1 << 7;
 
-/// The bitmaps of a slot by client, as `Bitmap::word_zero`; null before the client's first start.
+/// The bitmaps of a slot, as `Bitmap::word_zero`.
 #[derive(Default)]
-struct Bitmaps([AtomicPtr<AtomicU64>; CLIENTS]);
+struct Bitmaps {
+    /// That of the only client, if one client is on and no fence is needed, else null.
+    only: AtomicPtr<AtomicU64>,
+    /// By client; null before its first start.
+    by_client: [AtomicPtr<AtomicU64>; CLIENTS],
+}
 // SAFETY: all zeroes are null pointers.
 unsafe impl Zero for Bitmaps {}
 
@@ -123,18 +128,21 @@ impl Table {
         }
     }
 
-    /// As [`Table::mark`], where blocks are expected to be logged.
+    /// As [`Table::mark`], fast where the block is logged for one client and one page is written.
     ///
     /// # Safety
-    /// As for [`Table::mark`].
+    /// As for [`Table::mark`], and `len` is not 0.
     #[inline(always)]
     pub(crate) unsafe fn mark_expected(&self, slot: u32, host: u64, len: u64) {
         light(false);
-        let mask = self.masks.at(slot).load(Relaxed);
-        if mask != 0 {
+        let word_zero = self.bitmaps.at(slot).only.load(Acquire);
+        let page = host >> PAGE_SHIFT;
+        if word_zero.is_null() || (host + (len - 1)) >> PAGE_SHIFT != page {
             // SAFETY: as for this function.
-            unsafe { self.mark_for(mask, slot, host, len) };
+            return unsafe { self.mark(slot, host, len) };
         }
+        // SAFETY: as in `mark_logged`.
+        unsafe { mark_page(word_zero, page) };
     }
 
     /// Out of line: whoever writes should not lose registers to it.
@@ -144,14 +152,6 @@ impl Table {
     #[cold]
     #[inline(never)]
     unsafe fn mark_logged(&self, mask: u8, slot: u32, host: u64, len: u64) {
-        // SAFETY: as for this function.
-        unsafe { self.mark_for(mask, slot, host, len) };
-    }
-
-    /// # Safety
-    /// As for [`Table::mark`].
-    #[inline(always)]
-    unsafe fn mark_for(&self, mask: u8, slot: u32, host: u64, len: u64) {
         let mut clients = mask;
         if mask & FENCED != 0 {
             light(true);
@@ -166,7 +166,7 @@ impl Table {
         while clients != 0 {
             let client = clients.trailing_zeros() as usize % CLIENTS;
             clients &= clients - 1;
-            let word_zero = self.bitmaps.at(slot).0[client].load(Relaxed);
+            let word_zero = self.bitmaps.at(slot).by_client[client].load(Relaxed);
             #[cfg(loom)]
             assert!(!word_zero.is_null(), "a client is on before its bitmap");
             // SAFETY: the bitmap was published before its client's bit, has all pages of the
@@ -198,7 +198,7 @@ impl Table {
                 self.show(slot, &block, client);
             }
         }
-        state.publish_mask(&self.masks, slot, 0);
+        self.publish(&state, slot, 0);
         state.blocks.insert(slot, block);
         Ok(())
     }
@@ -287,12 +287,12 @@ impl Table {
             }
             let own = block.own;
             if cfg!(seeded = "client_before_bitmap") {
-                state.publish_mask(&self.masks, *slot, own);
+                self.publish(&state, *slot, own);
             }
             if let Some(block) = state.blocks.get(slot) {
                 self.show(*slot, block, client);
             }
-            state.publish_mask(&self.masks, *slot, own);
+            self.publish(&state, *slot, own);
         }
         // Whoever wrote and did not see the client is seen by what the client reads after its first
         // harvest: all is dirty, so that one has a barrier.
@@ -318,7 +318,7 @@ impl Table {
                 block.own &= !client.bit();
             }
             let own = block.own;
-            let clients = state.publish_mask(&self.masks, slot, own);
+            let clients = self.publish(&state, slot, own);
             if old & client.bit() != 0 && clients & client.bit() == 0 {
                 if let Some(map) = state
                     .blocks
@@ -340,13 +340,32 @@ impl Table {
         if let Some(map) = &block.maps[client as usize] {
             block.info.each_used(|pages| map.set(pages));
             let word_zero = map.word_zero(block.info.host);
-            self.bitmaps.at(slot).0[client as usize].store(word_zero, Release);
+            let shown = &self.bitmaps.at(slot).by_client[client as usize];
+            shown.store(word_zero, Release);
         }
+    }
+
+    /// Lets writers know who wants the block of `slot`, which `own` want alone, and says so.
+    fn publish(&self, state: &State, slot: u32, own: u8) -> u8 {
+        let clients = own | state.everywhere;
+        let bitmaps = self.bitmaps.at(slot);
+        let (mask, only) = match (state.barrier, clients.count_ones()) {
+            (Barrier::Fence, _) => (clients | FENCED, std::ptr::null_mut()),
+            (Barrier::Membarrier, 1) => {
+                let client = clients.trailing_zeros() as usize % CLIENTS;
+                (clients, bitmaps.by_client[client].load(Relaxed))
+            }
+            (Barrier::Membarrier, _) => (clients, std::ptr::null_mut()),
+        };
+        bitmaps.only.store(only, Release);
+        self.masks.at(slot).store(mask, Release);
+        clients
     }
 
     fn unpublish(&self, slot: u32) {
         self.masks.at(slot).store(0, Release);
-        for bitmap in &self.bitmaps.at(slot).0 {
+        let bitmaps = self.bitmaps.at(slot);
+        for bitmap in bitmaps.by_client.iter().chain([&bitmaps.only]) {
             bitmap.store(std::ptr::null_mut(), Release);
         }
     }
@@ -370,18 +389,6 @@ impl State {
         self.blocks
             .get(&slot)
             .map_or(0, |block| block.own | self.everywhere)
-    }
-
-    /// Lets writers know who wants the block of `slot`, and says so.
-    fn publish_mask(&self, masks: &PerSlot<AtomicU8>, slot: u32, own: u8) -> u8 {
-        let clients = own | self.everywhere;
-        let fenced = if self.barrier == Barrier::Fence {
-            FENCED
-        } else {
-            0
-        };
-        masks.at(slot).store(clients | fenced, Release);
-        clients
     }
 
     fn set(&self, slot: u32, range: Range<u64>) {

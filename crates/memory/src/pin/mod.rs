@@ -166,7 +166,9 @@ impl Pin {
     /// `Overflow` outside of it.
     #[inline]
     pub fn mark_dirty(&self, offset: usize, len: usize) -> Result<(), AccessError> {
-        self.check(offset, len)?;
+        if len == 0 || len > self.len || offset > self.len - len {
+            return self.check(offset, len);
+        }
         let Token { row, slot, .. } = self.token;
         let host = self.ptr as u64 + offset as u64;
         // SAFETY: inside the pinned memory, which lies in the token's block.
@@ -174,7 +176,6 @@ impl Pin {
         Ok(())
     }
 
-    #[inline(always)]
     fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len => Ok(()),
