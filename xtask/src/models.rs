@@ -2,7 +2,7 @@
 //! The concurrency models: each must hold, and each seeded bug must be found.
 //!
 //! A crate with models lists them in its `models.toml`; they are the tests of its
-//! `tests/models.rs`, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
+//! `tests/models.rs`, or of the file of `tests/` that it names, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
 //! script when `EBBTIDE_SEEDED` names it, so that only that crate is built again.
 
 use std::fs;
@@ -32,9 +32,16 @@ struct Listing {
 #[derive(Deserialize)]
 struct Model {
     name: String,
+    /// The file of `tests/`, without its extension.
+    #[serde(default = "models_file")]
+    file: String,
     test: String,
     invariant: String,
     seeded: Vec<String>,
+}
+
+fn models_file() -> String {
+    "models".to_owned()
 }
 
 /// What a model's test prints when it holds.
@@ -165,7 +172,7 @@ fn of_crate(dir: &Path, target: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> 
 
 /// Runs a model as it is.
 fn holds(package: &str, target: &Path, model: &Model) -> Result<Row> {
-    let (holds, text) = test(package, target, &model.test, None)?;
+    let (holds, text) = test(package, target, model, None)?;
     let passed = text
         .lines()
         .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
@@ -183,7 +190,7 @@ fn holds(package: &str, target: &Path, model: &Model) -> Result<Row> {
 
 /// Whether a model finds a bug.
 fn finds(package: &str, target: &Path, model: &Model, bug: &str) -> Result<bool> {
-    let (holds, text) = test(package, target, &model.test, Some(bug))?;
+    let (holds, text) = test(package, target, model, Some(bug))?;
     // A bug that does not compile is not found.
     if !text.contains("running 1 test") {
         bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
@@ -192,10 +199,16 @@ fn finds(package: &str, target: &Path, model: &Model, bug: &str) -> Result<bool>
 }
 
 /// Runs one model's test; whether it held, and what was printed.
-fn test(package: &str, target: &Path, test: &str, seeded: Option<&str>) -> Result<(bool, String)> {
+fn test(
+    package: &str,
+    target: &Path,
+    model: &Model,
+    seeded: Option<&str>,
+) -> Result<(bool, String)> {
     let mut command = build::cargo(&["test", "--release", "--quiet", "--package", package]);
     command
-        .args(["--test", "models", "--", "--exact", test, "--nocapture"])
+        .args(["--test", &model.file, "--", "--exact", &model.test])
+        .arg("--nocapture")
         .env("RUSTFLAGS", "--cfg loom")
         .env("CARGO_TARGET_DIR", target)
         .env_remove("EBBTIDE_SEEDED");

@@ -214,7 +214,10 @@ impl Machine {
                     .by_name(BOOT_RAM)
                     .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
                 let view = boot::view::of(&ram, &layout)?;
-                boot.load(&view, &layout, tables.address)
+                let entry = boot.load(&view, &layout, tables.address);
+                // The loader's view of it marks nothing itself.
+                ram.mark_dirty(0..ram.size_bytes());
+                entry
             })
             .await
     }

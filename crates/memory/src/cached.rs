@@ -6,6 +6,7 @@ use std::fmt;
 use std::ptr;
 use std::sync::Arc;
 
+use crate::dirty::SlotLog;
 use crate::{Access, AccessError, AddressSpace, Gpa, GuestSlice, ReadGuard};
 
 /// A translation kept across read sections. Not a pin: it never holds up an unplug. Each use is
@@ -18,6 +19,7 @@ pub struct CachedMap {
     /// Generation the pointer is good for; 0 for none.
     generation: Cell<u64>,
     host: Cell<*mut u8>,
+    slot: Cell<u32>,
 }
 
 // SAFETY: the pointer is only used after the generation was compared inside a read section,
@@ -35,6 +37,7 @@ impl CachedMap {
             access,
             generation: Cell::new(0),
             host: Cell::new(ptr::null_mut()),
+            slot: Cell::new(0),
         }
     }
 
@@ -70,9 +73,11 @@ impl CachedMap {
         if guard.reader().hub().generation() != self.generation.get() {
             self.refresh(guard)?;
         }
+        let log = SlotLog::new(guard.reader().hub().dirty(), self.slot.get());
+        let (host, writable) = (self.host.get(), self.access.writes());
         // SAFETY: the generation has not changed since the translation was made, inside a section
         // (I9).
-        Ok(unsafe { GuestSlice::new(self.host.get(), self.len, self.access.writes(), self.gpa) })
+        Ok(unsafe { GuestSlice::new(host, self.len, writable, self.gpa, log) })
     }
 
     #[cold]
@@ -80,9 +85,9 @@ impl CachedMap {
         self.generation.set(0);
         // Before the bitmap and the view are looked at: a change that comes later raises it.
         let generation = guard.reader().hub().generation();
-        // A pin finds what is in the way; it is let go at once.
-        let host = guard.pin(self.gpa, self.len, self.access)?.as_ptr();
+        let (host, slot) = guard.find(self.gpa, self.len, self.access)?;
         self.host.set(host);
+        self.slot.set(slot);
         // The section may be older than the newest view: good for this section only.
         if self.space.is_current(guard.view()) {
             self.generation.set(generation);

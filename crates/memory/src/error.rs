@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-use crate::ListenerError;
+use crate::{DirtyClient, ListenerError};
 
 /// Why the memory map or a RAM block could not be made or changed.
 #[derive(Debug, Error)]
@@ -315,6 +315,24 @@ pub enum Error {
     /// The map was to be changed from within a change (from a listener).
     #[error("the memory map cannot be changed from within a change of it")]
     Reentrant,
+    /// The host has no room for a dirty bitmap.
+    #[error("RAM block {block}: no room for a dirty bitmap of {pages} pages: {source}")]
+    DirtyBitmap {
+        /// The block.
+        block: String,
+        /// Pages it was to have.
+        pages: u64,
+        /// The host's answer.
+        source: io::Error,
+    },
+    /// A client of the dirty log is not on for a block.
+    #[error("RAM block {block}: the dirty log is off for {client:?}")]
+    NotLogged {
+        /// The block.
+        block: String,
+        /// The client.
+        client: DirtyClient,
+    },
     /// A listener refused a change; everything was rolled back.
     #[error("address space {space}: {source}")]
     Listener {

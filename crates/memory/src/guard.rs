@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::dirty::Table;
 use crate::fault::Fault;
 use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
 use crate::pin::Token;
@@ -106,9 +107,9 @@ impl<'r> ReadGuard<'r> {
     #[inline]
     pub fn read<T: FromBytes>(&self, gpa: Gpa) -> Result<T, AccessError> {
         let size = size_of::<T>();
-        if let Some(host) = self.piece(gpa, size, Access::Read) {
+        if let Some(place) = self.piece(gpa, size, Access::Read) {
             // SAFETY: RAM in this section, as many bytes as the value has.
-            return unsafe { copy::read(host) }
+            return unsafe { copy::read(place.host as *const u8) }
                 .map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
         let mut value = T::new_zeroed();
@@ -125,19 +126,25 @@ impl<'r> ReadGuard<'r> {
     #[inline]
     pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
         let size = size_of::<T>();
-        if let Some(host) = self.piece(gpa, size, Access::Write) {
+        if let Some(place) = self.piece(gpa, size, Access::Write) {
             // SAFETY: writable RAM in this section, as many bytes as the value has.
-            return unsafe { copy::write(host, &value) }
-                .map_err(|fault| AccessError::host_fault(gpa, size, fault));
+            let result = unsafe { copy::write(place.host as *mut u8, &value) };
+            // SAFETY: the same bytes, of the block of `slot`.
+            unsafe { self.dirty().mark(place.slot, place.host, size as u64) };
+            return result.map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
         self.write_bytes(gpa, value.as_bytes())
     }
 
-    /// The host address of `len` bytes when there is nothing special about them.
+    /// The place of `len` bytes when there is nothing special about them.
     #[inline(always)]
-    fn piece(&self, gpa: Gpa, len: usize, access: Access) -> Option<*mut u8> {
-        let place = place(self.view, self.reader.hub(), gpa.raw(), len as u64, access)?;
-        Some(place.host as *mut u8)
+    fn piece(&self, gpa: Gpa, len: usize, access: Access) -> Option<Place> {
+        place(self.view, self.reader.hub(), gpa.raw(), len as u64, access)
+    }
+
+    #[inline(always)]
+    fn dirty(&self) -> &Table {
+        self.reader.hub().dirty()
     }
 
     /// Takes the right to `len` bytes of RAM for an I/O: they stay where they are, whatever
@@ -157,6 +164,18 @@ impl<'r> ReadGuard<'r> {
         };
         let token = Token::take(self.reader, place.slot, place.bank);
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
+    }
+
+    /// The host address of `len` bytes in one piece of one region, and the slot of their block;
+    /// refused as a pin is.
+    pub(crate) fn find(
+        &self,
+        gpa: Gpa,
+        len: usize,
+        access: Access,
+    ) -> Result<(*mut u8, u32), AccessError> {
+        let place = place_slowly(self.view, self.reader.hub(), gpa, len as u64, access)?;
+        Ok((place.host as *mut u8, place.slot))
     }
 
     /// Pins several ranges for one request: splits them at region borders, takes one pin per
@@ -202,10 +221,10 @@ impl<'r> ReadGuard<'r> {
                 let admitted = unsafe { entry.admit(self.reader.hub(), host as u64, count) };
                 bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             }
-            if !list.holds(self.reader.row(), entry.slot, bank) {
-                list.hold(Token::take(self.reader, entry.slot, bank));
-            }
-            list.push(host, count as usize);
+            let held = list.holds(self.reader.row(), entry.slot, bank);
+            let token =
+                held.unwrap_or_else(|| list.hold(Token::take(self.reader, entry.slot, bank)));
+            list.push(host, count as usize, access.writes().then_some(token));
             done += count;
         }
         Ok(())
@@ -258,13 +277,18 @@ impl<'r> ReadGuard<'r> {
                 len: len as u64,
             };
             let at = gpa.raw().checked_add(done as u64).ok_or(overflow)?;
-            let (_, host, count) = self.ram(at, rest, access)?;
-            let count = count as usize;
-            f(host, count).map_err(|fault| {
+            let (entry, host, count) = self.ram(at, rest, access)?;
+            let result = f(host, count as usize);
+            if access.writes() {
+                // SAFETY: bytes of the entry's block, in this section. Some may be written even
+                // if the host did not provide them all.
+                unsafe { self.dirty().mark(entry.slot, host as u64, count) };
+            }
+            result.map_err(|fault| {
                 let done = done + fault.done;
                 AccessError::host_fault(gpa, len, Fault { done })
             })?;
-            done += count;
+            done += count as usize;
         }
         Ok(())
     }
@@ -401,7 +425,8 @@ impl<'g> Section<'g> {
     }
 
     /// The host address of the address that was looked up, for RAM. It may be unplugged; it is
-    /// valid inside the read section only. To keep it, pin.
+    /// valid inside the read section only. To keep it, pin. What is written through it is marked
+    /// by nobody: see [`crate::RamBlock::mark_dirty`].
     #[inline(always)]
     pub fn host(&self) -> Option<NonNull<u8>> {
         if self.is_ram() {

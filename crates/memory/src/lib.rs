@@ -5,6 +5,7 @@ mod access;
 mod busy;
 mod cached;
 mod copy;
+mod dirty;
 mod discard;
 mod dispatch;
 mod error;
@@ -36,6 +37,7 @@ mod vm_memory;
 pub use access::{Access, AccessError};
 pub use busy::{Busy, EntryPoint};
 pub use cached::CachedMap;
+pub use dirty::{DirtyClient, DirtyLog, DirtyRanges, DirtySnapshot};
 pub use discard::{
     DiscardCounts, DiscardListener, DiscardRules, DiscardSubscription, DiscardToken,
 };

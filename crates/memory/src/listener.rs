@@ -41,6 +41,21 @@ pub trait Listener: Send {
     fn coalesced_del(&mut self, _coalesced: &FlatCoalesced) {}
     /// The change is complete: published, or taken back.
     fn commit(&mut self) {}
+    /// Somebody wants to know what changes in a section that was added before. An external
+    /// tracker (KVM, vhost, VFIO) follows writes from here to `log_stop` or `region_del`. An
+    /// error takes the start of the client back.
+    ///
+    /// A section that is added while its block is logged ([`crate::RamBlock::is_logged`]) is to
+    /// be followed from the start, without this call. One that goes while it is followed must be
+    /// merged into its block, or made dirty as a whole, before `region_del` returns.
+    fn log_start(&mut self, _section: &FlatSection) -> Result<(), ListenerError> {
+        Ok(())
+    }
+    /// Nobody wants to know any more. Also called to take back a `log_start`.
+    fn log_stop(&mut self, _section: &FlatSection) {}
+    /// Merge what is known of a section into its block ([`crate::RamBlock::merge_dirty`]), and
+    /// forget it. What cannot be told must be taken for dirty.
+    fn log_sync(&mut self, _section: &FlatSection) {}
 }
 
 /// Names a listener of one address space.

@@ -15,7 +15,8 @@ use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
 use crate::tree::Tree;
 use crate::{
-    AddressSpace, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction, fault,
+    AddressSpace, DirtyLog, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction,
+    fault,
 };
 
 /// How a [`Memory`] is made.
@@ -106,6 +107,11 @@ impl Memory {
     /// Who requires and who disables discarding of RAM.
     pub fn discards(&self) -> &DiscardRules {
         self.ram.discards()
+    }
+
+    /// Who follows what changes in RAM.
+    pub fn dirty_log(&self) -> DirtyLog<'_> {
+        DirtyLog::new(self)
     }
 
     /// Makes an address space that shows `root` and what is put below it.

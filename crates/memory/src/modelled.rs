@@ -18,6 +18,8 @@ use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
 use crate::{Access, BounceGrant, BounceWait, Iommu, Translation};
 
+pub use crate::dirty::modelled::Dirty;
+
 /// What a memory has besides its blocks and its tree.
 #[derive(Clone)]
 pub struct Core {
@@ -33,6 +35,10 @@ impl Default for Core {
 }
 
 impl Core {
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.grace.hub()
+    }
+
     /// As `Memory::register`.
     pub fn register(&self) -> Thread {
         let hub = self.grace.hub();

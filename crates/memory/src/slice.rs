@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
+use crate::dirty::SlotLog;
 use crate::fault::Fault;
 use crate::{AccessError, Gpa, copy};
 
@@ -18,6 +19,7 @@ pub struct GuestSlice<'g> {
     len: usize,
     writable: bool,
     gpa: Gpa,
+    log: SlotLog,
     _guard: PhantomData<&'g ()>,
 }
 
@@ -56,8 +58,9 @@ macro_rules! atomic_access {
             let at = self.aligned::<$int>(offset)?;
             self.check_writable(offset, size_of::<$int>())?;
             // SAFETY: as above, and writable.
-            unsafe { copy::store(at, value, order) }
-                .map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
+            let result = unsafe { copy::store(at, value, order) };
+            self.mark(at.cast(), size_of::<$int>());
+            result.map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
         }
     };
 }
@@ -65,18 +68,21 @@ macro_rules! atomic_access {
 impl<'g> GuestSlice<'g> {
     /// # Safety
     /// `host` must be valid for `len` bytes of guest memory for `'g`, for writes if `writable`.
+    /// They lie in the block of `log`, and `'g` is inside a read section whose view shows it.
     #[inline(always)]
     pub(crate) unsafe fn new(
         host: *mut u8,
         len: usize,
         writable: bool,
         gpa: Gpa,
+        log: SlotLog,
     ) -> GuestSlice<'g> {
         GuestSlice {
             host,
             len,
             writable,
             gpa,
+            log,
             _guard: PhantomData,
         }
     }
@@ -126,8 +132,9 @@ impl<'g> GuestSlice<'g> {
         let at = self.at(offset, size_of::<T>())?;
         self.check_writable(offset, size_of::<T>())?;
         // SAFETY: inside the slice, and writable.
-        unsafe { copy::write(at, &value) }
-            .map_err(|fault| self.fault(offset, size_of::<T>(), fault))
+        let result = unsafe { copy::write(at, &value) };
+        self.mark(at, size_of::<T>());
+        result.map_err(|fault| self.fault(offset, size_of::<T>(), fault))
     }
 
     /// Copies out.
@@ -149,8 +156,9 @@ impl<'g> GuestSlice<'g> {
         let at = self.at(offset, bytes.len())?;
         self.check_writable(offset, bytes.len())?;
         // SAFETY: inside the slice, and writable.
-        unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) }
-            .map_err(|fault| self.fault(offset, bytes.len(), fault))
+        let result = unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
+        self.mark(at, bytes.len());
+        result.map_err(|fault| self.fault(offset, bytes.len(), fault))
     }
 
     /// A part of it.
@@ -166,6 +174,14 @@ impl<'g> GuestSlice<'g> {
             gpa,
             ..*self
         })
+    }
+
+    /// Marks what was written at `at`, a part of the slice.
+    #[inline(always)]
+    fn mark(&self, at: *const u8, len: usize) {
+        // SAFETY: a part of the slice, which lies in the block of its log, in the section that
+        // `'g` stands for.
+        unsafe { self.log.mark(at, len) };
     }
 
     #[inline(always)]

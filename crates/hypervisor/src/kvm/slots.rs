@@ -4,15 +4,19 @@
 //! One slot per RAM section, never split: an unplugged block inside a section is inaccessible host memory, and the slot
 //! stays. A slot keeps its section's hold from before KVM learns of it until KVM has acknowledged its deletion; KVM does
 //! so when it no longer reads or maps the memory.
+//!
+//! While a block is logged, KVM notes which pages of its slots the guest writes; that is merged into the block's dirty log
+//! on demand. A slot that goes while it is logged leaves all its pages dirty: between asking KVM what it knows and deleting
+//! the slot, vcpus would write unseen.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_memory::{
-    FlatIoeventfd, FlatSection, Listener, ListenerError, RegionHold, SectionKind,
+    FlatIoeventfd, FlatSection, Listener, ListenerError, RamBlock, RegionHold, SectionKind,
 };
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 
 use super::ioeventfds::Bus;
 use super::vm::Machine;
@@ -97,8 +101,31 @@ impl Extent {
 struct Slot {
     number: u32,
     extent: Extent,
+    /// What it shows, and where in the block it starts, in bytes.
+    block: Arc<RamBlock>,
+    block_offset: u64,
+    readonly: bool,
+    /// KVM notes what the guest writes.
+    logged: bool,
     /// Given back when KVM no longer uses the memory.
     _hold: RegionHold,
+}
+
+impl Slot {
+    fn flags(&self) -> u32 {
+        let readonly = if self.readonly { KVM_MEM_READONLY } else { 0 };
+        let logged = if self.logged {
+            KVM_MEM_LOG_DIRTY_PAGES
+        } else {
+            0
+        };
+        readonly | logged
+    }
+
+    fn mark_all(&self) {
+        let end = self.block_offset.saturating_add(self.extent.size_bytes);
+        self.block.mark_dirty(self.block_offset..end);
+    }
 }
 
 /// Follows the memory address space: RAM becomes slots, its ioeventfds become KVM's.
@@ -124,13 +151,14 @@ impl SlotListener {
         }
     }
 
-    fn set(&self, number: u32, extent: Extent, size_bytes: u64, readonly: bool) -> io::Result<()> {
+    /// Makes or changes a slot; of size 0, deletes it.
+    fn set(&self, slot: &Slot, size_bytes: u64) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
-            slot: number,
-            flags: if readonly { KVM_MEM_READONLY } else { 0 },
-            guest_phys_addr: extent.gpa,
+            slot: slot.number,
+            flags: slot.flags(),
+            guest_phys_addr: slot.extent.gpa,
             memory_size: size_bytes,
-            userspace_addr: extent.host,
+            userspace_addr: slot.extent.host,
         };
         // SAFETY: the host range belongs to a RAM block, which stays mapped as long as the section's hold; that is kept
         // from before this call until after the slot's deletion.
@@ -138,8 +166,15 @@ impl SlotListener {
     }
 
     fn add(&mut self, section: &FlatSection) -> Result<(), ListenerError> {
-        let (SectionKind::Ram { readonly, .. }, Some(host)) = (&section.kind, section.host())
+        let SectionKind::Ram {
+            block,
+            block_offset,
+            readonly,
+        } = &section.kind
         else {
+            return Ok(());
+        };
+        let Some(host) = section.host() else {
             return Ok(());
         };
         let size_bytes = section.range.end.saturating_sub(section.range.start);
@@ -164,7 +199,17 @@ impl SlotListener {
             .numbers
             .take()
             .ok_or_else(|| refused(format!("all {} slots are in use", self.numbers.limit)))?;
-        if let Err(error) = self.set(number, extent, extent.size_bytes, *readonly) {
+        let slot = Slot {
+            number,
+            extent,
+            block: Arc::clone(block),
+            // Forward by what the extent left out to reach a whole page.
+            block_offset: block_offset + (extent.gpa - section.range.start),
+            readonly: *readonly,
+            logged: !readonly && block.is_logged(),
+            _hold: hold,
+        };
+        if let Err(error) = self.set(&slot, extent.size_bytes) {
             self.numbers.give_back(number);
             return Err(refused(error.to_string()));
         }
@@ -175,14 +220,7 @@ impl SlotListener {
             readonly,
             "slot added"
         );
-        self.slots.insert(
-            section.range.start,
-            Slot {
-                number,
-                extent,
-                _hold: hold,
-            },
-        );
+        self.slots.insert(section.range.start, slot);
         Ok(())
     }
 
@@ -198,14 +236,51 @@ impl SlotListener {
         }
     }
 
+    /// Has KVM note what the guest writes to a section's slot, or stop that.
+    fn log(&mut self, section: &FlatSection, logged: bool) -> io::Result<()> {
+        // A section without a whole page has no slot: the guest's accesses are ours.
+        let Some(mut slot) = self.slots.remove(&section.range.start) else {
+            return Ok(());
+        };
+        let before = slot.logged;
+        slot.logged = logged && !slot.readonly;
+        let mut result = Ok(());
+        if slot.logged != before {
+            result = self.set(&slot, slot.extent.size_bytes);
+            if result.is_err() {
+                slot.logged = before;
+            }
+        }
+        self.slots.insert(section.range.start, slot);
+        result
+    }
+
+    /// Merges what KVM has noted into the block. KVM then watches the pages anew.
+    fn sync(&self, slot: &Slot) {
+        let size_bytes = slot.extent.size_bytes as usize;
+        match self.machine.fd.get_dirty_log(slot.number, size_bytes) {
+            Ok(words) => slot.block.merge_dirty(slot.block_offset, &words),
+            Err(error) => {
+                tracing::error!(
+                    %error, number = slot.number, gpa = slot.extent.gpa,
+                    "kvm does not tell what the guest wrote; all of the slot counts as written"
+                );
+                slot.mark_all();
+            }
+        }
+    }
+
     fn remove(&mut self, slot: Slot) {
-        if let Err(error) = self.set(slot.number, slot.extent, 0, false) {
+        if let Err(error) = self.set(&slot, 0) {
             tracing::error!(
                 %error, number = slot.number, gpa = slot.extent.gpa, size = slot.extent.size_bytes,
                 "kvm keeps a memory slot; its memory is never given back"
             );
             self.stuck.push(slot);
             return;
+        }
+        if slot.logged {
+            slot.mark_all();
         }
         tracing::debug!(number = slot.number, gpa = slot.extent.gpa, "slot removed");
         self.numbers.give_back(slot.number);
@@ -221,6 +296,32 @@ impl Listener for SlotListener {
         // A section without a whole page never got one.
         if let Some(slot) = self.slots.remove(&section.range.start) {
             self.remove(slot);
+        }
+    }
+
+    fn log_start(&mut self, section: &FlatSection) -> Result<(), ListenerError> {
+        self.log(section, true).map_err(|error| ListenerError {
+            what: format!(
+                "dirty log of the kvm slot at {:#x}, region {}",
+                section.range.start,
+                section.region.name()
+            ),
+            reason: error.to_string(),
+        })
+    }
+
+    fn log_stop(&mut self, section: &FlatSection) {
+        if let Err(error) = self.log(section, false) {
+            // Costs the guest time, nothing else.
+            tracing::error!(%error, gpa = section.range.start, "kvm goes on with a dirty log");
+        }
+    }
+
+    fn log_sync(&mut self, section: &FlatSection) {
+        if let Some(slot) = self.slots.get(&section.range.start)
+            && slot.logged
+        {
+            self.sync(slot);
         }
     }
 

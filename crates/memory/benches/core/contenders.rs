@@ -17,10 +17,10 @@ use vm_memory::{
 
 /// This crate.
 pub struct Ours {
-    memory: Arc<Memory>,
-    space: Arc<AddressSpace>,
+    pub memory: Arc<Memory>,
+    pub space: Arc<AddressSpace>,
     root: Arc<Region>,
-    reader: Reader,
+    pub reader: Reader,
 }
 
 impl Ours {

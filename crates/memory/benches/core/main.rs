@@ -14,9 +14,15 @@
 //! - `pin/remote/N`: the same, let go on another thread. Both threads run on one CPU, so that it
 //!   measures the work and not the transfer of cache lines, which any hand-over pays.
 //! - `publish/N`: one region added or removed (half each) and the view published.
+//! - `write_u64/N`: section, look-up, eight bytes written; N regions as in `lookup`.
+//! - `write_u64_dirty/N`: the same with a client of the dirty log on (vm-memory: `AtomicBitmap`);
+//!   pages are dirty already. The floor has no log.
+//! - `dirty_mark`: a page that is dirty already is marked, at random in 1 GiB.
+//! - `dirty_harvest_1G`: 16 pages of 1 GiB are marked and harvested.
 
 mod contenders;
 mod measure;
+mod writes;
 
 use contenders::{Direct, Ours, VmMemory};
 use measure::{Plan, Row, dependent, spread};
@@ -43,6 +49,7 @@ fn main() {
     for count in COUNTS {
         publishes(&plan, count);
     }
+    writes::rows(&plan);
 }
 
 /// Start and length of `count` regions of 1 MiB, one every 2 MiB.

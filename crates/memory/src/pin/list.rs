@@ -14,6 +14,8 @@ use crate::{Access, AccessError, Gpa, copy};
 /// [`crate::ReadGuard::pin_list`].
 pub struct PinList {
     iovecs: SmallVec<[libc::iovec; 4]>,
+    /// By piece, the token to mark it by as dirty, if it was pinned for writing.
+    writes: SmallVec<[Option<u32>; 4]>,
     tokens: SmallVec<[Token; 2]>,
     total_len: usize,
     writable: bool,
@@ -28,6 +30,7 @@ impl Default for PinList {
     fn default() -> PinList {
         PinList {
             iovecs: SmallVec::new(),
+            writes: SmallVec::new(),
             tokens: SmallVec::new(),
             total_len: 0,
             writable: true,
@@ -143,21 +146,29 @@ impl PinList {
     }
 
     pub(crate) fn truncate(&mut self, mark: Mark) {
+        self.mark_dirty(mark.iovecs);
         self.iovecs.truncate(mark.iovecs);
+        self.writes.truncate(mark.iovecs);
         self.total_len = mark.total_len;
         self.tokens.truncate(mark.tokens);
     }
 
-    /// Whether the list holds a pin that also covers more memory of the same slot and bank.
-    pub(crate) fn holds(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
-        self.tokens.iter().any(|token| token.is(row, slot, bank))
+    /// The number of a pin that also covers more memory of the same slot and bank.
+    pub(crate) fn holds(&self, row: &'static Row, slot: u32, bank: usize) -> Option<u32> {
+        let mut tokens = self.tokens.iter();
+        let at = tokens.position(|token| token.is(row, slot, bank))?;
+        Some(at as u32)
     }
 
-    pub(crate) fn hold(&mut self, token: Token) {
+    /// Adds a pin; returns its number.
+    pub(crate) fn hold(&mut self, token: Token) -> u32 {
         self.tokens.push(token);
+        (self.tokens.len() - 1) as u32
     }
 
-    pub(crate) fn push(&mut self, host: *mut u8, len: usize) {
+    /// Adds a piece; `written` is the number of a pin of its block, if it may be written.
+    pub(crate) fn push(&mut self, host: *mut u8, len: usize, written: Option<u32>) {
+        self.writes.push(written);
         self.iovecs.push(libc::iovec {
             iov_base: host.cast(),
             iov_len: len,
@@ -165,8 +176,25 @@ impl PinList {
         self.total_len = self.total_len.saturating_add(len);
     }
 
+    /// Marks what may have been written of the pieces from number `first` on.
+    fn mark_dirty(&self, first: usize) {
+        for (iovec, written) in self.iovecs.iter().zip(&self.writes).skip(first) {
+            if let Some(token) = written.and_then(|at| self.tokens.get(at as usize)) {
+                // SAFETY: the piece lies in the token's block, which the token still holds.
+                unsafe { token.mark_dirty(iovec.iov_base.cast(), iovec.iov_len) };
+            }
+        }
+    }
+
     pub(crate) fn limit_access(&mut self, access: Access) {
         self.writable &= access.writes();
+    }
+}
+
+impl Drop for PinList {
+    fn drop(&mut self) {
+        // Before the pins: a block that has drained has been marked.
+        self.mark_dirty(0);
     }
 }
 

@@ -36,6 +36,21 @@ impl Token {
         }
     }
 
+    /// Marks `len` bytes at `host` as written.
+    ///
+    /// # Safety
+    /// They lie in the token's block.
+    #[inline(always)]
+    unsafe fn mark_dirty(&self, host: *const u8, len: usize) {
+        // SAFETY: this is a pin on the block.
+        unsafe {
+            self.row
+                .hub()
+                .dirty()
+                .mark(self.slot, host as u64, len as u64)
+        };
+    }
+
     fn is(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
         std::ptr::eq(self.row, row) && self.slot == slot && self.bank as usize == bank
     }
@@ -63,11 +78,12 @@ impl Drop for Token {
 ///
 /// As long as it exists the memory stays mapped at the same place with its contents, whatever
 /// becomes of the map. The guest may change the bytes at any time. Its owner is the request;
-/// it is dropped when the I/O is over, on whatever thread.
+/// it is dropped when the I/O is over, on whatever thread. One taken for writing makes all of the
+/// memory dirty then.
 #[derive(Clone)]
 pub struct Pin {
     /// Keeps the memory.
-    _token: Token,
+    token: Token,
     ptr: *mut u8,
     len: usize,
     gpa: Gpa,
@@ -85,7 +101,7 @@ impl Pin {
     #[inline(always)]
     pub(crate) fn new(token: Token, ptr: *mut u8, len: usize, gpa: Gpa, access: Access) -> Pin {
         Pin {
-            _token: token,
+            token,
             ptr,
             len,
             gpa,
@@ -147,6 +163,23 @@ impl Pin {
         Gpa(self.gpa.0.wrapping_add(offset as u64))
     }
 
+    /// Makes `len` bytes from `offset` on dirty now: for memory that stays pinned after it was
+    /// written. Call it after the write.
+    ///
+    /// # Errors
+    /// `Overflow` outside of it.
+    #[inline]
+    pub fn mark_dirty(&self, offset: usize, len: usize) -> Result<(), AccessError> {
+        if len == 0 || len > self.len || offset > self.len - len {
+            return self.check(offset, len);
+        }
+        let Token { row, slot, .. } = self.token;
+        let host = self.ptr as u64 + offset as u64;
+        // SAFETY: inside the pinned memory, which lies in the token's block.
+        unsafe { row.hub().dirty().mark_expected(slot, host, len as u64) };
+        Ok(())
+    }
+
     fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
         match offset.checked_add(len) {
             Some(end) if end <= self.len => Ok(()),
@@ -154,6 +187,17 @@ impl Pin {
                 gpa: self.gpa_at(offset),
                 len: len as u64,
             }),
+        }
+    }
+}
+
+impl Drop for Pin {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.access.writes() {
+            // Before the token goes: a block that has drained has been marked.
+            // SAFETY: the pinned memory lies in the token's block.
+            unsafe { self.token.mark_dirty(self.ptr, self.len) };
         }
     }
 }

@@ -100,7 +100,7 @@ impl RamBlock {
                 busy: Mutex::new(vec![0; blocks.div_ceil(64) as usize]),
             }
         });
-        Ok(RamBlock {
+        let block = RamBlock {
             name: spec.name.clone(),
             ram_offset,
             host,
@@ -114,7 +114,14 @@ impl RamBlock {
             grace: Arc::clone(grace),
             discards: discards.clone(),
             _arena: Arc::clone(arena),
-        })
+        };
+        let sparse = block.sparse.as_ref();
+        let entered = block.enter_log(sparse.map(|s| (&s.fence, s.block_bytes)));
+        if let Err(error) = entered {
+            block.mapping.destroy()?;
+            return Err(error);
+        }
+        Ok(block)
     }
 
     /// The name.
@@ -239,6 +246,8 @@ impl RamBlock {
                 .plugged_bytes
                 .fetch_add(range.end - range.start, Relaxed);
             sparse.fence.map().set(blocks.clone());
+            // Zeroes are news, too.
+            self.mark_dirty(range);
         }
         set_bits(&mut busy, blocks, false);
         result
@@ -331,6 +340,8 @@ impl RamBlock {
                 .plugged_bytes
                 .fetch_add(range.end - range.start, Relaxed);
             sparse.fence.map().set(blocks.clone());
+            // A client that has started meanwhile took it for unplugged.
+            self.mark_dirty(range.clone());
         }
         set_bits(&mut busy, blocks, false);
     }
@@ -428,6 +439,7 @@ impl RamBlock {
         let old = self.size_bytes();
         self.mapping.grow(old, new)?;
         self.size.store(new, Release);
+        self.log_growth();
         Ok(old)
     }
 
@@ -464,6 +476,7 @@ impl RamBlock {
         }
         let first = self.life.swap(GONE, AcqRel);
         debug_assert_ne!(first, LIVE, "destroyed without an unplug");
+        self.leave_log();
         self.mapping.destroy()
     }
 }

@@ -76,7 +76,7 @@ impl BlockMap {
 }
 
 /// Numbers of the words that hold the bits of `blocks`, with a mask each.
-fn masks(blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
+pub(crate) fn masks(blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
     let mut next = blocks.start;
     std::iter::from_fn(move || {
         if next >= blocks.end {

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering::Relaxed;
 
 use super::row::Line;
-use crate::sync::{AtomicBool, AtomicU64};
+use crate::sync::{AtomicBool, AtomicU8, AtomicU64};
 
 /// Slots, and with that RAM blocks, a memory can have.
 #[cfg(not(loom))]
@@ -75,7 +75,7 @@ impl Counters {
 
 /// One `T` per slot. The memory comes from the host as it is touched, so that it costs a page or
 /// two, and one is found without a table in between.
-pub(super) struct PerSlot<T>(NonNull<T>);
+pub(crate) struct PerSlot<T>(NonNull<T>);
 
 // SAFETY: gives out shared references only, to things that are never freed.
 unsafe impl<T: Sync> Send for PerSlot<T> {}
@@ -85,7 +85,7 @@ unsafe impl<T: Sync> Sync for PerSlot<T> {}
 impl<T: Zero> PerSlot<T> {
     /// The one of `slot`.
     #[inline(always)]
-    pub(super) fn at(&self, slot: u32) -> &T {
+    pub(crate) fn at(&self, slot: u32) -> &T {
         debug_assert!((slot as usize) < MAX_SLOTS);
         // SAFETY: there are `MAX_SLOTS`, all slots are below (I5), and none is ever freed (I6).
         unsafe { self.0.add(slot as usize).as_ref() }
@@ -96,9 +96,11 @@ impl<T: Zero> PerSlot<T> {
 ///
 /// # Safety
 /// All zeroes must be a valid value.
-pub(super) unsafe trait Zero: Default {}
+pub(crate) unsafe trait Zero: Default {}
 // SAFETY: atomics are as valid with all zeroes as the plain types are, here and below.
 unsafe impl Zero for AtomicBool {}
+// SAFETY: as above.
+unsafe impl Zero for AtomicU8 {}
 // SAFETY: as above.
 unsafe impl Zero for AtomicU64 {}
 // SAFETY: made of atomics.
@@ -108,7 +110,7 @@ unsafe impl Zero for Line<Away> {}
 
 #[cfg(not(loom))]
 impl<T: Zero> PerSlot<T> {
-    pub(super) fn new() -> PerSlot<T> {
+    pub(crate) fn new() -> PerSlot<T> {
         let bytes = MAX_SLOTS * size_of::<T>();
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -117,7 +119,7 @@ impl<T: Zero> PerSlot<T> {
         let error = std::io::Error::last_os_error();
         assert!(
             address != libc::MAP_FAILED,
-            "no address space for pin counters: {error}"
+            "no address space for tables of pin slots: {error}"
         );
         // SAFETY: the mapping just made. Huge pages would cost 2 MiB for the first counter.
         unsafe { libc::madvise(address, bytes, libc::MADV_NOHUGEPAGE) };
@@ -128,13 +130,13 @@ impl<T: Zero> PerSlot<T> {
 
 #[cfg(loom)]
 impl<T: Zero> PerSlot<T> {
-    pub(super) fn new() -> PerSlot<T> {
+    pub(crate) fn new() -> PerSlot<T> {
         let things: Box<[T]> = (0..MAX_SLOTS).map(|_| T::default()).collect();
         PerSlot(NonNull::from(Box::leak(things)).cast())
     }
 
     /// Frees them; the model has ended.
-    pub(super) fn free(&self) {
+    pub(crate) fn free(&self) {
         let things = std::ptr::slice_from_raw_parts_mut(self.0.as_ptr(), MAX_SLOTS);
         // SAFETY: leaked by `new`, and not used any more.
         drop(unsafe { Box::from_raw(things) });

@@ -7,6 +7,7 @@ use super::barrier::Barrier;
 use super::counters::{MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
+use crate::dirty::Table;
 use crate::sync::{AtomicU64, Mutex, lock};
 
 /// Shared by the readers of one memory. Never freed, only used again (I6).
@@ -18,6 +19,7 @@ pub(crate) struct Hub {
     /// By slot, the bank new pins of a sparse block count in.
     banks: PerSlot<AtomicU64>,
     wake: Wake,
+    dirty: Table,
     registry: Mutex<Registry>,
 }
 
@@ -40,6 +42,7 @@ impl Hub {
         #[cfg(not(loom))]
         if let Some(hub) = lock(&SPARE).0.pop() {
             lock(&hub.registry).barrier = barrier;
+            hub.dirty.begin(barrier);
             return hub;
         }
         let registry = Registry {
@@ -54,6 +57,7 @@ impl Hub {
             generation: Line(AtomicU64::new(1)),
             banks: PerSlot::new(),
             wake: Wake::new(),
+            dirty: Table::new(barrier),
             registry: Mutex::new(registry),
         }))
     }
@@ -71,6 +75,7 @@ impl Hub {
         registry.free.clear();
         registry.armed.clear();
         drop(registry);
+        self.dirty.clear();
         let mut spare = lock(&SPARE);
         spare.0.push(self);
         spare.1.extend(rows);
@@ -83,12 +88,19 @@ impl Hub {
             Row::free(row);
         }
         self.banks.free();
+        self.dirty.free();
         // SAFETY: made by `Box::leak` in `take`; nobody knows it any more.
         drop(unsafe { Box::from_raw(std::ptr::from_ref(self).cast_mut()) });
     }
 
     pub(crate) fn wake(&self) -> &Wake {
         &self.wake
+    }
+
+    /// Who follows what changes.
+    #[inline(always)]
+    pub(crate) fn dirty(&self) -> &Table {
+        &self.dirty
     }
 
     #[inline(always)]

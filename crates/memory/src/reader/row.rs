@@ -325,7 +325,8 @@ impl Row {
         row.shared.0.counters.free();
     }
 
-    fn hub(&self) -> &'static Hub {
+    #[inline(always)]
+    pub(crate) fn hub(&self) -> &'static Hub {
         // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (I6).
         unsafe { &*self.shared.0.hub.load(Acquire) }
     }

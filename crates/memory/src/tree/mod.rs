@@ -10,6 +10,7 @@ mod commit;
 mod delta;
 mod edit;
 mod fixture;
+mod log;
 mod mtree;
 mod region;
 mod registers;
