@@ -8,9 +8,8 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
+use crate::index::{Entry, Place, RAM, READONLY, View};
 use crate::pin::Token;
-use crate::reader::hub::Hub;
 use crate::{
     Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
 };
@@ -134,12 +133,11 @@ impl<'r> ReadGuard<'r> {
     pub fn pin(&self, gpa: Gpa, len: usize, access: Access) -> Result<Pin, AccessError> {
         // The cold path finds the place only, and not by way of `self`: guard and pin then stay
         // in registers, and it is the stores that a pin takes longest for.
-        let hub = self.reader.hub();
-        let place = match place(self.view, hub, gpa.raw(), len as u64, access) {
+        let place = match self.view.place(gpa.raw(), len as u64, access) {
             Some(place) => place,
-            None => place_slowly(self.view, hub, gpa, len as u64, access)?,
+            None => place_slowly(self.view, gpa, len as u64, access)?,
         };
-        let token = Token::take(self.reader, place.slot, place.bank);
+        let token = Token::take(self.reader, place.lane);
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
     }
 
@@ -180,14 +178,11 @@ impl<'r> ReadGuard<'r> {
                 .ok_or(AccessError::Overflow { gpa, len })?;
             let (entry, host, _) = self.ram(at, 1, access)?;
             let count = (entry.last - at).saturating_add(1).min(len - done);
-            let mut bank = 0;
-            if entry.kind & SPARSE != 0 {
-                // SAFETY: the host address of an address in the section.
-                let admitted = unsafe { entry.admit(self.reader.hub(), host as u64, count) };
-                bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
-            }
-            if !list.holds(self.reader.row(), entry.slot, bank) {
-                list.hold(Token::take(self.reader, entry.slot, bank));
+            let place = entry.window().place_across(at, count, access);
+            let Place { lane, .. } =
+                place.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
+            if !list.holds(self.reader.row(), lane) {
+                list.hold(Token::take(self.reader, lane));
             }
             list.push(host, count as usize);
             done += count;
@@ -215,8 +210,8 @@ impl<'r> ReadGuard<'r> {
         }
         let host = entry.host(address);
         let here = (entry.last - address).saturating_add(1).min(len);
-        // SAFETY: bytes of the section, from its entry.
-        let count = unsafe { entry.plugged_prefix(self.reader.hub(), host, here) };
+        // SAFETY: bytes of the section and so of its window.
+        let count = unsafe { entry.window().plugged_prefix(host, here) };
         if count == 0 {
             return Err(AccessError::Unplugged {
                 gpa: Gpa(address),
@@ -250,71 +245,13 @@ impl<'r> ReadGuard<'r> {
     }
 }
 
-/// Where a pin points to, and where it counts.
-struct Place {
-    host: u64,
-    slot: u32,
-    bank: usize,
-}
-
-/// The place of `len` bytes in one block, when there is nothing special about them.
-#[inline(always)]
-fn place(view: &View, hub: &Hub, addr: u64, len: u64, access: Access) -> Option<Place> {
-    let entry = view.first(addr);
-    let asked = if access.writes() {
-        RAM | READONLY | NODE
-    } else {
-        RAM | NODE
-    };
-    // A length of 0 is longer than any.
-    let fits = len.wrapping_sub(1) <= entry.last.wrapping_sub(addr);
-    if entry.kind & asked != RAM || !fits {
-        return None;
-    }
-    let host = entry.host(addr);
-    let mut bank = 0;
-    if entry.kind & SPARSE != 0 {
-        // SAFETY: the host address of an address in the section.
-        bank = unsafe { entry.admit_one(hub, host, len) }?;
-    }
-    Some(Place {
-        host,
-        slot: entry.slot,
-        bank,
-    })
-}
-
-/// As [`place`], also behind further nodes and across blocks; says what is in the way.
+/// As [`View::place`], wherever the bytes are; says what is in the way.
 #[cold]
 #[inline(never)]
-fn place_slowly(
-    view: &View,
-    hub: &Hub,
-    gpa: Gpa,
-    len: u64,
-    access: Access,
-) -> Result<Place, AccessError> {
-    let addr = gpa.raw();
-    let refused = || refusal(view, gpa, len, access);
-    let entry = view
-        .lookup(addr)
-        .filter(|entry| entry.kind & RAM != 0)
-        .ok_or_else(refused)?;
-    let readonly = entry.kind & READONLY != 0 && access.writes();
-    if len == 0 || readonly || len - 1 > entry.last - addr {
-        return Err(refused());
-    }
-    let host = entry.host(addr);
-    let mut bank = 0;
-    if entry.kind & SPARSE != 0 {
-        // SAFETY: the host addresses of addresses in the section.
-        bank = unsafe { entry.admit(hub, host, len) }.ok_or_else(refused)?;
-    }
-    Ok(Place {
-        host,
-        slot: entry.slot,
-        bank,
-    })
+fn place_slowly(view: &View, gpa: Gpa, len: u64, access: Access) -> Result<Place, AccessError> {
+    let entry = view.lookup(gpa.raw());
+    let place = entry.and_then(|entry| entry.window().place_across(gpa.raw(), len, access));
+    place.ok_or_else(|| refusal(view, gpa, len, access))
 }
 
 /// Why `len` bytes at `gpa` cannot be had in one piece.

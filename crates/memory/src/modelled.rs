@@ -8,6 +8,7 @@ use crate::grace::{Grace, Job, Worker};
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
 use crate::reader::barrier::Barrier;
+use crate::reader::counters::Lane;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
@@ -148,7 +149,7 @@ impl Thread {
 
     /// Pins, inside a section.
     pub fn pin(&self, slot: u32, bank: usize) -> PinToken {
-        PinToken(Token::count(self.row, slot, bank))
+        PinToken(Token::count(self.row, Lane::new(slot, bank)))
     }
 }
 
@@ -198,8 +199,7 @@ impl Sparse {
         // SAFETY: the models ask for blocks they made.
         unsafe {
             admit_one(
-                self.core.grace.hub(),
-                self.fence.slot(),
+                self.core.grace.hub().bank(self.fence.slot()),
                 self.fence.map().word_zero(),
                 block,
             )

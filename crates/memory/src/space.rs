@@ -221,8 +221,8 @@ fn target(guard: &ReadGuard<'_>, addr: u64, len: usize) -> Target {
     let here = (entry.last - addr).saturating_add(1).min(len as u64);
     if entry.kind & RAM != 0 {
         let host = entry.host(addr);
-        // SAFETY: bytes of the section, from its entry.
-        let bytes = unsafe { entry.plugged_prefix(guard.reader().hub(), host, here) };
+        // SAFETY: bytes of the section and so of its window.
+        let bytes = unsafe { entry.window().plugged_prefix(host, here) };
         if bytes == 0 {
             return Target::Nothing;
         }

@@ -3,12 +3,13 @@
 
 use std::cell::Cell;
 use std::hint::black_box;
-use std::ptr;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_memory::{
-    Access, AddressSpace, Backing, Gpa, Memory, MemoryConfig, Pin, RamSpec, Reader, Region,
+    Access, AccessError, AddressSpace, Backing, Gpa, Memory, MemoryConfig, Pin, RamSpec, Reader,
+    Region, SectionKind,
 };
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
@@ -93,22 +94,50 @@ impl Ours {
     }
 
     #[inline(always)]
-    fn pin(&self, address: u64) -> Option<Pin> {
-        self.space
-            .read(&self.reader)
-            .pin(Gpa(address), 64, Access::Write)
-            .ok()
+    fn pin(&self, address: u64) -> Pin {
+        let guard = self.space.read(&self.reader);
+        match guard.pin(Gpa(address), 64, Access::Write) {
+            Ok(pin) => pin,
+            // A panic would need the guard in memory to unwind it. Why is for `check_pins`.
+            Err(_) => std::process::abort(),
+        }
     }
 
     pub fn pins(&self, addresses: &[u64]) -> u64 {
         addresses.iter().fold(0, |sum, address| {
             let pin = self.pin(*address);
-            sum ^ black_box(pin.as_ref().map_or(ptr::null_mut(), Pin::as_ptr)) as u64
+            sum ^ black_box(pin.as_ptr()) as u64
         })
     }
 
-    pub fn pinned(&self, addresses: &[u64]) -> Vec<Option<Pin>> {
+    pub fn pinned(&self, addresses: &[u64]) -> Vec<Pin> {
         addresses.iter().map(|address| self.pin(*address)).collect()
+    }
+
+    /// Panics unless all addresses can be pinned, and are in a sparse block whose plugged bitmap
+    /// is asked.
+    pub fn check_pins(&self, addresses: &[u64]) {
+        let guard = self.space.read(&self.reader);
+        for address in addresses {
+            guard.pin(Gpa(*address), 64, Access::Write).unwrap();
+        }
+        let address = addresses[0];
+        let section = guard.lookup(Gpa(address)).unwrap();
+        let SectionKind::Ram {
+            block,
+            block_offset,
+            ..
+        } = section.kind()
+        else {
+            panic!("{address:#x} is no RAM");
+        };
+        let size = block.block_size_bytes().unwrap();
+        let at = (block_offset + (address - section.range().start)) / size * size;
+        let seal = block.seal(at..at + size).unwrap();
+        let refusal = guard.pin(Gpa(address), 64, Access::Write).unwrap_err();
+        assert!(matches!(refusal, AccessError::Unplugged { .. }));
+        seal.undo();
+        guard.pin(Gpa(address), 64, Access::Write).unwrap();
     }
 
     /// A region to add and remove.

@@ -109,6 +109,7 @@ fn pins(plan: &Plan, count: usize) {
     regions[count - 1] = device;
     let addresses = spread(&[device]);
     let ours = Ours::new(&regions, Some(2 << 20));
+    ours.check_pins(&addresses);
     let peer = VmMemory::new(&regions);
     let floor = Direct::new(&[device]);
     if plan.wants(&home) {

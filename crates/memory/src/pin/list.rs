@@ -6,6 +6,7 @@ use std::fmt;
 use smallvec::SmallVec;
 
 use super::Token;
+use crate::reader::counters::Lane;
 use crate::reader::row::Row;
 use crate::{Access, AccessError, Gpa, copy};
 
@@ -144,9 +145,9 @@ impl PinList {
         self.tokens.truncate(mark.tokens);
     }
 
-    /// Whether the list holds a pin that also covers more memory of the same slot and bank.
-    pub(crate) fn holds(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
-        self.tokens.iter().any(|token| token.is(row, slot, bank))
+    /// Whether the list holds a pin that also covers more memory that counts in `lane`.
+    pub(crate) fn holds(&self, row: &'static Row, lane: Lane) -> bool {
+        self.tokens.iter().any(|token| token.is(row, lane))
     }
 
     pub(crate) fn hold(&mut self, token: Token) {

@@ -7,55 +7,47 @@ pub use list::PinList;
 
 use std::fmt;
 
+use crate::reader::counters::Lane;
 use crate::reader::row::Row;
 use crate::{Access, AccessError, Gpa, Reader, copy};
 
 /// One count in the row of the thread that took it; lets go when dropped, on any thread.
 pub(crate) struct Token {
     row: &'static Row,
-    slot: u32,
-    bank: u32,
+    lane: Lane,
 }
 
 impl Token {
-    /// Takes a pin. The reader is in a section whose view shows the block of `slot`, and for a
-    /// sparse block `bank` comes from the admission in that section (I3).
+    /// Takes a pin. The reader is in a section whose view shows the block of the slot, and for a
+    /// sparse block the lane comes from the admission in that section (I3).
     #[inline(always)]
-    pub(crate) fn take(reader: &Reader, slot: u32, bank: usize) -> Token {
-        Token::count(reader.row(), slot, bank)
+    pub(crate) fn take(reader: &Reader, lane: Lane) -> Token {
+        Token::count(reader.row(), lane)
     }
 
     /// As [`Token::take`], by the row of the calling thread.
     #[inline(always)]
-    pub(crate) fn count(row: &'static Row, slot: u32, bank: usize) -> Token {
-        row.acquire_home(slot, bank);
-        Token {
-            row,
-            slot,
-            bank: bank as u32,
-        }
+    pub(crate) fn count(row: &'static Row, lane: Lane) -> Token {
+        row.acquire_home(lane);
+        Token { row, lane }
     }
 
-    fn is(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
-        std::ptr::eq(self.row, row) && self.slot == slot && self.bank as usize == bank
+    fn is(&self, row: &'static Row, lane: Lane) -> bool {
+        std::ptr::eq(self.row, row) && self.lane == lane
     }
 }
 
 impl Clone for Token {
     fn clone(&self) -> Token {
-        self.row.acquire_clone(self.slot, self.bank as usize);
-        Token {
-            row: self.row,
-            slot: self.slot,
-            bank: self.bank,
-        }
+        self.row.acquire_clone(self.lane);
+        Token { ..*self }
     }
 }
 
 impl Drop for Token {
     #[inline(always)]
     fn drop(&mut self) {
-        self.row.release(self.slot, self.bank as usize);
+        self.row.release(self.lane);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::barrier::Barrier;
-use super::counters::{MAX_SLOTS, PerSlot};
+use super::counters::{Lane, MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -106,15 +106,14 @@ impl Hub {
         self.generation.0.fetch_add(1, AcqRel);
     }
 
-    /// The bank new pins of a sparse block count in.
-    #[inline(always)]
-    pub(crate) fn bank(&self, slot: u32) -> usize {
-        (self.banks.at(slot).load(Acquire) & 1) as usize
+    /// The bank, 0 or 1, new pins of a sparse block count in.
+    pub(crate) fn bank(&self, slot: u32) -> &AtomicU64 {
+        self.banks.at(slot)
     }
 
     /// Makes new pins count in the other bank; returns the one they counted in.
     pub(crate) fn flip_bank(&self, slot: u32) -> usize {
-        (self.banks.at(slot).fetch_xor(1, AcqRel) & 1) as usize
+        self.banks.at(slot).fetch_xor(1, AcqRel) as usize
     }
 
     // --- rows -------------------------------------------------------------------------------
@@ -143,7 +142,7 @@ impl Hub {
         let handles = row.handles() - 1;
         row.set_handles(handles);
         // A forgotten guard keeps its section open for ever; nobody may inherit that.
-        if handles == 0 && row.depth() == 0 {
+        if handles == 0 && !row.in_section() {
             row.set_owner(NOBODY, "");
         }
     }
@@ -246,11 +245,11 @@ impl Hub {
     pub(crate) fn outstanding(&self, slot: u32, banks: &[usize]) -> u64 {
         let registry = lock(&self.registry);
         registry.barrier.heavy();
-        let sum = |count: fn(&Row, u32, usize) -> u64| {
+        let sum = |count: fn(&Row, Lane) -> u64| {
             let counts = registry
                 .rows
                 .iter()
-                .flat_map(|row| banks.iter().map(|b| count(row, slot, *b)));
+                .flat_map(|row| banks.iter().map(|b| count(row, Lane::new(slot, *b))));
             counts.fold(0, u64::wrapping_add)
         };
         if cfg!(seeded = "acquired_first") {
@@ -269,8 +268,8 @@ impl Hub {
         let registry = lock(&self.registry);
         let mut holders = Vec::new();
         for row in &registry.rows {
-            let both = |count: fn(&Row, u32, usize) -> u64| {
-                count(row, slot, 0).wrapping_add(count(row, slot, 1))
+            let both = |count: fn(&Row, Lane) -> u64| {
+                count(row, Lane::new(slot, 0)).wrapping_add(count(row, Lane::new(slot, 1)))
             };
             let released = both(Row::released);
             let count = both(Row::acquired).wrapping_sub(released);

@@ -46,7 +46,7 @@ impl Reader {
 
     /// Whether a read section is open on this thread.
     pub fn in_section(&self) -> bool {
-        self.row.depth() != 0
+        self.row.in_section()
     }
 
     #[inline(always)]
