@@ -13,7 +13,7 @@ use ebbtide_bus::acpi;
 use ebbtide_bus::pci::HostBridge;
 use ebbtide_hypervisor::{BootState, ChipState, VcpuState, Vm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver};
-use ebbtide_memory::{AddressSpace, Backing, Memory};
+use ebbtide_memory::{AddressSpace, Backing, Memory, PinnedRam};
 use ebbtide_qmp::EventSink;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::events::{self, Cause};
@@ -28,9 +28,6 @@ use crate::cpus::Cpus;
 use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Request, Requests, Step};
 use crate::platform::Platform;
-
-/// Name of the RAM block the machine boots with.
-pub(crate) const BOOT_RAM: &str = "ram";
 
 /// One virtio-mem device with its place in the map.
 pub struct MemorySlot {
@@ -208,13 +205,9 @@ impl Machine {
                     .write_bytes(ebbtide_memory::Gpa(tables.address), &tables.bytes)
                     .map_err(|e| Error::part("ACPI tables", e))?;
                 drop(guard);
-                let ram = system
-                    .memory()
-                    .ram()
-                    .by_name(BOOT_RAM)
-                    .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
-                let view = boot::view::of(&ram, &layout)?;
-                boot.load(&view, &layout, tables.address)
+                let ram =
+                    PinnedRam::new(&system, &reader).map_err(|e| Error::part("boot RAM", e))?;
+                boot.load(&ram, &layout, tables.address)
             })
             .await
     }

@@ -192,7 +192,7 @@ impl<'r> ReadGuard<'r> {
 
     /// The RAM at `address`: its entry, host address, and how many of `len` bytes are there and
     /// plugged; at least one.
-    fn ram(
+    pub(crate) fn ram(
         &self,
         address: u64,
         len: u64,

@@ -45,4 +45,7 @@ pub use space::AddressSpace;
 pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{Ioeventfd, Mmio, Region, Transaction};
 #[cfg(feature = "vm-memory")]
-pub use vm_memory::{PinnedRam, PinnedRegion};
+pub use vm_memory::{
+    DmaSpace, DmaView, LocalSpace, Marks, PinnedRam, PinnedRegion, RamSpace, SectionView, WriteLog,
+    Written,
+};

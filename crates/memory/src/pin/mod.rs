@@ -32,8 +32,15 @@ impl Token {
         Token { row, lane }
     }
 
+    /// Whether the token is one of the same row in the same lane: one then does for two.
     fn is(&self, row: &'static Row, lane: Lane) -> bool {
         std::ptr::eq(self.row, row) && self.lane == lane
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Token) -> bool {
+        self.is(other.row, other.lane)
     }
 }
 
