@@ -21,7 +21,7 @@ pub struct CachedMap {
 }
 
 // SAFETY: the pointer is only used after the generation was compared inside a read section,
-// whichever thread does it (I9).
+// whichever thread does it (M9).
 unsafe impl Send for CachedMap {}
 
 impl CachedMap {
@@ -71,7 +71,7 @@ impl CachedMap {
             self.refresh(guard)?;
         }
         // SAFETY: the generation has not changed since the translation was made, inside a section
-        // (I9).
+        // (M9).
         Ok(unsafe { GuestSlice::new(self.host.get(), self.len, self.access.writes(), self.gpa) })
     }
 

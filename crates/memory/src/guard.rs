@@ -75,7 +75,7 @@ impl<'r> ReadGuard<'r> {
         let mut rest = bytes;
         self.walk(gpa, rest.len(), Access::Read, |host, count| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
-            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
+            // SAFETY: `walk` found `count` bytes of RAM at `host` in this section (M2, M7).
             unsafe { copy::from_guest(host, part.as_mut_ptr(), count) };
             rest = tail;
         })
@@ -89,7 +89,8 @@ impl<'r> ReadGuard<'r> {
         let mut rest = bytes;
         self.walk(gpa, bytes.len(), Access::Write, |host, count| {
             let (part, tail) = rest.split_at(count);
-            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
+            // SAFETY: `walk` found `count` bytes of writable RAM at `host` in this section (M2,
+            // M7).
             unsafe { copy::to_guest(part.as_ptr(), host, count) };
             rest = tail;
         })
@@ -104,7 +105,7 @@ impl<'r> ReadGuard<'r> {
         if size > 0 {
             let (entry, host, admitted) = self.ram(gpa.raw(), size as u64, Access::Read)?;
             if entry.last - gpa.raw() >= size as u64 - 1 && admitted == size as u64 {
-                // SAFETY: RAM in this section, as many bytes as the value has.
+                // SAFETY: RAM in this section, as many bytes as the value has (M2, M7).
                 return Ok(unsafe { copy::read(host) });
             }
         }

@@ -117,7 +117,7 @@ impl Entry {
     #[inline(always)]
     pub(crate) fn flat(&self) -> &Flat {
         // SAFETY: not called for `NODE` or unmapped entries, which `View::lookup` never returns;
-        // the view's `Flat`s outlive the view (I2).
+        // the view's `Flat`s outlive the view (M2).
         unsafe { &*self.to.cast() }
     }
 }
@@ -141,7 +141,7 @@ struct Head {
 pub(crate) struct Node(NonNull<Head>);
 
 // SAFETY: a node is immutable from its making to its end; what it points to is kept alive by its
-// view (I2).
+// view (M2).
 unsafe impl Send for Node {}
 // SAFETY: as above.
 unsafe impl Sync for Node {}
@@ -390,7 +390,8 @@ pub(crate) struct View {
     _windows: Box<[*const Window]>,
 }
 
-// SAFETY: immutable; what it points to is kept alive by its index until after its grace period.
+// SAFETY: immutable; what it points to is kept alive by its index until after its grace period
+// (M2).
 unsafe impl Send for View {}
 // SAFETY: as above.
 unsafe impl Sync for View {}
@@ -420,14 +421,14 @@ impl View {
         if cell >= self.end {
             return None;
         }
-        // SAFETY: as in `first`; the window belongs to a section of this view, or is static.
+        // SAFETY: as in `first`; the window belongs to a section of this view (M2), or is static.
         let window = unsafe { &**self.window_zero.wrapping_add(cell) };
         window.place(address, len, access)
     }
 
     /// What answers at `address`.
     ///
-    /// The caller is in a read section in which it loaded the view (I2).
+    /// The caller is in a read section in which it loaded the view (M2).
     #[inline(always)]
     pub(crate) fn lookup(&self, address: u64) -> Option<&Entry> {
         let mut entry = self.first(address);
@@ -445,7 +446,7 @@ impl View {
             return &self.unmapped;
         }
         // SAFETY: no address has a cell below the first, and this one is below the end. The node
-        // belongs to this view and outlives the section (I2).
+        // belongs to this view and outlives the section (M2).
         unsafe { View::step(*self.cell_zero.wrapping_add(cell), address) }
     }
 
@@ -454,7 +455,7 @@ impl View {
     #[inline(never)]
     fn further(mut entry: &Entry, address: u64) -> &Entry {
         while entry.kind & NODE != 0 {
-            // SAFETY: a node entry names a node of the same view, which covers the address.
+            // SAFETY: a node entry names a node of the same view (M2), which covers the address.
             entry = unsafe { View::step(entry.to.cast(), address) };
         }
         entry
@@ -486,7 +487,8 @@ pub(crate) struct Index {
     windows: Vec<*const Window>,
 }
 
-// SAFETY: the pointers name nodes owned by the index or by `Flat`s of the same address space.
+// SAFETY: the pointers name nodes owned by the index or by `Flat`s of the same address space
+// (M2).
 unsafe impl Send for Index {}
 
 /// What a new view no longer shows; freed after a grace period.

@@ -33,7 +33,7 @@ macro_rules! atomic_access {
         pub fn $load(&self, offset: usize, order: Ordering) -> Result<$int, AccessError> {
             let at = self.aligned::<$int>(offset)?;
             // SAFETY: inside the slice, aligned; the guest's accesses are atomic as the
-            // hardware's are.
+            // hardware's are (M10).
             Ok(unsafe { <$atomic>::from_ptr(at) }.load(order))
         }
 
@@ -53,7 +53,7 @@ macro_rules! atomic_access {
         ) -> Result<(), AccessError> {
             let at = self.aligned::<$int>(offset)?;
             self.check_writable(offset, size_of::<$int>())?;
-            // SAFETY: as above, and writable.
+            // SAFETY: as above, and writable (M10).
             unsafe { <$atomic>::from_ptr(at) }.store(value, order);
             Ok(())
         }
@@ -107,7 +107,7 @@ impl<'g> GuestSlice<'g> {
     #[inline]
     pub fn read<T: FromBytes>(&self, offset: usize) -> Result<T, AccessError> {
         let at = self.at(offset, size_of::<T>())?;
-        // SAFETY: inside the slice.
+        // SAFETY: inside the slice (M10).
         Ok(unsafe { copy::read(at) })
     }
 
@@ -123,7 +123,7 @@ impl<'g> GuestSlice<'g> {
     ) -> Result<(), AccessError> {
         let at = self.at(offset, size_of::<T>())?;
         self.check_writable(offset, size_of::<T>())?;
-        // SAFETY: inside the slice, and writable.
+        // SAFETY: inside the slice, and writable (M10).
         unsafe { copy::write(at, &value) };
         Ok(())
     }
@@ -134,7 +134,7 @@ impl<'g> GuestSlice<'g> {
     /// `Overflow` outside the slice.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
-        // SAFETY: inside the slice.
+        // SAFETY: inside the slice (M10).
         unsafe { copy::from_guest(at, bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
@@ -146,7 +146,7 @@ impl<'g> GuestSlice<'g> {
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
         self.check_writable(offset, bytes.len())?;
-        // SAFETY: inside the slice, and writable.
+        // SAFETY: inside the slice, and writable (M10).
         unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
         Ok(())
     }

@@ -77,7 +77,8 @@ impl AddressSpace {
             "a reader of another memory"
         );
         reader.enter();
-        // SAFETY: the section just opened lasts as long as the guard, which borrows the reader.
+        // SAFETY: the section just opened lasts as long as the guard, which borrows the reader
+        // (M2).
         let view = unsafe { self.view.get() };
         ReadGuard::new(reader, view, self)
     }
@@ -148,7 +149,7 @@ impl AddressSpace {
                 Target::Ram {
                     host, bytes: count, ..
                 } => {
-                    // SAFETY: `target` found this many bytes of RAM in the open section.
+                    // SAFETY: `target` found this many bytes of RAM in the open section (M2, M7).
                     unsafe { copy::from_guest(host, bytes[done..].as_mut_ptr(), count) };
                     done += count;
                 }
@@ -191,7 +192,7 @@ impl AddressSpace {
                     writable,
                 } => {
                     if writable {
-                        // SAFETY: `target` found this many bytes of RAM in the open section.
+                        // SAFETY: `target` found this many bytes of RAM in the open section (M2, M7).
                         unsafe { copy::to_guest(bytes[done..].as_ptr(), host, count) };
                     }
                     done += count;

@@ -29,7 +29,7 @@ pub(crate) struct Window {
 }
 
 // SAFETY: immutable; the pointers name atomics that live as long as the RAM block, which the
-// section keeps (I2).
+// section keeps (M2).
 unsafe impl Send for Window {}
 // SAFETY: as above.
 unsafe impl Sync for Window {}
@@ -112,7 +112,7 @@ impl Window {
         let mut place = whole.place(address, len, access)?;
         if self.shift != 0 {
             let (first, last) = (place.host, place.host + (len - 1));
-            // SAFETY: bank and words are those of the block, in which the bytes lie.
+            // SAFETY: bank and words are those of the block (M2), in which the bytes lie.
             let bank = unsafe {
                 let (first, last) = (first >> self.shift, last >> self.shift);
                 fence::admit(&*self.bank, self.words, first, last)
@@ -155,7 +155,7 @@ impl Window {
         if ((host + (len - 1)) ^ host) >> self.shift != 0 {
             return None;
         }
-        // SAFETY: bank and words are those of the block, which the section keeps (I2).
+        // SAFETY: bank and words are those of the block, which the section keeps (M2).
         let bank = unsafe { fence::admit_one(&*self.bank, self.words, host >> self.shift) }?;
         Some(self.lane.in_bank(bank))
     }

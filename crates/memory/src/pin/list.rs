@@ -19,7 +19,7 @@ pub struct PinList {
     writable: bool,
 }
 
-// SAFETY: the pointers stay valid on every thread until the tokens are dropped (I3).
+// SAFETY: the pointers stay valid on every thread until the tokens are dropped (M3).
 unsafe impl Send for PinList {}
 // SAFETY: shared use gives the pointers and copies through them.
 unsafe impl Sync for PinList {}
@@ -64,7 +64,7 @@ impl PinList {
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let target = bytes.as_mut_ptr();
         self.each(offset, bytes.len(), |host, at, count| {
-            // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
+            // SAFETY: `each` stays inside the pinned memory (M3) and inside `bytes`.
             unsafe { copy::from_guest(host, target.add(at), count) };
         })
     }
@@ -81,7 +81,7 @@ impl PinList {
             });
         }
         self.each(offset, bytes.len(), |host, at, count| {
-            // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
+            // SAFETY: `each` stays inside the pinned memory (M3) and inside `bytes`.
             unsafe { copy::to_guest(bytes.as_ptr().add(at), host, count) };
         })
     }

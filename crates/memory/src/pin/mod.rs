@@ -19,7 +19,7 @@ pub(crate) struct Token {
 
 impl Token {
     /// Takes a pin. The reader is in a section whose view shows the block of the slot, and for a
-    /// sparse block the lane comes from the admission in that section (I3).
+    /// sparse block the lane comes from the admission in that section (M3).
     #[inline(always)]
     pub(crate) fn take(reader: &Reader, lane: Lane) -> Token {
         Token::count(reader.row(), lane)
@@ -73,7 +73,7 @@ pub struct Pin {
     access: Access,
 }
 
-// SAFETY: the pointer stays valid on every thread until the token is dropped (I3), and a token
+// SAFETY: the pointer stays valid on every thread until the token is dropped (M3), and a token
 // may be dropped and cloned on any thread.
 unsafe impl Send for Pin {}
 // SAFETY: shared use gives the pointer and copies through it, as several pins of the same memory
@@ -120,7 +120,7 @@ impl Pin {
     /// `Overflow` outside of it.
     pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         self.check(offset, bytes.len())?;
-        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        // SAFETY: inside the pinned memory, which the token keeps (M3).
         unsafe { copy::from_guest(self.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
@@ -137,7 +137,7 @@ impl Pin {
                 len: bytes.len() as u64,
             });
         }
-        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        // SAFETY: inside the pinned memory, which the token keeps (M3).
         unsafe { copy::to_guest(bytes.as_ptr(), self.ptr.add(offset), bytes.len()) };
         Ok(())
     }

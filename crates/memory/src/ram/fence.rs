@@ -11,7 +11,7 @@
 //!
 //! A pin that found its bits set counted in the old bank, or loaded the new bank: then its test
 //! came after the flip and so after the clearing, and failed if it lay in the range (README,
-//! I7). After the grace period nobody new counts in the old bank, so step 4 ends whatever load
+//! M7). After the grace period nobody new counts in the old bank, so step 4 ends whatever load
 //! there is on the rest of the block. Seals that come while a fence runs clear their bits at
 //! once and share the next fence.
 

@@ -117,7 +117,7 @@ impl Counters {
 /// page or two, and one is found without a table in between.
 pub(super) struct PerSlot<T>(NonNull<T>);
 
-// SAFETY: gives out shared references only, to things that are never freed.
+// SAFETY: gives out shared references only, to things that are never freed (M6).
 unsafe impl<T: Sync> Send for PerSlot<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for PerSlot<T> {}
@@ -127,7 +127,7 @@ impl<T: Zero> PerSlot<T> {
     #[inline(always)]
     pub(super) fn at(&self, slot: u32) -> &T {
         debug_assert!((slot as usize) < MAX_SLOTS);
-        // SAFETY: there are `MAX_SLOTS`, all slots are below (I5), and none is ever freed (I6).
+        // SAFETY: there are `MAX_SLOTS`, all slots are below (M5), and none is ever freed (M6).
         unsafe { self.0.add(slot as usize).as_ref() }
     }
 }

@@ -9,7 +9,7 @@ use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::sync::{AtomicU64, Mutex, lock};
 
-/// Shared by the readers of one memory. Never freed, only used again (I6).
+/// Shared by the readers of one memory. Never freed, only used again (M6).
 pub(crate) struct Hub {
     /// Counts grace periods; readers load it at the start of a section.
     grace: Line<AtomicU64>,
@@ -31,7 +31,7 @@ struct Registry {
     armed: Vec<u32>,
 }
 
-/// Rows and hubs that no memory uses. The only global: they outlive their memories (I6).
+/// Rows and hubs that no memory uses. The only global: they outlive their memories (M6).
 #[cfg(not(loom))]
 static SPARE: Mutex<(Vec<&'static Hub>, Vec<&'static Row>)> = Mutex::new((Vec::new(), Vec::new()));
 
@@ -241,7 +241,7 @@ impl Hub {
     }
 
     /// Pins of `slot` that are out, summed over `banks`. An upper bound while pins come and go;
-    /// 0 is the truth, once no read section can take new ones (I4).
+    /// 0 is the truth, once no read section can take new ones (M4).
     pub(crate) fn outstanding(&self, slot: u32, banks: &[usize]) -> u64 {
         let registry = lock(&self.registry);
         registry.barrier.heavy();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A thread's row: its read section, and the pins taken from it.
 //!
-//! Rows are never freed, only used again (README, I6): the last thing an unpin does, after it
+//! Rows are never freed, only used again (README, M6): the last thing an unpin does, after it
 //! has let go, is to look at its row.
 
 use std::ptr;
@@ -226,7 +226,7 @@ impl Row {
         if self.shared.0.watch.load(Relaxed) & WATCH_FENCED != 0 {
             light(true);
         }
-        // The pin is gone and with it perhaps the `Memory`; row and hub are still there (I6).
+        // The pin is gone and with it perhaps the `Memory`; row and hub are still there (M6).
         // Should they serve another memory by now, that one's worker wakes for nothing.
         if self.shared.0.counters.armed(lane.slot()).load(Relaxed) {
             self.hub().wake().signal();
@@ -331,7 +331,7 @@ impl Row {
     }
 
     fn hub(&self) -> &'static Hub {
-        // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (I6).
+        // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (M6).
         unsafe { &*self.shared.0.hub.load(Acquire) }
     }
 }

@@ -79,7 +79,7 @@ impl Pieces for DmaView {
         let offset = block_offset + (gpa.raw() - section.range.start);
         let marks = Marks::new(self.log.as_deref(), block, offset);
         let host = place.host as *mut u8;
-        // SAFETY: pinned until the view is dropped (I3); everybody else accesses it as vm-memory
+        // SAFETY: pinned until the view is dropped (M3); everybody else accesses it as vm-memory
         // does, with volatile accesses.
         Ok(unsafe { VolatileSlice::with_bitmap(host, count as usize, marks, None) })
     }

@@ -163,7 +163,7 @@ impl GuestMemoryRegion for PinnedRegion {
             .checked_add(count)
             .filter(|end| *end <= self.pin.len());
         end.ok_or(Error::InvalidBackendAddress)?;
-        // SAFETY: inside the pinned memory, which stays for as long as `self` is borrowed (I3);
+        // SAFETY: inside the pinned memory, which stays for as long as `self` is borrowed (M3);
         // everybody else accesses it as vm-memory does, with volatile accesses.
         Ok(unsafe {
             let host = self.pin.as_ptr().wrapping_add(start);

@@ -50,8 +50,8 @@ impl Pieces for SectionView<'_> {
         };
         let offset = block_offset + (gpa.raw() - section.range.start);
         let marks = Marks::new(self.log.as_deref(), block, offset);
-        // SAFETY: RAM found in the section, which is open for as long as `self` is borrowed (I2,
-        // I7); everybody else accesses it as vm-memory does, with volatile accesses.
+        // SAFETY: RAM found in the section, which is open for as long as `self` is borrowed (M2,
+        // M7); everybody else accesses it as vm-memory does, with volatile accesses.
         Ok(unsafe { VolatileSlice::with_bitmap(host, count as usize, marks, None) })
     }
 }
