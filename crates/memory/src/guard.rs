@@ -285,6 +285,16 @@ fn refusal(view: &View, gpa: Gpa, len: u64, access: Access) -> AccessError {
     AccessError::Unplugged { gpa, len }
 }
 
+/// Nests a section on the same view. It costs a little more than the first.
+impl Clone for ReadGuard<'_> {
+    fn clone(&self) -> Self {
+        // This thread's section goes on until the last of the guards is dropped, and with it the
+        // view (M2).
+        self.reader.enter();
+        ReadGuard { ..*self }
+    }
+}
+
 impl Drop for ReadGuard<'_> {
     #[inline(always)]
     fn drop(&mut self) {

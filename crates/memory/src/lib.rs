@@ -154,6 +154,6 @@ pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{Ioeventfd, Mmio, Region, Transaction};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{
-    DmaSpace, DmaView, LocalSpace, Marks, PinnedRam, PinnedRegion, RamSpace, SectionView, WriteLog,
-    Written,
+    DmaSpace, DmaView, LocalSpace, LocalView, Marks, PinnedRam, PinnedRegion, RamSpace,
+    SectionView, WriteLog, Written,
 };

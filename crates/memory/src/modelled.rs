@@ -35,7 +35,7 @@ impl Core {
         let hub = self.grace.hub();
         Thread {
             hub,
-            row: hub.adopt(make_token(), "model"),
+            row: hub.adopt(make_token(), || "model".to_owned()),
             _core: self.clone(),
         }
     }

@@ -8,12 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_memory::{
-    Access, AccessError, AddressSpace, Backing, Gpa, Memory, MemoryConfig, Pin, RamSpec, Reader,
-    Region, SectionKind,
+    Access, AccessError, AddressSpace, Backing, DmaSpace, Gpa, LocalSpace, Memory, MemoryConfig,
+    Pin, RamSpec, Reader, Region, SectionKind,
 };
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend,
+    GuestMemoryMmap, GuestRegionMmap, MmapRegion, Permissions,
 };
 
 /// This crate.
@@ -140,6 +140,22 @@ impl Ours {
         guard.pin(Gpa(address), 64, Access::Write).unwrap();
     }
 
+    /// A view by vm-memory's traits, and a slice of it, per address.
+    pub fn section_views(&self, addresses: &[u64]) -> u64 {
+        let local = LocalSpace::new(&self.space, &self.reader, None);
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ slice(&*local.memory(), *address))
+    }
+
+    /// The same with views that pin.
+    pub fn dma_views(&self, addresses: &[u64]) -> u64 {
+        let dma = DmaSpace::new(&self.space, None);
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ slice(&*dma.memory(), *address))
+    }
+
     /// A region to add and remove.
     pub fn extra(&self, place: u64) -> (Arc<Region>, u64) {
         (Ours::ram(&self.memory, place, 1 << 20, None), place)
@@ -151,6 +167,16 @@ impl Ours {
             .unwrap();
         self.memory.update(|t| t.remove(region)).unwrap();
     }
+}
+
+/// The host address of 64 bytes, by way of vm-memory's `GuestMemory`.
+#[inline(always)]
+fn slice<M: GuestMemory>(memory: &M, address: u64) -> u64 {
+    let mut slices = memory
+        .get_slices(GuestAddress(address), 64, Permissions::Write)
+        .unwrap();
+    let slice = slices.next().unwrap().unwrap();
+    slice.ptr_guard().as_ptr() as u64
 }
 
 type Map = GuestMemoryMmap<()>;
@@ -195,6 +221,19 @@ impl VmMemory {
         addresses
             .iter()
             .fold(0, |sum, address| sum ^ self.lookup(*address))
+    }
+
+    pub fn views(&self, addresses: &[u64]) -> u64 {
+        addresses.iter().fold(0, |sum, address| {
+            sum ^ slice(&*self.memory.memory(), *address)
+        })
+    }
+
+    /// What keeps memory across an I/O: the whole map.
+    pub fn pinning_views(&self, addresses: &[u64]) -> u64 {
+        addresses.iter().fold(0, |sum, address| {
+            sum ^ slice(&*self.memory.memory().into_inner(), *address)
+        })
     }
 
     /// What keeps memory across an I/O: the whole map.

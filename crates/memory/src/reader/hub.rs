@@ -119,7 +119,7 @@ impl Hub {
     // --- rows -------------------------------------------------------------------------------
 
     /// The row of the thread `token` names; a free or new one at its first call.
-    pub(crate) fn adopt(&'static self, token: u64, name: &str) -> &'static Row {
+    pub(crate) fn adopt(&'static self, token: u64, name: impl FnOnce() -> String) -> &'static Row {
         let mut registry = lock(&self.registry);
         if let Some(row) = registry.rows.iter().find(|row| row.owner() == token) {
             row.set_handles(row.handles() + 1);
@@ -131,7 +131,7 @@ impl Hub {
             Some(row) => row,
             None => registry.add_row(self),
         };
-        row.set_owner(token, name);
+        row.set_owner(token, &name());
         row.set_handles(1);
         row
     }

@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use smallvec::SmallVec;
+
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, Permissions, VolatileSlice};
@@ -11,6 +13,9 @@ use super::pieces::{Pieces, Slices};
 use super::{Marks, PinnedRam, WriteLog, Written};
 use crate::pin::Token;
 use crate::{Access, AccessError, AddressSpace, Gpa, RamBlock, SectionKind};
+
+/// A pin, and the block it is on.
+type Held = (Token, Arc<RamBlock>);
 
 /// Guest memory as a device sees it for the length of one I/O, on whatever threads.
 ///
@@ -22,7 +27,7 @@ pub struct DmaView {
     space: Arc<AddressSpace>,
     log: Option<Arc<dyn WriteLog>>,
     /// Only ever grows.
-    held: Mutex<Vec<(Token, Arc<RamBlock>)>>,
+    held: Mutex<SmallVec<[Held; 2]>>,
 }
 
 impl DmaView {

@@ -21,4 +21,4 @@ mod section;
 pub use dma::{DmaSpace, DmaView};
 pub use marks::{Marks, WriteLog, Written};
 pub use pinned::{PinnedRam, PinnedRegion, RamSpace};
-pub use section::{LocalSpace, SectionView};
+pub use section::{LocalSpace, LocalView, SectionView};

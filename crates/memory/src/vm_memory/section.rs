@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A device's view within one read section.
 
-use std::rc::Rc;
+use std::ops::Deref;
 use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
@@ -14,6 +14,7 @@ use crate::{Access, AccessError, AddressSpace, Gpa, ReadGuard, Reader, SectionKi
 
 /// A read section as vm-memory's `GuestMemory`. It costs what the section costs; drop it before
 /// anything that can block.
+#[derive(Clone)]
 pub struct SectionView<'r> {
     guard: ReadGuard<'r>,
     log: Option<Arc<dyn WriteLog>>,
@@ -32,6 +33,7 @@ impl<'r> SectionView<'r> {
 }
 
 impl Pieces for SectionView<'_> {
+    #[inline]
     fn piece(
         &self,
         gpa: Gpa,
@@ -74,6 +76,18 @@ impl GuestMemory for SectionView<'_> {
     }
 }
 
+/// A [`SectionView`] that can be handed on.
+#[derive(Clone)]
+pub struct LocalView<'r>(SectionView<'r>);
+
+impl<'r> Deref for LocalView<'r> {
+    type Target = SectionView<'r>;
+
+    fn deref(&self) -> &SectionView<'r> {
+        &self.0
+    }
+}
+
 /// An address space for one thread: its memory is a read section.
 #[derive(Clone)]
 pub struct LocalSpace<'r> {
@@ -99,16 +113,15 @@ impl<'r> LocalSpace<'r> {
 
 impl<'r> GuestAddressSpace for LocalSpace<'r> {
     type M = SectionView<'r>;
-    type T = Rc<SectionView<'r>>;
+    type T = LocalView<'r>;
 
     /// Opens a section, which ends with the last clone of the answer.
     ///
     /// # Panics
     /// When the reader is registered with another memory.
-    fn memory(&self) -> Rc<SectionView<'r>> {
-        Rc::new(SectionView::new(
-            self.space.read(self.reader),
-            self.log.clone(),
-        ))
+    #[inline]
+    fn memory(&self) -> LocalView<'r> {
+        let guard = self.space.read(self.reader);
+        LocalView(SectionView::new(guard, self.log.clone()))
     }
 }
