@@ -13,7 +13,7 @@ use ebbtide_bus::acpi;
 use ebbtide_bus::pci::HostBridge;
 use ebbtide_hypervisor::{BootState, ChipState, VcpuState, Vm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver};
-use ebbtide_memory::{AddressSpace, Backing, Memory};
+use ebbtide_memory::{AddressSpace, Backing, Memory, PinnedRam};
 use ebbtide_qmp::EventSink;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::events::{self, Cause};
@@ -208,15 +208,14 @@ impl Machine {
                     .write_bytes(ebbtide_memory::Gpa(tables.address), &tables.bytes)
                     .map_err(|e| Error::part("ACPI tables", e))?;
                 drop(guard);
-                let ram = system
-                    .memory()
-                    .ram()
-                    .by_name(BOOT_RAM)
-                    .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
-                let view = boot::view::of(&ram, &layout)?;
+                let view =
+                    PinnedRam::new(&system, &reader).map_err(|e| Error::part("boot RAM", e))?;
                 let entry = boot.load(&view, &layout, tables.address);
-                // The loader's view of it marks nothing itself.
-                ram.mark_dirty(0..ram.size_bytes());
+                drop(view);
+                // Without a log the view marks nothing itself.
+                if let Some(ram) = system.memory().ram().by_name(BOOT_RAM) {
+                    ram.mark_dirty(0..ram.size_bytes());
+                }
                 entry
             })
             .await

@@ -23,7 +23,7 @@ pub struct CachedMap {
 }
 
 // SAFETY: the pointer is only used after the generation was compared inside a read section,
-// whichever thread does it (I9).
+// whichever thread does it (M9).
 unsafe impl Send for CachedMap {}
 
 impl CachedMap {
@@ -76,7 +76,7 @@ impl CachedMap {
         let log = SlotLog::new(guard.reader().hub().dirty(), self.slot.get());
         let (host, writable) = (self.host.get(), self.access.writes());
         // SAFETY: the generation has not changed since the translation was made, inside a section
-        // (I9).
+        // (M9).
         Ok(unsafe { GuestSlice::new(host, self.len, writable, self.gpa, log) })
     }
 

@@ -7,7 +7,7 @@ use std::os::fd::OwnedFd;
 use std::ptr;
 use std::sync::{Arc, OnceLock};
 
-use crate::index::Node;
+use crate::index::{Node, Window};
 use crate::tree::RegionKind;
 use crate::{RamBlock, Region};
 
@@ -177,6 +177,7 @@ pub struct FlatCoalesced {
 /// A section as views hold it.
 pub(crate) struct Flat {
     pub(crate) section: FlatSection,
+    window: Window,
     /// A node of the index that shows nothing but this section.
     solo: OnceLock<Node>,
 }
@@ -184,9 +185,16 @@ pub(crate) struct Flat {
 impl Flat {
     pub(crate) fn new(section: FlatSection) -> Arc<Flat> {
         Arc::new(Flat {
+            window: Window::new(&section),
             section,
             solo: OnceLock::new(),
         })
+    }
+
+    /// The section as pins see it.
+    #[inline(always)]
+    pub(crate) fn window(&self) -> &Window {
+        &self.window
     }
 
     pub(crate) fn block(&self) -> Option<&Arc<RamBlock>> {

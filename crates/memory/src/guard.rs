@@ -10,9 +10,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::dirty::Table;
 use crate::fault::Fault;
-use crate::index::{Entry, NODE, RAM, READONLY, SPARSE, View};
+use crate::index::{Entry, Place, RAM, READONLY, View};
 use crate::pin::Token;
-use crate::reader::hub::Hub;
 use crate::{
     Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
 };
@@ -80,7 +79,7 @@ impl<'r> ReadGuard<'r> {
         self.walk(gpa, rest.len(), Access::Read, |host, count| {
             let (part, tail) = std::mem::take(&mut rest).split_at_mut(count);
             rest = tail;
-            // SAFETY: `walk` found `count` bytes of RAM at `host` inside this section.
+            // SAFETY: `walk` found `count` bytes of RAM at `host` in this section (M2, M7).
             unsafe { copy::from_guest(host, part.as_mut_ptr(), count) }
         })
     }
@@ -95,7 +94,8 @@ impl<'r> ReadGuard<'r> {
         self.walk(gpa, bytes.len(), Access::Write, |host, count| {
             let (part, tail) = rest.split_at(count);
             rest = tail;
-            // SAFETY: `walk` found `count` bytes of writable RAM at `host` inside this section.
+            // SAFETY: `walk` found `count` bytes of writable RAM at `host` in this section (M2,
+            // M7).
             unsafe { copy::to_guest(part.as_ptr(), host, count) }
         })
     }
@@ -107,8 +107,8 @@ impl<'r> ReadGuard<'r> {
     #[inline]
     pub fn read<T: FromBytes>(&self, gpa: Gpa) -> Result<T, AccessError> {
         let size = size_of::<T>();
-        if let Some(place) = self.piece(gpa, size, Access::Read) {
-            // SAFETY: RAM in this section, as many bytes as the value has.
+        if let Some(place) = self.view.place(gpa.raw(), size as u64, Access::Read) {
+            // SAFETY: RAM in this section, as many bytes as the value has (M2, M7).
             return unsafe { copy::read(place.host as *const u8) }
                 .map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
@@ -126,20 +126,17 @@ impl<'r> ReadGuard<'r> {
     #[inline]
     pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
         let size = size_of::<T>();
-        if let Some(place) = self.piece(gpa, size, Access::Write) {
+        if let Some(place) = self.view.place(gpa.raw(), size as u64, Access::Write) {
             // SAFETY: writable RAM in this section, as many bytes as the value has.
             let result = unsafe { copy::write(place.host as *mut u8, &value) };
             // SAFETY: the same bytes, of the block of `slot`.
-            unsafe { self.dirty().mark(place.slot, place.host, size as u64) };
+            unsafe {
+                self.dirty()
+                    .mark(place.lane.slot(), place.host, size as u64)
+            };
             return result.map_err(|fault| AccessError::host_fault(gpa, size, fault));
         }
         self.write_bytes(gpa, value.as_bytes())
-    }
-
-    /// The place of `len` bytes when there is nothing special about them.
-    #[inline(always)]
-    fn piece(&self, gpa: Gpa, len: usize, access: Access) -> Option<Place> {
-        place(self.view, self.reader.hub(), gpa.raw(), len as u64, access)
     }
 
     #[inline(always)]
@@ -157,12 +154,11 @@ impl<'r> ReadGuard<'r> {
     pub fn pin(&self, gpa: Gpa, len: usize, access: Access) -> Result<Pin, AccessError> {
         // The cold path finds the place only, and not by way of `self`: guard and pin then stay
         // in registers, and it is the stores that a pin takes longest for.
-        let hub = self.reader.hub();
-        let place = match place(self.view, hub, gpa.raw(), len as u64, access) {
+        let place = match self.view.place(gpa.raw(), len as u64, access) {
             Some(place) => place,
-            None => place_slowly(self.view, hub, gpa, len as u64, access)?,
+            None => place_slowly(self.view, gpa, len as u64, access)?,
         };
-        let token = Token::take(self.reader, place.slot, place.bank);
+        let token = Token::take(self.reader, place.lane);
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
     }
 
@@ -174,8 +170,8 @@ impl<'r> ReadGuard<'r> {
         len: usize,
         access: Access,
     ) -> Result<(*mut u8, u32), AccessError> {
-        let place = place_slowly(self.view, self.reader.hub(), gpa, len as u64, access)?;
-        Ok((place.host as *mut u8, place.slot))
+        let place = place_slowly(self.view, gpa, len as u64, access)?;
+        Ok((place.host as *mut u8, place.lane.slot()))
     }
 
     /// Pins several ranges for one request: splits them at region borders, takes one pin per
@@ -215,15 +211,11 @@ impl<'r> ReadGuard<'r> {
                 .ok_or(AccessError::Overflow { gpa, len })?;
             let (entry, host, _) = self.ram(at, 1, access)?;
             let count = (entry.last - at).saturating_add(1).min(len - done);
-            let mut bank = 0;
-            if entry.kind & SPARSE != 0 {
-                // SAFETY: the host address of an address in the section.
-                let admitted = unsafe { entry.admit(self.reader.hub(), host as u64, count) };
-                bank = admitted.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
-            }
-            let held = list.holds(self.reader.row(), entry.slot, bank);
-            let token =
-                held.unwrap_or_else(|| list.hold(Token::take(self.reader, entry.slot, bank)));
+            let place = entry.window().place_across(at, count, access);
+            let Place { lane, .. } =
+                place.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
+            let held = list.holds(self.reader.row(), lane);
+            let token = held.unwrap_or_else(|| list.hold(Token::take(self.reader, lane)));
             list.push(host, count as usize, access.writes().then_some(token));
             done += count;
         }
@@ -232,7 +224,7 @@ impl<'r> ReadGuard<'r> {
 
     /// The RAM at `address`: its entry, host address, and how many of `len` bytes are there and
     /// plugged; at least one.
-    fn ram(
+    pub(crate) fn ram(
         &self,
         address: u64,
         len: u64,
@@ -250,8 +242,8 @@ impl<'r> ReadGuard<'r> {
         }
         let host = entry.host(address);
         let here = (entry.last - address).saturating_add(1).min(len);
-        // SAFETY: bytes of the section, from its entry.
-        let count = unsafe { entry.plugged_prefix(self.reader.hub(), host, here) };
+        // SAFETY: bytes of the section and so of its window.
+        let count = unsafe { entry.window().plugged_prefix(host, here) };
         if count == 0 {
             return Err(AccessError::Unplugged {
                 gpa: Gpa(address),
@@ -282,7 +274,7 @@ impl<'r> ReadGuard<'r> {
             if access.writes() {
                 // SAFETY: bytes of the entry's block, in this section. Some may be written even
                 // if the host did not provide them all.
-                unsafe { self.dirty().mark(entry.slot, host as u64, count) };
+                unsafe { self.dirty().mark(entry.window().slot(), host as u64, count) };
             }
             result.map_err(|fault| {
                 let done = done + fault.done;
@@ -294,71 +286,13 @@ impl<'r> ReadGuard<'r> {
     }
 }
 
-/// Where a pin points to, and where it counts.
-struct Place {
-    host: u64,
-    slot: u32,
-    bank: usize,
-}
-
-/// The place of `len` bytes in one block, when there is nothing special about them.
-#[inline(always)]
-fn place(view: &View, hub: &Hub, addr: u64, len: u64, access: Access) -> Option<Place> {
-    let entry = view.first(addr);
-    let asked = if access.writes() {
-        RAM | READONLY | NODE
-    } else {
-        RAM | NODE
-    };
-    // A length of 0 is longer than any.
-    let fits = len.wrapping_sub(1) <= entry.last.wrapping_sub(addr);
-    if entry.kind & asked != RAM || !fits {
-        return None;
-    }
-    let host = entry.host(addr);
-    let mut bank = 0;
-    if entry.kind & SPARSE != 0 {
-        // SAFETY: the host address of an address in the section.
-        bank = unsafe { entry.admit_one(hub, host, len) }?;
-    }
-    Some(Place {
-        host,
-        slot: entry.slot,
-        bank,
-    })
-}
-
-/// As [`place`], also behind further nodes and across blocks; says what is in the way.
+/// As [`View::place`], wherever the bytes are; says what is in the way.
 #[cold]
 #[inline(never)]
-fn place_slowly(
-    view: &View,
-    hub: &Hub,
-    gpa: Gpa,
-    len: u64,
-    access: Access,
-) -> Result<Place, AccessError> {
-    let addr = gpa.raw();
-    let refused = || refusal(view, gpa, len, access);
-    let entry = view
-        .lookup(addr)
-        .filter(|entry| entry.kind & RAM != 0)
-        .ok_or_else(refused)?;
-    let readonly = entry.kind & READONLY != 0 && access.writes();
-    if len == 0 || readonly || len - 1 > entry.last - addr {
-        return Err(refused());
-    }
-    let host = entry.host(addr);
-    let mut bank = 0;
-    if entry.kind & SPARSE != 0 {
-        // SAFETY: the host addresses of addresses in the section.
-        bank = unsafe { entry.admit(hub, host, len) }.ok_or_else(refused)?;
-    }
-    Ok(Place {
-        host,
-        slot: entry.slot,
-        bank,
-    })
+fn place_slowly(view: &View, gpa: Gpa, len: u64, access: Access) -> Result<Place, AccessError> {
+    let entry = view.lookup(gpa.raw());
+    let place = entry.and_then(|entry| entry.window().place_across(gpa.raw(), len, access));
+    place.ok_or_else(|| refusal(view, gpa, len, access))
 }
 
 /// Why `len` bytes at `gpa` cannot be had in one piece.
@@ -389,6 +323,16 @@ fn refusal(view: &View, gpa: Gpa, len: u64, access: Access) -> AccessError {
         };
     }
     AccessError::Unplugged { gpa, len }
+}
+
+/// Nests a section on the same view. It costs a little more than the first.
+impl Clone for ReadGuard<'_> {
+    fn clone(&self) -> Self {
+        // This thread's section goes on until the last of the guards is dropped, and with it the
+        // view (M2).
+        self.reader.enter();
+        ReadGuard { ..*self }
+    }
 }
 
 impl Drop for ReadGuard<'_> {

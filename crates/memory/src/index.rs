@@ -11,19 +11,23 @@
 //! it, into slots as fine as the borders are aligned, so that each slot has one answer. Only when
 //! a cell holds fine borders far from its start do some of its slots name further nodes.
 //!
+//! Pins go a shorter way: beside its node a cell names the *window* of the RAM that covers most
+//! of it, and only what that window does not answer is looked up.
+//!
 //! Nodes of cells in which nothing changed are shared by successive views: a change copies the
 //! top table and builds the nodes it touches.
+
+mod window;
+
+pub(crate) use window::{Place, Window};
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use crate::SectionKind;
 use crate::flat::Flat;
-use crate::ram::fence;
-use crate::reader::hub::Hub;
-use crate::sync::AtomicU64;
+use crate::{Access, SectionKind};
 
 /// log2 of the cells per octave.
 const CELL_BITS: u32 = 6;
@@ -41,29 +45,20 @@ const UNIT: usize = 8;
 pub(crate) const RAM: u32 = 1;
 /// Devices may not write.
 pub(crate) const READONLY: u32 = 2;
-/// A pin must ask the plugged bitmap.
-pub(crate) const SPARSE: u32 = 4;
 /// The entry names a further node.
-pub(crate) const NODE: u32 = 8;
+const NODE: u32 = 4;
 /// Registers or a reservation.
-const OTHER: u32 = 16;
-/// Where in the kind the block shift of a `SPARSE` entry is.
-const SHIFT_AT: u32 = 8;
+const OTHER: u32 = 8;
 
-/// One answer of the index: what look-ups and pins need comes first.
+/// One answer of the index.
 #[repr(C)]
 pub(crate) struct Entry {
     /// Host address of address 0, were it in this section (wrapping).
     bias: u64,
-    pub(crate) slot: u32,
-    /// 0 when nothing is mapped. Above `SHIFT_AT`, log2 of the block size of a sparse block.
+    /// 0 when nothing is mapped.
     pub(crate) kind: u32,
     /// Last address of the section.
     pub(crate) last: u64,
-    /// Block size of a sparse block, less 1.
-    block_mask: u64,
-    /// The `word_zero` of a sparse block's map.
-    words: *const AtomicU64,
     /// The `Flat`; for `NODE`, the node.
     to: *const u8,
 }
@@ -71,11 +66,8 @@ pub(crate) struct Entry {
 impl Entry {
     const UNMAPPED: Entry = Entry {
         bias: 0,
-        slot: 0,
         kind: 0,
         last: 0,
-        block_mask: 0,
-        words: ptr::null(),
         to: ptr::null(),
     };
 
@@ -95,14 +87,8 @@ impl Entry {
         } = &section.kind
         {
             entry.kind = RAM | if *readonly { READONLY } else { 0 };
-            entry.slot = block.slot();
             let host = (block.host().as_ptr() as u64).wrapping_add(*block_offset);
             entry.bias = host.wrapping_sub(section.range.start);
-            if let Some((fence, shift)) = block.fence() {
-                entry.kind |= SPARSE | (shift << SHIFT_AT);
-                entry.block_mask = (1 << shift) - 1;
-                entry.words = fence.map().word_zero();
-            }
         }
         entry
     }
@@ -121,68 +107,18 @@ impl Entry {
         self.bias.wrapping_add(address)
     }
 
+    /// The section as pins see it.
+    #[inline(always)]
+    pub(crate) fn window(&self) -> &Window {
+        self.flat().window()
+    }
+
     /// The section.
     #[inline(always)]
     pub(crate) fn flat(&self) -> &Flat {
         // SAFETY: not called for `NODE` or unmapped entries, which `View::lookup` never returns;
-        // the view's `Flat`s outlive the view (I2).
+        // the view's `Flat`s outlive the view (M2).
         unsafe { &*self.to.cast() }
-    }
-
-    /// Whether `len` bytes (at least 1) at host address `host` lie in one plugged block of a
-    /// sparse RAM block, and the bank a pin of them counts in. Inside a read section.
-    ///
-    /// # Safety
-    /// The entry is `SPARSE`, and `host` the address of a byte of its section.
-    #[inline(always)]
-    pub(crate) unsafe fn admit_one(&self, hub: &Hub, host: u64, len: u64) -> Option<usize> {
-        if (host & self.block_mask) + (len - 1) > self.block_mask {
-            return None;
-        }
-        let block = host >> ((self.kind >> SHIFT_AT) & 63);
-        // SAFETY: words and slot are those of the block; a byte of the section lies in it.
-        unsafe { fence::admit_one(hub, self.slot, self.words, block) }
-    }
-
-    /// As [`Entry::admit_one`], across blocks.
-    ///
-    /// # Safety
-    /// The entry is `SPARSE`, and `len` bytes from `host` on are in its section.
-    pub(crate) unsafe fn admit(&self, hub: &Hub, host: u64, len: u64) -> Option<usize> {
-        let shift = (self.kind >> SHIFT_AT) & 63;
-        // SAFETY: as in `admit_one`.
-        unsafe {
-            fence::admit(
-                hub,
-                self.slot,
-                self.words,
-                host >> shift,
-                (host + (len - 1)) >> shift,
-            )
-        }
-    }
-
-    /// Of `len` bytes at host address `host`, those up to the first unplugged one. Inside a read
-    /// section.
-    ///
-    /// # Safety
-    /// `len` bytes from `host` on are in the entry's section.
-    pub(crate) unsafe fn plugged_prefix(&self, hub: &Hub, host: u64, len: u64) -> u64 {
-        if self.kind & SPARSE == 0 {
-            return len;
-        }
-        let block = self.block_mask + 1;
-        let mut done = 0;
-        while done < len {
-            let at = host + done;
-            let step = (block - (at & (block - 1))).min(len - done);
-            // SAFETY: in the section, by the caller's promise.
-            if unsafe { self.admit_one(hub, at, step) }.is_none() {
-                break;
-            }
-            done += step;
-        }
-        done
     }
 }
 
@@ -205,7 +141,7 @@ struct Head {
 pub(crate) struct Node(NonNull<Head>);
 
 // SAFETY: a node is immutable from its making to its end; what it points to is kept alive by its
-// view (I2).
+// view (M2).
 unsafe impl Send for Node {}
 // SAFETY: as above.
 unsafe impl Sync for Node {}
@@ -367,6 +303,17 @@ fn covers(flat: &Flat, first: u64, last: u64) -> bool {
     flat.section.range.start <= first && flat.section.range.end > last
 }
 
+/// The window of the RAM that covers most of `first..=last`.
+fn largest(flats: &[Arc<Flat>], first: u64, last: u64) -> *const Window {
+    let covered = |flat: &Flat| {
+        let range = &flat.section.range;
+        (range.end - 1).min(last) - range.start.max(first)
+    };
+    let ram = flats.iter().filter(|flat| flat.block().is_some());
+    let flat = ram.max_by_key(|flat| covered(flat));
+    flat.map_or(Window::none(), |flat| flat.window())
+}
+
 /// The highest border inside `first..=last` (a border at `first` is none), and all of them
 /// or-ed. There is at least one.
 fn borders(first: u64, last: u64, flats: &[Arc<Flat>]) -> (u64, u64) {
@@ -431,14 +378,20 @@ fn cell_range(cell: usize) -> (u64, u64) {
 pub(crate) struct View {
     /// Where cell 0 would be.
     cell_zero: *const *const Head,
+    /// The same of `windows`.
+    window_zero: *const *const Window,
     /// Number of the first cell that the table lacks.
     end: usize,
     unmapped: Entry,
     /// What `cell_zero` points into.
     _cells: Box<[*const Head]>,
+    /// By cell, the window of the RAM that covers most of it: one look at it answers nearly all
+    /// pins, without the node.
+    _windows: Box<[*const Window]>,
 }
 
-// SAFETY: immutable; what it points to is kept alive by its index until after its grace period.
+// SAFETY: immutable; what it points to is kept alive by its index until after its grace period
+// (M2).
 unsafe impl Send for View {}
 // SAFETY: as above.
 unsafe impl Sync for View {}
@@ -446,22 +399,36 @@ unsafe impl Sync for View {}
 impl View {
     /// A view that shows nothing.
     pub(crate) fn empty() -> View {
-        View::new(Box::default())
+        View::new(Box::default(), Box::default())
     }
 
-    fn new(cells: Box<[*const Head]>) -> View {
-        let cell_zero = cells.as_ptr().wrapping_sub(FIRST_CELL);
+    fn new(cells: Box<[*const Head]>, windows: Box<[*const Window]>) -> View {
         View {
-            cell_zero,
+            cell_zero: cells.as_ptr().wrapping_sub(FIRST_CELL),
+            window_zero: windows.as_ptr().wrapping_sub(FIRST_CELL),
             end: FIRST_CELL + cells.len(),
             unmapped: Entry::UNMAPPED,
             _cells: cells,
+            _windows: windows,
         }
+    }
+
+    /// The place of `len` bytes of RAM at `address`, if there is nothing special about them:
+    /// `None` says that [`View::lookup`] must be asked. In a read section.
+    #[inline(always)]
+    pub(crate) fn place(&self, address: u64, len: u64, access: Access) -> Option<Place> {
+        let cell = cell_of(address);
+        if cell >= self.end {
+            return None;
+        }
+        // SAFETY: as in `first`; the window belongs to a section of this view (M2), or is static.
+        let window = unsafe { &**self.window_zero.wrapping_add(cell) };
+        window.place(address, len, access)
     }
 
     /// What answers at `address`.
     ///
-    /// The caller is in a read section in which it loaded the view (I2).
+    /// The caller is in a read section in which it loaded the view (M2).
     #[inline(always)]
     pub(crate) fn lookup(&self, address: u64) -> Option<&Entry> {
         let mut entry = self.first(address);
@@ -473,13 +440,13 @@ impl View {
 
     /// The first entry on the way to `address`: nearly always the last one, too.
     #[inline(always)]
-    pub(crate) fn first(&self, address: u64) -> &Entry {
+    fn first(&self, address: u64) -> &Entry {
         let cell = cell_of(address);
         if cell >= self.end {
             return &self.unmapped;
         }
         // SAFETY: no address has a cell below the first, and this one is below the end. The node
-        // belongs to this view and outlives the section (I2).
+        // belongs to this view and outlives the section (M2).
         unsafe { View::step(*self.cell_zero.wrapping_add(cell), address) }
     }
 
@@ -488,7 +455,7 @@ impl View {
     #[inline(never)]
     fn further(mut entry: &Entry, address: u64) -> &Entry {
         while entry.kind & NODE != 0 {
-            // SAFETY: a node entry names a node of the same view, which covers the address.
+            // SAFETY: a node entry names a node of the same view (M2), which covers the address.
             entry = unsafe { View::step(entry.to.cast(), address) };
         }
         entry
@@ -517,9 +484,11 @@ pub(crate) struct Index {
     /// Per cell of the top table its node, unless it is `empty` or a section's solo node.
     nodes: Vec<Option<Node>>,
     cells: Vec<*const Head>,
+    windows: Vec<*const Window>,
 }
 
-// SAFETY: the pointers name nodes owned by the index or by `Flat`s of the same address space.
+// SAFETY: the pointers name nodes owned by the index or by `Flat`s of the same address space
+// (M2).
 unsafe impl Send for Index {}
 
 /// What a new view no longer shows; freed after a grace period.
@@ -534,12 +503,16 @@ impl Index {
             empty: Node::empty(),
             nodes: Vec::new(),
             cells: Vec::new(),
+            windows: Vec::new(),
         }
     }
 
     /// The view as it stands.
     pub(crate) fn view(&self) -> Box<View> {
-        Box::new(View::new(self.cells.as_slice().into()))
+        Box::new(View::new(
+            self.cells.as_slice().into(),
+            self.windows.as_slice().into(),
+        ))
     }
 
     /// Brings the index up to date with `flats` (all sections, sorted), which differ from those
@@ -556,6 +529,7 @@ impl Index {
         let empty: *const Head = self.empty.0.as_ptr();
         self.nodes.resize_with(length, || None);
         self.cells.resize(length, empty);
+        self.windows.resize(length, Window::none());
         let mut done = FIRST_CELL;
         for range in changed {
             let cells = cell_of(range.start).max(done)..end.min(cell_of(range.end - 1) + 1);
@@ -564,7 +538,9 @@ impl Index {
                 let cell = cell - FIRST_CELL;
                 let start = flats.partition_point(|flat| flat.section.range.end <= from);
                 let count = flats[start..].partition_point(|flat| flat.section.range.start <= to);
-                let node = match &flats[start..start + count] {
+                let inside = &flats[start..start + count];
+                self.windows[cell] = largest(inside, from, to);
+                let node = match inside {
                     [] => None,
                     [flat] if covers(flat, from, to) => {
                         self.cells[cell] = flat.solo().0.as_ptr();

@@ -11,6 +11,7 @@ use crate::map::Budget;
 use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
 use crate::reader::barrier::Barrier;
+use crate::reader::counters::Lane;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token};
@@ -44,7 +45,7 @@ impl Core {
         let hub = self.grace.hub();
         Thread {
             hub,
-            row: hub.adopt(make_token(), "model"),
+            row: hub.adopt(make_token(), || "model".to_owned()),
             _core: self.clone(),
         }
     }
@@ -158,7 +159,7 @@ impl Thread {
 
     /// Pins, inside a section.
     pub fn pin(&self, slot: u32, bank: usize) -> PinToken {
-        PinToken(Token::count(self.row, slot, bank))
+        PinToken(Token::count(self.row, Lane::new(slot, bank)))
     }
 }
 
@@ -208,8 +209,7 @@ impl Sparse {
         // SAFETY: the models ask for blocks they made.
         unsafe {
             admit_one(
-                self.core.grace.hub(),
-                self.fence.slot(),
+                self.core.grace.hub().bank(self.fence.slot()),
                 self.fence.map().word_zero(),
                 block,
             )

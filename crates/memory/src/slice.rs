@@ -35,7 +35,8 @@ macro_rules! atomic_access {
         #[inline(always)]
         pub fn $load(&self, offset: usize, order: Ordering) -> Result<$int, AccessError> {
             let at = self.aligned::<$int>(offset)?;
-            // SAFETY: inside the slice, aligned.
+            // SAFETY: inside the slice, aligned; the guest's accesses are atomic as the
+            // hardware's are (M10).
             unsafe { copy::load(at, order) }
                 .map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
         }
@@ -57,7 +58,7 @@ macro_rules! atomic_access {
         ) -> Result<(), AccessError> {
             let at = self.aligned::<$int>(offset)?;
             self.check_writable(offset, size_of::<$int>())?;
-            // SAFETY: as above, and writable.
+            // SAFETY: as above, and writable (M10).
             let result = unsafe { copy::store(at, value, order) };
             self.mark(at.cast(), size_of::<$int>());
             result.map_err(|fault| self.fault(offset, size_of::<$int>(), fault))
@@ -115,7 +116,7 @@ impl<'g> GuestSlice<'g> {
     #[inline]
     pub fn read<T: FromBytes>(&self, offset: usize) -> Result<T, AccessError> {
         let at = self.at(offset, size_of::<T>())?;
-        // SAFETY: inside the slice.
+        // SAFETY: inside the slice (M10).
         unsafe { copy::read(at) }.map_err(|fault| self.fault(offset, size_of::<T>(), fault))
     }
 
@@ -131,7 +132,7 @@ impl<'g> GuestSlice<'g> {
     ) -> Result<(), AccessError> {
         let at = self.at(offset, size_of::<T>())?;
         self.check_writable(offset, size_of::<T>())?;
-        // SAFETY: inside the slice, and writable.
+        // SAFETY: inside the slice, and writable (M10).
         let result = unsafe { copy::write(at, &value) };
         self.mark(at, size_of::<T>());
         result.map_err(|fault| self.fault(offset, size_of::<T>(), fault))
@@ -143,7 +144,7 @@ impl<'g> GuestSlice<'g> {
     /// `Overflow` outside the slice; `HostFault`.
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
-        // SAFETY: inside the slice.
+        // SAFETY: inside the slice (M10).
         unsafe { copy::from_guest(at, bytes.as_mut_ptr(), bytes.len()) }
             .map_err(|fault| self.fault(offset, bytes.len(), fault))
     }
@@ -155,7 +156,7 @@ impl<'g> GuestSlice<'g> {
     pub fn copy_from(&self, offset: usize, bytes: &[u8]) -> Result<(), AccessError> {
         let at = self.at(offset, bytes.len())?;
         self.check_writable(offset, bytes.len())?;
-        // SAFETY: inside the slice, and writable.
+        // SAFETY: inside the slice, and writable (M10).
         let result = unsafe { copy::to_guest(bytes.as_ptr(), at, bytes.len()) };
         self.mark(at, bytes.len());
         result.map_err(|fault| self.fault(offset, bytes.len(), fault))

@@ -62,7 +62,8 @@ impl AddressSpace {
             "a reader of another memory"
         );
         reader.enter();
-        // SAFETY: the section just opened lasts as long as the guard, which borrows the reader.
+        // SAFETY: the section just opened lasts as long as the guard, which borrows the reader
+        // (M2).
         let view = unsafe { self.view.get() };
         ReadGuard::new(reader, view, self)
     }

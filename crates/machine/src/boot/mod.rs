@@ -13,7 +13,6 @@
 //! ```
 
 mod tables;
-pub(crate) mod view;
 mod zero_page;
 
 use std::ffi::CString;

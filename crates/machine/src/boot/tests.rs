@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 use std::io::Write;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use ebbtide_memory::{Backing, Memory, MemoryConfig, PinnedRam, RamSpec, Region};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::*;
 use crate::layout::GIB;
@@ -36,9 +37,25 @@ fn file(content: &[u8]) -> tempfile::NamedTempFile {
     f
 }
 
-fn memory(bytes: u64) -> (GuestMemoryMmap<()>, Layout) {
-    let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), bytes as usize)]).unwrap();
-    (mem, Layout::new(bytes, &[], 40).unwrap())
+fn memory(bytes: u64) -> (PinnedRam, Layout) {
+    let config = MemoryConfig {
+        arena_bytes: 1 << 30,
+    };
+    let memory = Memory::new(config).unwrap();
+    let root = Region::container("root", 1 << 40);
+    let space = memory.address_space("memory", &root).unwrap();
+    let spec = RamSpec {
+        name: "ram".into(),
+        size_bytes: bytes,
+        max_size_bytes: bytes,
+        backing: Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: None,
+    };
+    let ram = Region::ram("ram", &memory.ram().add(spec).unwrap());
+    memory.update(|t| t.add(&root, &ram, 0, 0)).unwrap();
+    let ram = PinnedRam::new(&space, &memory.register()).unwrap();
+    (ram, Layout::new(bytes, &[], 40).unwrap())
 }
 
 #[test]

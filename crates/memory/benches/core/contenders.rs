@@ -3,16 +3,17 @@
 
 use std::cell::Cell;
 use std::hint::black_box;
-use std::ptr;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_memory::{
-    Access, AddressSpace, Backing, Gpa, Memory, MemoryConfig, Pin, RamSpec, Reader, Region,
+    Access, AccessError, AddressSpace, Backing, DmaSpace, Gpa, LocalSpace, Memory, MemoryConfig,
+    Pin, RamSpec, Reader, Region, SectionKind,
 };
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
-    GuestRegionMmap, MmapRegion,
+    GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryBackend,
+    GuestMemoryMmap, GuestRegionMmap, MmapRegion, Permissions,
 };
 
 /// This crate.
@@ -93,22 +94,66 @@ impl Ours {
     }
 
     #[inline(always)]
-    fn pin(&self, address: u64) -> Option<Pin> {
-        self.space
-            .read(&self.reader)
-            .pin(Gpa(address), 64, Access::Write)
-            .ok()
+    fn pin(&self, address: u64) -> Pin {
+        let guard = self.space.read(&self.reader);
+        match guard.pin(Gpa(address), 64, Access::Write) {
+            Ok(pin) => pin,
+            // A panic would need the guard in memory to unwind it. Why is for `check_pins`.
+            Err(_) => std::process::abort(),
+        }
     }
 
     pub fn pins(&self, addresses: &[u64]) -> u64 {
         addresses.iter().fold(0, |sum, address| {
             let pin = self.pin(*address);
-            sum ^ black_box(pin.as_ref().map_or(ptr::null_mut(), Pin::as_ptr)) as u64
+            sum ^ black_box(pin.as_ptr()) as u64
         })
     }
 
-    pub fn pinned(&self, addresses: &[u64]) -> Vec<Option<Pin>> {
+    pub fn pinned(&self, addresses: &[u64]) -> Vec<Pin> {
         addresses.iter().map(|address| self.pin(*address)).collect()
+    }
+
+    /// Panics unless all addresses can be pinned, and are in a sparse block whose plugged bitmap
+    /// is asked.
+    pub fn check_pins(&self, addresses: &[u64]) {
+        let guard = self.space.read(&self.reader);
+        for address in addresses {
+            guard.pin(Gpa(*address), 64, Access::Write).unwrap();
+        }
+        let address = addresses[0];
+        let section = guard.lookup(Gpa(address)).unwrap();
+        let SectionKind::Ram {
+            block,
+            block_offset,
+            ..
+        } = section.kind()
+        else {
+            panic!("{address:#x} is no RAM");
+        };
+        let size = block.block_size_bytes().unwrap();
+        let at = (block_offset + (address - section.range().start)) / size * size;
+        let seal = block.seal(at..at + size).unwrap();
+        let refusal = guard.pin(Gpa(address), 64, Access::Write).unwrap_err();
+        assert!(matches!(refusal, AccessError::Unplugged { .. }));
+        seal.undo();
+        guard.pin(Gpa(address), 64, Access::Write).unwrap();
+    }
+
+    /// A view by vm-memory's traits, and a slice of it, per address.
+    pub fn section_views(&self, addresses: &[u64]) -> u64 {
+        let local = LocalSpace::new(&self.space, &self.reader, None);
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ slice(&*local.memory(), *address))
+    }
+
+    /// The same with views that pin.
+    pub fn dma_views(&self, addresses: &[u64]) -> u64 {
+        let dma = DmaSpace::new(&self.space, None);
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ slice(&*dma.memory(), *address))
     }
 
     /// A region to add and remove.
@@ -122,6 +167,16 @@ impl Ours {
             .unwrap();
         self.memory.update(|t| t.remove(region)).unwrap();
     }
+}
+
+/// The host address of 64 bytes, by way of vm-memory's `GuestMemory`.
+#[inline(always)]
+fn slice<M: GuestMemory>(memory: &M, address: u64) -> u64 {
+    let mut slices = memory
+        .get_slices(GuestAddress(address), 64, Permissions::Write)
+        .unwrap();
+    let slice = slices.next().unwrap().unwrap();
+    slice.ptr_guard().as_ptr() as u64
 }
 
 type Map = GuestMemoryMmap<()>;
@@ -166,6 +221,19 @@ impl VmMemory {
         addresses
             .iter()
             .fold(0, |sum, address| sum ^ self.lookup(*address))
+    }
+
+    pub fn views(&self, addresses: &[u64]) -> u64 {
+        addresses.iter().fold(0, |sum, address| {
+            sum ^ slice(&*self.memory.memory(), *address)
+        })
+    }
+
+    /// What keeps memory across an I/O: the whole map.
+    pub fn pinning_views(&self, addresses: &[u64]) -> u64 {
+        addresses.iter().fold(0, |sum, address| {
+            sum ^ slice(&*self.memory.memory().into_inner(), *address)
+        })
     }
 
     /// What keeps memory across an I/O: the whole map.

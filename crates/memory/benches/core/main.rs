@@ -13,6 +13,8 @@
 //!   addresses in a virtio-mem region of 8 GiB (blocks of 2 MiB), one of N regions.
 //! - `pin/remote/N`: the same, let go on another thread. Both threads run on one CPU, so that it
 //!   measures the work and not the transfer of cache lines, which any hand-over pays.
+//! - `view/section/N`, `view/dma/N`: by vm-memory's traits, a view and a slice of 64 bytes, within
+//!   a section and pinned; the peer's view is a guard and a share in the map.
 //! - `publish/N`: one region added or removed (half each) and the view published.
 //! - `write_u64/N`: section, look-up, eight bytes written; N regions as in `lookup`.
 //! - `write_u64_dirty/N`: the same with a client of the dirty log on (vm-memory: `AtomicBitmap`);
@@ -45,6 +47,9 @@ fn main() {
     }
     for count in COUNTS {
         pins(&plan, count);
+    }
+    for count in COUNTS {
+        views(&plan, count);
     }
     for count in COUNTS {
         publishes(&plan, count);
@@ -116,6 +121,7 @@ fn pins(plan: &Plan, count: usize) {
     regions[count - 1] = device;
     let addresses = spread(&[device]);
     let ours = Ours::new(&regions, Some(2 << 20));
+    ours.check_pins(&addresses);
     let peer = VmMemory::new(&regions);
     let floor = Direct::new(&[device]);
     if plan.wants(&home) {
@@ -143,6 +149,33 @@ fn pins(plan: &Plan, count: usize) {
         });
         row.print();
     }
+}
+
+fn views(plan: &Plan, count: usize) {
+    let (section, dma) = (format!("view/section/{count}"), format!("view/dma/{count}"));
+    if !plan.wants(&section) && !plan.wants(&dma) {
+        return;
+    }
+    let regions = uniform(count);
+    let addresses = spread(&regions);
+    let ours = Ours::new(&regions, None);
+    let peer = VmMemory::new(&regions);
+    let floor = Direct::new(&regions);
+    let run = |look: &dyn Fn(&[u64]) -> u64| plan.time(addresses.len(), || look(&addresses));
+    let mut row = Row::new(&section);
+    let mut pinned = Row::new(&dma);
+    for _ in 0..plan.rounds {
+        let direct = run(&|all| floor.lookups(all));
+        row.add(
+            run(&|all| ours.section_views(all)),
+            run(&|all| peer.views(all)),
+            direct,
+        );
+        let peers = run(&|all| peer.pinning_views(all));
+        pinned.add(run(&|all| ours.dma_views(all)), peers, direct);
+    }
+    row.print();
+    pinned.print();
 }
 
 fn publishes(plan: &Plan, count: usize) {

@@ -119,3 +119,125 @@ proptest! {
         }
     }
 }
+
+/// What pins find by their windows is what look-ups find, at every border of every cell.
+#[test]
+fn windows_agree_with_look_ups() {
+    let config = crate::MemoryConfig {
+        arena_bytes: 1 << 33,
+    };
+    let memory = crate::Memory::new(config).unwrap();
+    let root = Region::container("root", 1 << 48);
+    let space = memory.address_space("memory", &root).unwrap();
+    let ram = |name: &str, size_bytes, block_size_bytes| {
+        let spec = crate::RamSpec {
+            name: name.into(),
+            size_bytes,
+            max_size_bytes: size_bytes,
+            backing: crate::Backing::Anon { thp: false },
+            prefault: false,
+            block_size_bytes,
+        };
+        memory.ram().add(spec).unwrap()
+    };
+    let (low, sparse, rom) = (
+        ram("low", 3 << 30, None),
+        ram("sparse", 1 << 30, Some(1 << 21)),
+        ram("rom", 1 << 20, None),
+    );
+    sparse.plug(0..1 << 28, false).unwrap();
+    sparse.plug((1 << 28) + (1 << 21)..1 << 29, false).unwrap();
+    let low = Region::ram("low", &low);
+    let sparse = Region::ram("sparse", &sparse);
+    let places = [
+        (Arc::clone(&low), 0, 0),
+        (Region::reservation("hole", 0x6_0000), 0xa_0000, 1),
+        (Region::rom("rom", &rom), 0x10_0000 - (1 << 16), 2),
+        (Region::reservation("bars", 64 << 20), 0xb000_0000, 1),
+        // From the middle of a cell to the middle of a block, and a cell of several sections.
+        (
+            Region::alias("part", &sparse, 0x12_3000, 0x1800_5000),
+            (1 << 40) + 0x3000,
+            0,
+        ),
+        (
+            Region::alias("far", &sparse, 0, 1 << 30),
+            (1 << 46) - (1 << 30),
+            0,
+        ),
+        (
+            Region::alias("near", &low, 0, 1 << 20),
+            (1 << 46) - (4 << 30),
+            0,
+        ),
+    ];
+    memory
+        .update(|t| {
+            places
+                .iter()
+                .try_for_each(|(region, at, priority)| t.add(&root, region, *at, *priority))
+        })
+        .unwrap();
+    let reader = memory.register();
+    let guard = space.read(&reader);
+    let view = guard.view();
+    let mut borders: Vec<u64> = (FIRST_CELL..view.end)
+        .map(|cell| cell_range(cell).0)
+        .collect();
+    for section in space.sections().unwrap() {
+        borders.extend([section.range.start, section.range.end]);
+        let blocks = (section.range.start..section.range.end).step_by(1 << 21);
+        borders.extend(blocks.take(200));
+    }
+    let mut answered = 0;
+    for border in borders {
+        for (before, len) in [
+            (0, 1),
+            (1, 1),
+            (1, 2),
+            (0, 4096),
+            (4096, 4096),
+            (9, 5),
+            (64, 8192),
+        ] {
+            let at = border.wrapping_sub(before);
+            for access in [Access::Read, Access::Write] {
+                let wanted = view
+                    .lookup(at)
+                    .and_then(|entry| entry.window().place_across(at, len, access));
+                let naive = naive(view, at, len, access);
+                assert_eq!(
+                    wanted.as_ref().map(|place| place.host),
+                    naive,
+                    "{at:#x}+{len:#x}"
+                );
+                if let Some(place) = view.place(at, len, access) {
+                    let wanted = wanted.unwrap();
+                    assert_eq!((place.host, place.lane), (wanted.host, wanted.lane));
+                    answered += 1;
+                }
+            }
+        }
+        assert!(view.place(border, 0, Access::Read).is_none());
+        assert!(view.place(border, u64::MAX, Access::Read).is_none());
+    }
+    assert!(answered > 1000, "{answered}");
+}
+
+/// The host address of a range in one section that may be accessed as asked and is plugged.
+fn naive(view: &View, at: u64, len: u64, access: Access) -> Option<u64> {
+    let section = &view.lookup(at)?.flat().section;
+    let SectionKind::Ram {
+        block,
+        block_offset,
+        readonly,
+    } = &section.kind
+    else {
+        return None;
+    };
+    let offset = block_offset + (at - section.range.start);
+    let end = at.checked_add(len)?;
+    let inside = end <= section.range.end && !(*readonly && access.writes());
+    let plugged = block.plugged(offset..offset + len) == crate::Plugged::All;
+    (inside && plugged).then(|| block.host().as_ptr() as u64 + offset)
+}

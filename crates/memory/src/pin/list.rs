@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 
 use super::Token;
 use crate::fault::Fault;
+use crate::reader::counters::Lane;
 use crate::reader::row::Row;
 use crate::{Access, AccessError, Gpa, copy};
 
@@ -21,7 +22,7 @@ pub struct PinList {
     writable: bool,
 }
 
-// SAFETY: the pointers stay valid on every thread until the tokens are dropped (I3).
+// SAFETY: the pointers stay valid on every thread until the tokens are dropped (M3).
 unsafe impl Send for PinList {}
 // SAFETY: shared use gives the pointers and copies through them.
 unsafe impl Sync for PinList {}
@@ -67,7 +68,7 @@ impl PinList {
     pub fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         let target = bytes.as_mut_ptr();
         self.each(offset, bytes.len(), |host, at, count| {
-            // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
+            // SAFETY: `each` stays inside the pinned memory (M3) and inside `bytes`.
             unsafe { copy::from_guest(host, target.add(at), count) }
         })
     }
@@ -84,7 +85,7 @@ impl PinList {
             });
         }
         self.each(offset, bytes.len(), |host, at, count| {
-            // SAFETY: `each` stays inside the pinned memory (I3) and inside `bytes`.
+            // SAFETY: `each` stays inside the pinned memory (M3) and inside `bytes`.
             unsafe { copy::to_guest(bytes.as_ptr().add(at), host, count) }
         })
     }
@@ -153,10 +154,10 @@ impl PinList {
         self.tokens.truncate(mark.tokens);
     }
 
-    /// The number of a pin that also covers more memory of the same slot and bank.
-    pub(crate) fn holds(&self, row: &'static Row, slot: u32, bank: usize) -> Option<u32> {
+    /// The number of a pin that also covers more memory that counts in `lane`.
+    pub(crate) fn holds(&self, row: &'static Row, lane: Lane) -> Option<u32> {
         let mut tokens = self.tokens.iter();
-        let at = tokens.position(|token| token.is(row, slot, bank))?;
+        let at = tokens.position(|token| token.is(row, lane))?;
         Some(at as u32)
     }
 

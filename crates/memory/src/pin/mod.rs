@@ -7,33 +7,29 @@ pub use list::PinList;
 
 use std::fmt;
 
+use crate::reader::counters::Lane;
 use crate::reader::row::Row;
 use crate::{Access, AccessError, Gpa, Reader, copy};
 
 /// One count in the row of the thread that took it; lets go when dropped, on any thread.
 pub(crate) struct Token {
     row: &'static Row,
-    slot: u32,
-    bank: u32,
+    lane: Lane,
 }
 
 impl Token {
-    /// Takes a pin. The reader is in a section whose view shows the block of `slot`, and for a
-    /// sparse block `bank` comes from the admission in that section (I3).
+    /// Takes a pin. The reader is in a section whose view shows the block of the slot, and for a
+    /// sparse block the lane comes from the admission in that section (M3).
     #[inline(always)]
-    pub(crate) fn take(reader: &Reader, slot: u32, bank: usize) -> Token {
-        Token::count(reader.row(), slot, bank)
+    pub(crate) fn take(reader: &Reader, lane: Lane) -> Token {
+        Token::count(reader.row(), lane)
     }
 
     /// As [`Token::take`], by the row of the calling thread.
     #[inline(always)]
-    pub(crate) fn count(row: &'static Row, slot: u32, bank: usize) -> Token {
-        row.acquire_home(slot, bank);
-        Token {
-            row,
-            slot,
-            bank: bank as u32,
-        }
+    pub(crate) fn count(row: &'static Row, lane: Lane) -> Token {
+        row.acquire_home(lane);
+        Token { row, lane }
     }
 
     /// Marks `len` bytes at `host` as written.
@@ -42,35 +38,34 @@ impl Token {
     /// They lie in the token's block.
     #[inline(always)]
     unsafe fn mark_dirty(&self, host: *const u8, len: usize) {
+        let dirty = self.row.hub().dirty();
         // SAFETY: this is a pin on the block.
-        unsafe {
-            self.row
-                .hub()
-                .dirty()
-                .mark(self.slot, host as u64, len as u64)
-        };
+        unsafe { dirty.mark(self.lane.slot(), host as u64, len as u64) };
     }
 
-    fn is(&self, row: &'static Row, slot: u32, bank: usize) -> bool {
-        std::ptr::eq(self.row, row) && self.slot == slot && self.bank as usize == bank
+    /// Whether the token is one of the same row in the same lane: one then does for two.
+    fn is(&self, row: &'static Row, lane: Lane) -> bool {
+        std::ptr::eq(self.row, row) && self.lane == lane
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Token) -> bool {
+        self.is(other.row, other.lane)
     }
 }
 
 impl Clone for Token {
     fn clone(&self) -> Token {
-        self.row.acquire_clone(self.slot, self.bank as usize);
-        Token {
-            row: self.row,
-            slot: self.slot,
-            bank: self.bank,
-        }
+        self.row.acquire_clone(self.lane);
+        Token { ..*self }
     }
 }
 
 impl Drop for Token {
     #[inline(always)]
     fn drop(&mut self) {
-        self.row.release(self.slot, self.bank as usize);
+        self.row.release(self.lane);
     }
 }
 
@@ -90,7 +85,7 @@ pub struct Pin {
     access: Access,
 }
 
-// SAFETY: the pointer stays valid on every thread until the token is dropped (I3), and a token
+// SAFETY: the pointer stays valid on every thread until the token is dropped (M3), and a token
 // may be dropped and cloned on any thread.
 unsafe impl Send for Pin {}
 // SAFETY: shared use gives the pointer and copies through it, as several pins of the same memory
@@ -137,7 +132,7 @@ impl Pin {
     /// `Overflow` outside of it; `HostFault`.
     pub fn read_at(&self, offset: usize, bytes: &mut [u8]) -> Result<(), AccessError> {
         self.check(offset, bytes.len())?;
-        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        // SAFETY: inside the pinned memory, which the token keeps (M3).
         unsafe { copy::from_guest(self.ptr.add(offset), bytes.as_mut_ptr(), bytes.len()) }
             .map_err(|fault| AccessError::host_fault(self.gpa_at(offset), bytes.len(), fault))
     }
@@ -154,7 +149,7 @@ impl Pin {
                 len: bytes.len() as u64,
             });
         }
-        // SAFETY: inside the pinned memory, which the token keeps (I3).
+        // SAFETY: inside the pinned memory, which the token keeps (M3).
         unsafe { copy::to_guest(bytes.as_ptr(), self.ptr.add(offset), bytes.len()) }
             .map_err(|fault| AccessError::host_fault(self.gpa_at(offset), bytes.len(), fault))
     }
@@ -173,10 +168,14 @@ impl Pin {
         if len == 0 || len > self.len || offset > self.len - len {
             return self.check(offset, len);
         }
-        let Token { row, slot, .. } = self.token;
+        let Token { row, lane } = self.token;
         let host = self.ptr as u64 + offset as u64;
         // SAFETY: inside the pinned memory, which lies in the token's block.
-        unsafe { row.hub().dirty().mark_expected(slot, host, len as u64) };
+        unsafe {
+            row.hub()
+                .dirty()
+                .mark_expected(lane.slot(), host, len as u64)
+        };
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //!
 //! Addresses are handed out once. What was given back, the gaps between blocks and the unplugged
 //! parts of sparse blocks are inaccessible, so that a pointer used too late faults instead of
-//! reaching somebody else's memory (README, I8).
+//! reaching somebody else's memory (README, M8).
 
 use std::io;
 use std::ptr::{self, NonNull};
@@ -111,7 +111,7 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: the reservation is the arena's own, and nobody holds a pin on it (I8).
+        // SAFETY: the reservation is the arena's own, and nobody holds a pin on it (M8).
         let result = unsafe { libc::munmap(self.mapped.as_ptr().cast(), self.mapped_bytes) };
         if result != 0 {
             tracing::error!(error = %io::Error::last_os_error(), "cannot give the address reservation back");

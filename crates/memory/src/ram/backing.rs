@@ -304,7 +304,7 @@ impl Mapping {
             libc::PROT_NONE
         };
         // SAFETY: the range lies in the block's own place in the arena; who may still use it is
-        // the caller's to know (I7, I8).
+        // the caller's to know (M7, M8).
         let result = unsafe {
             libc::mprotect(
                 self.at(range.start),
@@ -418,7 +418,7 @@ impl Mapping {
     pub(crate) fn destroy(&self) -> Result<(), Error> {
         let flags = libc::MAP_FIXED | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         // SAFETY: over the block's own place in the arena, on which no pin and no view is left;
-        // the address is never handed out again (I8).
+        // the address is never handed out again (M8).
         let result = unsafe {
             libc::mmap(
                 self.at(0),

@@ -407,6 +407,11 @@ impl RamBlock {
             .map(|sparse| (&*sparse.fence, sparse.block_bytes.trailing_zeros()))
     }
 
+    /// The bank new pins count in.
+    pub(crate) fn bank(&self) -> &'static crate::sync::AtomicU64 {
+        self.grace.hub().bank(self.slot)
+    }
+
     pub(crate) fn is_live(&self) -> bool {
         self.life.load(Acquire) == LIVE
     }

@@ -11,7 +11,7 @@
 //!
 //! A pin that found its bits set counted in the old bank, or loaded the new bank: then its test
 //! came after the flip and so after the clearing, and failed if it lay in the range (README,
-//! I7). After the grace period nobody new counts in the old bank, so step 4 ends whatever load
+//! M7). After the grace period nobody new counts in the old bank, so step 4 ends whatever load
 //! there is on the rest of the block. Seals that come while a fence runs clear their bits at
 //! once and share the next fence.
 
@@ -91,26 +91,24 @@ pub(crate) fn masks(blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
 }
 
 /// Whether a block is plugged, and if so the bank to count a pin of it in. Call inside a read
-/// section.
+/// section. `current` is [`Hub::bank`] of the slot of the RAM block.
 ///
 /// # Safety
-/// `word_zero` is that of the [`BlockMap`] of the RAM block of `slot`, and `block` one of its
-/// blocks.
+/// `word_zero` is that of the [`BlockMap`] of that RAM block, and `block` one of its blocks.
 #[inline(always)]
 pub(crate) unsafe fn admit_one(
-    hub: &Hub,
-    slot: u32,
+    current: &AtomicU64,
     word_zero: *const AtomicU64,
     block: u64,
 ) -> Option<usize> {
     // SAFETY: the map has the words of all its blocks.
     let word = unsafe { &*word_zero.wrapping_add((block / 64) as usize) };
     #[cfg(not(seeded = "bank_after_bits"))]
-    let bank = hub.bank(slot);
+    let bank = current.load(Acquire);
     let plugged = word.load(Acquire) >> (block % 64) & 1 == 1;
     #[cfg(seeded = "bank_after_bits")]
-    let bank = hub.bank(slot);
-    plugged.then_some(bank)
+    let bank = current.load(Acquire);
+    plugged.then_some(bank as usize)
 }
 
 /// As [`admit_one`], for the blocks `first..=last`.
@@ -118,19 +116,18 @@ pub(crate) unsafe fn admit_one(
 /// # Safety
 /// As for [`admit_one`], of all the blocks.
 pub(crate) unsafe fn admit(
-    hub: &Hub,
-    slot: u32,
+    current: &AtomicU64,
     word_zero: *const AtomicU64,
     first: u64,
     last: u64,
 ) -> Option<usize> {
-    let bank = hub.bank(slot);
+    let bank = current.load(Acquire);
     let mut plugged = masks(first..last + 1).map(|(word, mask)| {
         // SAFETY: the map has the words of all its blocks.
         let word = unsafe { &*word_zero.wrapping_add(word as usize) };
         word.load(Acquire) & mask == mask
     });
-    plugged.all(|plugged| plugged).then_some(bank)
+    plugged.all(|plugged| plugged).then_some(bank as usize)
 }
 
 /// The fence of one sparse block.
@@ -235,10 +232,10 @@ mod tests {
             let map = BlockMap::new(first, 200);
             // SAFETY: blocks of the map.
             let many =
-                |from, to| unsafe { admit(hub, 5, map.word_zero(), first + from, first + to) };
+                |from, to| unsafe { admit(hub.bank(5), map.word_zero(), first + from, first + to) };
             // SAFETY: as above.
-            let one = |block| unsafe { admit_one(hub, 5, map.word_zero(), first + block) };
-            let bank = hub.bank(5);
+            let one = |block| unsafe { admit_one(hub.bank(5), map.word_zero(), first + block) };
+            let bank = hub.bank(5).load(Acquire) as usize;
             map.set(10..140);
             assert_eq!(map.count(0..200), 130);
             assert_eq!((many(10, 10), many(10, 139)), (Some(bank), Some(bank)));

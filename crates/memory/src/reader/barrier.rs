@@ -4,7 +4,7 @@
 //! A reader puts [`light`] between a store and a load that must not be exchanged; the worker
 //! puts [`Barrier::heavy`] between its own. Whenever the worker's store and the reader's load
 //! miss each other, the reader's store and the worker's load cannot miss each other as well
-//! (README, I1). With `membarrier` the light side is a compiler fence: the system call runs a
+//! (README, M1). With `membarrier` the light side is a compiler fence: the system call runs a
 //! full barrier on every running thread of the process, so each thread's program order is cut
 //! at some instruction boundary during the call. Without it both sides are full fences.
 //!

@@ -13,30 +13,53 @@ pub(crate) const MAX_SLOTS: usize = 1 << 16;
 #[cfg(loom)]
 pub(crate) const MAX_SLOTS: usize = 2;
 
-/// Pins taken and let go by the owner of the row, per bank: plain stores.
-#[derive(Default)]
-#[repr(align(32))]
-pub(super) struct Home {
-    pub(super) acquired: [AtomicU64; 2],
-    pub(super) released: [AtomicU64; 2],
+/// Where a pin counts: one of the two banks of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Lane(u32);
+
+impl Lane {
+    /// What nothing counts in.
+    pub(crate) const NONE: Lane = Lane(0);
+
+    #[inline(always)]
+    pub(crate) fn new(slot: u32, bank: usize) -> Lane {
+        debug_assert!(bank < 2);
+        Lane(2 * slot + bank as u32)
+    }
+
+    /// The lane of the same slot in `bank`, of one in bank 0.
+    #[inline(always)]
+    pub(crate) fn in_bank(self, bank: usize) -> Lane {
+        debug_assert!(self.0.is_multiple_of(2) && bank < 2);
+        Lane(self.0 + bank as u32)
+    }
+
+    pub(crate) fn slot(self) -> u32 {
+        self.0 / 2
+    }
 }
 
-/// Pins of the row cloned or let go by other threads, per bank: atomic additions, on lines of
-/// their own.
+/// Pins taken and let go, of one lane.
 #[derive(Default)]
-pub(super) struct Away {
-    pub(super) acquired: [AtomicU64; 2],
-    pub(super) released: [AtomicU64; 2],
+#[repr(align(16))]
+pub(super) struct Counts {
+    pub(super) acquired: AtomicU64,
+    pub(super) released: AtomicU64,
 }
+
+/// The counts of a slot, by bank.
+#[derive(Default)]
+#[repr(C)]
+struct Banks([Counts; 2]);
 
 /// The counters of a row.
 pub(super) struct Counters {
-    /// Pins at home.
-    pub(super) home: PerSlot<Home>,
-    /// Pins elsewhere.
-    pub(super) away: PerSlot<Line<Away>>,
+    /// Pins taken and let go by the owner of the row: plain stores.
+    home: PerSlot<Banks>,
+    /// Pins of the row cloned or let go by other threads: atomic additions, on lines of their own.
+    away: PerSlot<Line<Banks>>,
     /// Whether the worker waits for pins of the slot.
-    pub(super) armed: PerSlot<AtomicBool>,
+    armed: PerSlot<AtomicBool>,
 }
 
 impl Counters {
@@ -48,19 +71,36 @@ impl Counters {
         }
     }
 
+    /// The counts of pins at home.
+    #[inline(always)]
+    pub(super) fn home(&self, lane: Lane) -> &Counts {
+        debug_assert!((lane.slot() as usize) < MAX_SLOTS);
+        let lanes = self.home.0.cast::<Counts>();
+        // SAFETY: as in `PerSlot::at`; the banks of all slots lie in a row.
+        unsafe { lanes.add(lane.0 as usize).as_ref() }
+    }
+
+    /// The counts of pins elsewhere.
+    #[inline(always)]
+    pub(super) fn away(&self, lane: Lane) -> &Counts {
+        &self.away.at(lane.slot()).0.0[(lane.0 % 2) as usize]
+    }
+
+    /// Whether the worker waits for pins of the slot.
+    pub(super) fn armed(&self, slot: u32) -> &AtomicBool {
+        self.armed.at(slot)
+    }
+
     /// Sets the counters of the first `slots` slots to zero.
     pub(super) fn clear(&self, slots: u32) {
         for slot in 0..slots {
-            let (home, away) = (self.home.at(slot), &self.away.at(slot).0);
-            for counts in [
-                &home.acquired,
-                &home.released,
-                &away.acquired,
-                &away.released,
-            ] {
-                counts.iter().for_each(|count| count.store(0, Relaxed));
+            for lane in [Lane::new(slot, 0), Lane::new(slot, 1)] {
+                for counts in [self.home(lane), self.away(lane)] {
+                    counts.acquired.store(0, Relaxed);
+                    counts.released.store(0, Relaxed);
+                }
             }
-            self.armed.at(slot).store(false, Relaxed);
+            self.armed(slot).store(false, Relaxed);
         }
     }
 
@@ -77,7 +117,7 @@ impl Counters {
 /// two, and one is found without a table in between.
 pub(crate) struct PerSlot<T>(NonNull<T>);
 
-// SAFETY: gives out shared references only, to things that are never freed.
+// SAFETY: gives out shared references only, to things that are never freed (M6).
 unsafe impl<T: Sync> Send for PerSlot<T> {}
 // SAFETY: as above.
 unsafe impl<T: Sync> Sync for PerSlot<T> {}
@@ -87,7 +127,7 @@ impl<T: Zero> PerSlot<T> {
     #[inline(always)]
     pub(crate) fn at(&self, slot: u32) -> &T {
         debug_assert!((slot as usize) < MAX_SLOTS);
-        // SAFETY: there are `MAX_SLOTS`, all slots are below (I5), and none is ever freed (I6).
+        // SAFETY: there are `MAX_SLOTS`, all slots are below (M5), and none is ever freed (M6).
         unsafe { self.0.add(slot as usize).as_ref() }
     }
 }
@@ -104,9 +144,9 @@ unsafe impl Zero for AtomicU8 {}
 // SAFETY: as above.
 unsafe impl Zero for AtomicU64 {}
 // SAFETY: made of atomics.
-unsafe impl Zero for Home {}
+unsafe impl Zero for Banks {}
 // SAFETY: made of atomics.
-unsafe impl Zero for Line<Away> {}
+unsafe impl Zero for Line<Banks> {}
 
 #[cfg(not(loom))]
 impl<T: Zero> PerSlot<T> {

@@ -4,13 +4,13 @@
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::barrier::Barrier;
-use super::counters::{MAX_SLOTS, PerSlot};
+use super::counters::{Lane, MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::dirty::Table;
 use crate::sync::{AtomicU64, Mutex, lock};
 
-/// Shared by the readers of one memory. Never freed, only used again (I6).
+/// Shared by the readers of one memory. Never freed, only used again (M6).
 pub(crate) struct Hub {
     /// Counts grace periods; readers load it at the start of a section.
     grace: Line<AtomicU64>,
@@ -33,7 +33,7 @@ struct Registry {
     armed: Vec<u32>,
 }
 
-/// Rows and hubs that no memory uses. The only global: they outlive their memories (I6).
+/// Rows and hubs that no memory uses. The only global: they outlive their memories (M6).
 #[cfg(not(loom))]
 static SPARE: Mutex<(Vec<&'static Hub>, Vec<&'static Row>)> = Mutex::new((Vec::new(), Vec::new()));
 
@@ -118,21 +118,20 @@ impl Hub {
         self.generation.0.fetch_add(1, AcqRel);
     }
 
-    /// The bank new pins of a sparse block count in.
-    #[inline(always)]
-    pub(crate) fn bank(&self, slot: u32) -> usize {
-        (self.banks.at(slot).load(Acquire) & 1) as usize
+    /// The bank, 0 or 1, new pins of a sparse block count in.
+    pub(crate) fn bank(&self, slot: u32) -> &AtomicU64 {
+        self.banks.at(slot)
     }
 
     /// Makes new pins count in the other bank; returns the one they counted in.
     pub(crate) fn flip_bank(&self, slot: u32) -> usize {
-        (self.banks.at(slot).fetch_xor(1, AcqRel) & 1) as usize
+        self.banks.at(slot).fetch_xor(1, AcqRel) as usize
     }
 
     // --- rows -------------------------------------------------------------------------------
 
     /// The row of the thread `token` names; a free or new one at its first call.
-    pub(crate) fn adopt(&'static self, token: u64, name: &str) -> &'static Row {
+    pub(crate) fn adopt(&'static self, token: u64, name: impl FnOnce() -> String) -> &'static Row {
         let mut registry = lock(&self.registry);
         if let Some(row) = registry.rows.iter().find(|row| row.owner() == token) {
             row.set_handles(row.handles() + 1);
@@ -144,7 +143,7 @@ impl Hub {
             Some(row) => row,
             None => registry.add_row(self),
         };
-        row.set_owner(token, name);
+        row.set_owner(token, &name());
         row.set_handles(1);
         row
     }
@@ -155,7 +154,7 @@ impl Hub {
         let handles = row.handles() - 1;
         row.set_handles(handles);
         // A forgotten guard keeps its section open for ever; nobody may inherit that.
-        if handles == 0 && row.depth() == 0 {
+        if handles == 0 && !row.in_section() {
             row.set_owner(NOBODY, "");
         }
     }
@@ -254,15 +253,15 @@ impl Hub {
     }
 
     /// Pins of `slot` that are out, summed over `banks`. An upper bound while pins come and go;
-    /// 0 is the truth, once no read section can take new ones (I4).
+    /// 0 is the truth, once no read section can take new ones (M4).
     pub(crate) fn outstanding(&self, slot: u32, banks: &[usize]) -> u64 {
         let registry = lock(&self.registry);
         registry.barrier.heavy();
-        let sum = |count: fn(&Row, u32, usize) -> u64| {
+        let sum = |count: fn(&Row, Lane) -> u64| {
             let counts = registry
                 .rows
                 .iter()
-                .flat_map(|row| banks.iter().map(|b| count(row, slot, *b)));
+                .flat_map(|row| banks.iter().map(|b| count(row, Lane::new(slot, *b))));
             counts.fold(0, u64::wrapping_add)
         };
         if cfg!(seeded = "acquired_first") {
@@ -281,8 +280,8 @@ impl Hub {
         let registry = lock(&self.registry);
         let mut holders = Vec::new();
         for row in &registry.rows {
-            let both = |count: fn(&Row, u32, usize) -> u64| {
-                count(row, slot, 0).wrapping_add(count(row, slot, 1))
+            let both = |count: fn(&Row, Lane) -> u64| {
+                count(row, Lane::new(slot, 0)).wrapping_add(count(row, Lane::new(slot, 1)))
             };
             let released = both(Row::released);
             let count = both(Row::acquired).wrapping_sub(released);

@@ -29,8 +29,10 @@ pub struct Reader {
 
 impl Reader {
     pub(crate) fn new(memory: Arc<Memory>, hub: &'static Hub) -> Reader {
-        let thread = std::thread::current();
-        let row = hub.adopt(row::make_token(), thread.name().unwrap_or("unnamed thread"));
+        let row = hub.adopt(row::make_token(), || {
+            let thread = std::thread::current();
+            thread.name().unwrap_or("unnamed thread").to_owned()
+        });
         Reader {
             memory,
             hub,
@@ -46,7 +48,7 @@ impl Reader {
 
     /// Whether a read section is open on this thread.
     pub fn in_section(&self) -> bool {
-        self.row.depth() != 0
+        self.row.in_section()
     }
 
     #[inline(always)]

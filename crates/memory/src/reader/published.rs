@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use crate::sync::AtomicPtr;
 
-/// Never null. What it names is freed a grace period after it was replaced (I2).
+/// Never null. What it names is freed a grace period after it was replaced (M2).
 pub(crate) struct Published<T>(AtomicPtr<T>);
 
 impl<T> Published<T> {
@@ -20,7 +20,7 @@ impl<T> Published<T> {
     #[inline(always)]
     pub(crate) unsafe fn get<'r>(&self) -> &'r T {
         // SAFETY: made by `Box::into_raw`, and freed only after a grace period that waits for
-        // the caller's section.
+        // the caller's section (M2).
         unsafe { &*self.0.load(Acquire) }
     }
 

@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A thread's row: its read section, and the pins taken from it.
 //!
-//! Rows are never freed, only used again (README, I6): the last thing an unpin does, after it
+//! Rows are never freed, only used again (README, M6): the last thing an unpin does, after it
 //! has let go, is to look at its row.
 
 use std::ptr;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use super::barrier::light;
-use super::counters::Counters;
+use super::counters::{Counters, Lane};
 use super::hub::Hub;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, Mutex};
 
@@ -22,9 +22,10 @@ pub(crate) const WATCH_PINS: u32 = 2;
 
 /// No watch: readers need real fences.
 const WATCH_FENCED: u32 = 4;
-/// Added to the depth where readers need real fences: the fast path, which asks for 0 and 1, is
-/// then never taken.
+/// Added to the nesting where readers need real fences, and `AT_REST_FENCED` is what the section
+/// is between sections then: the fast paths, which ask for 0, are never taken.
 const FENCED: u64 = 1 << 63;
+const AT_REST_FENCED: u64 = u64::MAX;
 
 /// Two lines apart: the adjacent-line prefetcher makes pairs of lines travel together.
 #[derive(Default)]
@@ -40,10 +41,11 @@ pub(crate) struct Row {
 }
 
 struct Own {
-    /// 0 outside read sections, else the grace number the section began under.
+    /// The grace number the section began under; 0 outside, or `AT_REST_FENCED`.
     section: AtomicU64,
-    /// How many read guards are nested, plus `FENCED`. Only the owner touches it.
-    depth: AtomicU64,
+    /// How many read guards there are besides the first, plus `FENCED`. Only the owner touches
+    /// it, and hardly ever: a store that every section makes is what a section would wait for.
+    nesting: AtomicU64,
 }
 
 struct Shared {
@@ -92,7 +94,7 @@ impl Row {
         Box::new(Row {
             own: Line(Own {
                 section: AtomicU64::new(0),
-                depth: AtomicU64::new(0),
+                nesting: AtomicU64::new(0),
             }),
             shared: Line(Shared {
                 watch: AtomicU32::new(0),
@@ -111,10 +113,7 @@ impl Row {
     #[inline(always)]
     pub(crate) fn enter(&self, hub: &Hub) {
         let own = &self.own.0;
-        if own.depth.load(Relaxed) == 0 {
-            // Constants, not increments: the stores of one section must not wait for the loads
-            // of the one before.
-            own.depth.store(1, Relaxed);
+        if own.section.load(Relaxed) == 0 {
             own.section.store(hub.grace_number(), Relaxed);
             #[cfg(not(seeded = "no_reader_fence"))]
             light(false);
@@ -128,11 +127,11 @@ impl Row {
     #[inline(never)]
     fn enter_slowly(&self, hub: &Hub) {
         let own = &self.own.0;
-        let depth = own.depth.load(Relaxed);
-        own.depth.store(depth + 1, Relaxed);
-        if depth == FENCED {
+        if own.section.load(Relaxed) == AT_REST_FENCED {
             own.section.store(hub.grace_number(), Relaxed);
             light(true);
+        } else {
+            own.nesting.store(own.nesting.load(Relaxed) + 1, Relaxed);
         }
     }
 
@@ -140,8 +139,7 @@ impl Row {
     #[inline(always)]
     pub(crate) fn leave(&self) {
         let own = &self.own.0;
-        if own.depth.load(Relaxed) == 1 {
-            own.depth.store(0, Relaxed);
+        if own.nesting.load(Relaxed) == 0 {
             own.section.store(0, Release);
             #[cfg(not(seeded = "no_leave_fence"))]
             light(false);
@@ -157,10 +155,11 @@ impl Row {
     #[inline(never)]
     fn leave_slowly(&self) {
         let own = &self.own.0;
-        let depth = own.depth.load(Relaxed) - 1;
-        own.depth.store(depth, Relaxed);
-        if depth == FENCED {
-            own.section.store(0, Release);
+        let nesting = own.nesting.load(Relaxed);
+        if nesting != FENCED {
+            own.nesting.store(nesting - 1, Relaxed);
+        } else {
+            own.section.store(AT_REST_FENCED, Release);
             light(true);
             if self.shared.0.watch.load(Relaxed) & WATCH_SECTION != 0 {
                 self.section_ended();
@@ -174,9 +173,9 @@ impl Row {
         self.hub().wake().signal();
     }
 
-    /// How deep the owner's read sections are nested.
-    pub(crate) fn depth(&self) -> u64 {
-        self.own.0.depth.load(Relaxed) & !FENCED
+    /// Whether the owner has a read section open. Only the owner asks.
+    pub(crate) fn in_section(&self) -> bool {
+        !matches!(self.own.0.section.load(Relaxed), 0 | AT_REST_FENCED)
     }
 
     // --- pins -------------------------------------------------------------------------------
@@ -189,45 +188,47 @@ impl Row {
 
     /// Counts a pin taken inside a read section of the owner.
     #[inline(always)]
-    pub(crate) fn acquire_home(&self, slot: u32, bank: usize) {
-        let count = &self.shared.0.counters.home.at(slot).acquired[bank & 1];
+    pub(crate) fn acquire_home(&self, lane: Lane) {
+        let count = &self.shared.0.counters.home(lane).acquired;
         count.store(count.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
     /// Counts a further pin made from one that is held; on any thread.
-    pub(crate) fn acquire_clone(&self, slot: u32, bank: usize) {
+    pub(crate) fn acquire_clone(&self, lane: Lane) {
         if self.is_home() {
-            self.acquire_home(slot, bank);
+            self.acquire_home(lane);
         } else {
-            self.shared.0.counters.away.at(slot).0.acquired[bank & 1].fetch_add(1, Relaxed);
+            let away = self.shared.0.counters.away(lane);
+            away.acquired.fetch_add(1, Relaxed);
         }
     }
 
     /// Lets a pin go; on any thread.
     #[inline(always)]
-    pub(crate) fn release(&self, slot: u32, bank: usize) {
+    pub(crate) fn release(&self, lane: Lane) {
         if self.is_home() {
-            let count = &self.shared.0.counters.home.at(slot).released[bank & 1];
+            let count = &self.shared.0.counters.home(lane).released;
             count.store(count.load(Relaxed).wrapping_add(1), Release);
         } else {
-            self.shared.0.counters.away.at(slot).0.released[bank & 1].fetch_add(1, Release);
+            let away = self.shared.0.counters.away(lane);
+            away.released.fetch_add(1, Release);
         }
         #[cfg(not(seeded = "no_unpin_fence"))]
         light(false);
         if self.shared.0.watch.load(Relaxed) & (WATCH_PINS | WATCH_FENCED) != 0 {
-            self.pin_released(slot);
+            self.pin_released(lane);
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn pin_released(&self, slot: u32) {
+    fn pin_released(&self, lane: Lane) {
         if self.shared.0.watch.load(Relaxed) & WATCH_FENCED != 0 {
             light(true);
         }
-        // The pin is gone and with it perhaps the `Memory`; row and hub are still there (I6).
+        // The pin is gone and with it perhaps the `Memory`; row and hub are still there (M6).
         // Should they serve another memory by now, that one's worker wakes for nothing.
-        if self.shared.0.counters.armed.at(slot).load(Relaxed) {
+        if self.shared.0.counters.armed(lane.slot()).load(Relaxed) {
             self.hub().wake().signal();
         }
     }
@@ -253,7 +254,7 @@ impl Row {
     /// Makes the release of pins of `slot` wake the worker, or no longer so. `any` is whether
     /// any slot is waited for.
     pub(super) fn watch_pins(&self, slot: u32, armed: bool, any: bool) {
-        self.shared.0.counters.armed.at(slot).store(armed, Relaxed);
+        self.shared.0.counters.armed(slot).store(armed, Relaxed);
         if any {
             self.shared.0.watch.fetch_or(WATCH_PINS, Relaxed);
         } else {
@@ -261,18 +262,18 @@ impl Row {
         }
     }
 
-    /// Pins let go so far, of one bank.
-    pub(super) fn released(&self, slot: u32, bank: usize) -> u64 {
+    /// Pins let go so far.
+    pub(super) fn released(&self, lane: Lane) -> u64 {
         let counters = &self.shared.0.counters;
-        let home = counters.home.at(slot).released[bank & 1].load(Acquire);
-        home.wrapping_add(counters.away.at(slot).0.released[bank & 1].load(Acquire))
+        let home = counters.home(lane).released.load(Acquire);
+        home.wrapping_add(counters.away(lane).released.load(Acquire))
     }
 
-    /// Pins taken so far, of one bank.
-    pub(super) fn acquired(&self, slot: u32, bank: usize) -> u64 {
+    /// Pins taken so far.
+    pub(super) fn acquired(&self, lane: Lane) -> u64 {
         let counters = &self.shared.0.counters;
-        let home = counters.home.at(slot).acquired[bank & 1].load(Acquire);
-        home.wrapping_add(counters.away.at(slot).0.acquired[bank & 1].load(Acquire))
+        let home = counters.home(lane).acquired.load(Acquire);
+        home.wrapping_add(counters.away(lane).acquired.load(Acquire))
     }
 
     // --- the registry's side (under its lock) -----------------------------------------------
@@ -303,11 +304,15 @@ impl Row {
     /// Makes the row serve `hub`, whose memory uses no slots yet but the first `slots`.
     pub(super) fn attach(&self, hub: &'static Hub, fenced: bool) {
         let own = &self.own.0;
-        own.depth.store(if fenced { FENCED } else { 0 }, Relaxed);
+        let (at_rest, nesting, watch) = if fenced {
+            (AT_REST_FENCED, FENCED, WATCH_FENCED)
+        } else {
+            (0, 0, 0)
+        };
+        own.section.store(at_rest, Relaxed);
+        own.nesting.store(nesting, Relaxed);
         let shared = &self.shared.0;
-        shared
-            .watch
-            .store(if fenced { WATCH_FENCED } else { 0 }, Relaxed);
+        shared.watch.store(watch, Relaxed);
         shared.hub.store(ptr::from_ref(hub).cast_mut(), Release);
     }
 
@@ -327,7 +332,7 @@ impl Row {
 
     #[inline(always)]
     pub(crate) fn hub(&self) -> &'static Hub {
-        // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (I6).
+        // SAFETY: set by `attach` before anyone could know the row; hubs are never freed (M6).
         unsafe { &*self.shared.0.hub.load(Acquire) }
     }
 }

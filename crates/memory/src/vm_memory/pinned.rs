@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Snapshots of RAM, for what wants all of it at once.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use vm_memory::guest_memory::{Error, Result};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
+    GuestMemoryRegionBytes, GuestUsize, MemoryRegionAddress, VolatileSlice,
+};
+
+use super::{Marks, WriteLog, Written};
+use crate::{Access, AddressSpace, Gpa, Pin, Plugged, RamBlock, Reader, SectionKind};
+
+/// The writable, plugged RAM that an address space showed at one moment, pinned: what
+/// linux-loader and vhost take.
+///
+/// `GuestMemoryBackend` promises memory that never changes, so this does not; and it knows
+/// neither ROM nor registers, so there are none in it. As long as it exists it holds up unplugs
+/// and seals of all that is in it, like any I/O: drop it when the kernel is loaded, or when a
+/// vhost device has been given the memory table made from the next one.
+pub struct PinnedRam {
+    /// Ascending.
+    regions: Vec<PinnedRegion>,
+}
+
+/// One contiguous piece of [`PinnedRam`].
+pub struct PinnedRegion {
+    pin: Pin,
+    block: Arc<RamBlock>,
+    block_offset: u64,
+    file: Option<FileOffset>,
+    log: Option<Arc<dyn WriteLog>>,
+}
+
+impl PinnedRam {
+    /// Pins the RAM that `space` shows now.
+    ///
+    /// # Errors
+    /// `Reentrant` from within a change of the map.
+    pub fn new(
+        space: &AddressSpace,
+        reader: &Reader,
+    ) -> std::result::Result<PinnedRam, crate::Error> {
+        PinnedRam::with_log(space, reader, None)
+    }
+
+    /// As [`PinnedRam::new`]; writes through the traits are told to `log`.
+    ///
+    /// # Errors
+    /// As [`PinnedRam::new`].
+    pub fn with_log(
+        space: &AddressSpace,
+        reader: &Reader,
+        log: Option<&Arc<dyn WriteLog>>,
+    ) -> std::result::Result<PinnedRam, crate::Error> {
+        let mut regions = Vec::new();
+        for section in space.sections()? {
+            let SectionKind::Ram {
+                block,
+                block_offset,
+                readonly: false,
+            } = &section.kind
+            else {
+                continue;
+            };
+            // Shared by the regions; for vhost-user. A process out of descriptors has none.
+            let file = block.fd().and_then(|fd| fd.try_clone_to_owned().ok());
+            let file = file.map(|fd| Arc::new(File::from(fd)));
+            let mut at = section.range.start;
+            while at < section.range.end {
+                let offset = block_offset + (at - section.range.start);
+                let (len, plugged) = run(block, offset, section.range.end - at);
+                if plugged {
+                    // What was unplugged since is left out.
+                    let guard = space.read(reader);
+                    let pin = guard.pin(Gpa(at), len as usize, Access::ReadWrite);
+                    regions.extend(pin.map(|pin| PinnedRegion {
+                        pin,
+                        block: Arc::clone(block),
+                        block_offset: offset,
+                        file: file.clone().map(|file| FileOffset::from_arc(file, offset)),
+                        log: log.cloned(),
+                    }));
+                }
+                at += len;
+            }
+        }
+        Ok(PinnedRam { regions })
+    }
+}
+
+/// How many of `len` bytes at `offset` of a block are plugged, or are not, as the first one.
+fn run(block: &RamBlock, offset: u64, len: u64) -> (u64, bool) {
+    let Some(step) = block.block_size_bytes() else {
+        return (len, true);
+    };
+    let plugged = |from: u64, to: u64| block.plugged(from..to) == Plugged::All;
+    let end = offset + len;
+    let mut at = (offset - offset % step + step).min(end);
+    let first = plugged(offset, at);
+    while at < end && plugged(at, (at + step).min(end)) == first {
+        at = (at + step).min(end);
+    }
+    (at - offset, first)
+}
+
+impl GuestMemoryBackend for PinnedRam {
+    type R = PinnedRegion;
+
+    fn num_regions(&self) -> usize {
+        self.regions.len()
+    }
+
+    fn find_region(&self, addr: GuestAddress) -> Option<&PinnedRegion> {
+        let at = self
+            .regions
+            .partition_point(|region| region.start_addr() <= addr);
+        let region = self.regions.get(at.checked_sub(1)?)?;
+        (addr <= region.last_addr()).then_some(region)
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &PinnedRegion> {
+        self.regions.iter()
+    }
+}
+
+impl GuestMemoryRegion for PinnedRegion {
+    type B = Written;
+
+    fn len(&self) -> GuestUsize {
+        self.pin.len() as u64
+    }
+
+    fn start_addr(&self) -> GuestAddress {
+        GuestAddress(self.pin.gpa().0)
+    }
+
+    fn bitmap(&self) -> Marks<'_> {
+        Marks::new(self.log.as_deref(), &self.block, self.block_offset)
+    }
+
+    fn file_offset(&self) -> Option<&FileOffset> {
+        self.file.as_ref()
+    }
+
+    fn get_host_address(&self, addr: MemoryRegionAddress) -> Result<*mut u8> {
+        let offset = usize::try_from(addr.0)
+            .ok()
+            .filter(|offset| *offset < self.pin.len());
+        let offset = offset.ok_or(Error::InvalidBackendAddress)?;
+        Ok(self.pin.as_ptr().wrapping_add(offset))
+    }
+
+    fn get_slice(
+        &self,
+        offset: MemoryRegionAddress,
+        count: usize,
+    ) -> Result<VolatileSlice<'_, Marks<'_>>> {
+        let start = usize::try_from(offset.0).map_err(|_| Error::InvalidBackendAddress)?;
+        let end = start
+            .checked_add(count)
+            .filter(|end| *end <= self.pin.len());
+        end.ok_or(Error::InvalidBackendAddress)?;
+        // SAFETY: inside the pinned memory, which stays for as long as `self` is borrowed (M3);
+        // everybody else accesses it as vm-memory does, with volatile accesses.
+        Ok(unsafe {
+            let host = self.pin.as_ptr().wrapping_add(start);
+            VolatileSlice::with_bitmap(host, count, self.bitmap().at(start), None)
+        })
+    }
+}
+
+impl GuestMemoryRegionBytes for PinnedRegion {}
+
+/// An address space for what wants all RAM at once, vhost's kernel devices for example: its
+/// memory is a new [`PinnedRam`] every time. Costs a walk over all sections: for set-up, not for
+/// requests.
+#[derive(Clone)]
+pub struct RamSpace {
+    space: Arc<AddressSpace>,
+    log: Option<Arc<dyn WriteLog>>,
+}
+
+impl RamSpace {
+    /// The RAM of `space`; writes through the traits are told to `log`.
+    pub fn new(space: &Arc<AddressSpace>, log: Option<Arc<dyn WriteLog>>) -> RamSpace {
+        RamSpace {
+            space: Arc::clone(space),
+            log,
+        }
+    }
+}
+
+impl GuestAddressSpace for RamSpace {
+    type M = PinnedRam;
+    type T = Arc<PinnedRam>;
+
+    /// The RAM that the address space shows now; none from within a change of the map.
+    fn memory(&self) -> Arc<PinnedRam> {
+        let reader = self.space.memory().register();
+        let ram = PinnedRam::with_log(&self.space, &reader, self.log.as_ref());
+        Arc::new(ram.unwrap_or_else(|error| {
+            tracing::error!(space = self.space.name(), %error, "no snapshot of RAM");
+            PinnedRam {
+                regions: Vec::new(),
+            }
+        }))
+    }
+}
