@@ -121,6 +121,22 @@ impl<'r> ReadGuard<'r> {
     /// # Errors
     /// As [`ReadGuard::write_bytes`].
     pub fn write<T: IntoBytes + Immutable>(&self, gpa: Gpa, value: T) -> Result<(), AccessError> {
+        let size = size_of::<T>() as u64;
+        if size > 0 {
+            let (entry, host, admitted) = self.ram(gpa.raw(), size, Access::Write)?;
+            if admitted == size {
+                // SAFETY: writable RAM of the entry's block in this section, as many bytes as the
+                // value has.
+                unsafe {
+                    copy::write(host, &value);
+                    self.reader
+                        .hub()
+                        .dirty()
+                        .mark(entry.slot, host as u64, size);
+                }
+                return Ok(());
+            }
+        }
         self.write_bytes(gpa, value.as_bytes())
     }
 
