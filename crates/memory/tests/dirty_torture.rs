@@ -3,8 +3,8 @@
 //! clients come and go: what arrives must be what is there.
 #![cfg(not(loom))]
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,10 @@ use ebbtide_memory::{
 
 const PAGE: u64 = 4096;
 const WRITERS: u64 = 3;
-/// Few pages, so that writers and harvester meet; each writer has a word of each page.
+/// Few pages, so that writers and harvester meet.
 const PAGES: u64 = 96;
+/// Harvests in a round, while others write.
+const HARVESTS: u32 = 12;
 const LASTING: Duration = Duration::from_millis(1500);
 
 fn random(state: &mut u64) -> u64 {
@@ -39,37 +41,58 @@ fn ram(memory: &Memory, name: &str) -> Arc<RamBlock> {
     memory.ram().add(spec).unwrap()
 }
 
-/// Writes rising numbers in every way there is, until told to stop.
-fn write(space: &Arc<AddressSpace>, writer: u64, stop: &AtomicBool) -> u64 {
+/// Writes the number of the round into each of its pages once, in every way there is, so that a mark
+/// that is lost is not made up for; the pages of one word are those of all writers. A round goes from one meeting at `meet` to the next.
+fn write(space: &Arc<AddressSpace>, writer: u64, meet: &Barrier, stop: &AtomicBool) -> u64 {
     let reader = space.memory().register();
     let mut state = 0x9e37_79b9 + writer;
     let maps: Vec<CachedMap> = (0..PAGES)
         .map(|page| CachedMap::new(space, Gpa(page * PAGE), PAGE as usize, Access::ReadWrite))
         .collect();
-    let mut value = 0;
-    while !stop.load(Ordering::Relaxed) {
-        value += 1;
-        let page = random(&mut state) % PAGES;
-        let (offset, gpa) = (writer * 8, Gpa(page * PAGE + writer * 8));
-        match random(&mut state) % 4 {
-            0 => space.read(&reader).write(gpa, value).unwrap(),
-            1 => space.store(&reader, gpa.0, 8, value),
-            2 => {
-                let guard = space.read(&reader);
-                let slice = maps[page as usize].get(&guard).unwrap();
-                slice
-                    .store_u64(offset as usize, value, Ordering::Relaxed)
-                    .unwrap();
-            }
-            _ => {
-                let pin = space.read(&reader).pin(gpa, 8, Access::Write).unwrap();
-                let at = pin.as_ptr().cast::<u64>();
-                // SAFETY: the pin's eight bytes, aligned, written by this thread alone.
-                unsafe { at.write_volatile(value) };
-            }
+    let mut round = 0;
+    loop {
+        meet.wait();
+        if stop.load(Ordering::Relaxed) {
+            return round;
+        }
+        round += 1;
+        let first = random(&mut state) % PAGES;
+        let pages = (first..PAGES).chain(0..first);
+        for page in pages.filter(|page| page % WRITERS == writer) {
+            let way = random(&mut state) % 4;
+            write_one(space, &reader, &maps[page as usize], writer * 8, round, way);
+        }
+        meet.wait();
+    }
+}
+
+/// Writes `value` at `offset` of the page of `map`.
+fn write_one(
+    space: &AddressSpace,
+    reader: &Reader,
+    map: &CachedMap,
+    offset: u64,
+    value: u64,
+    way: u64,
+) {
+    let gpa = Gpa(map.gpa().0 + offset);
+    match way {
+        0 => space.read(reader).write(gpa, value).unwrap(),
+        1 => space.store(reader, gpa.0, 8, value),
+        2 => {
+            let guard = space.read(reader);
+            let slice = map.get(&guard).unwrap();
+            slice
+                .store_u64(offset as usize, value, Ordering::Relaxed)
+                .unwrap();
+        }
+        _ => {
+            let pin = space.read(reader).pin(gpa, 8, Access::Write).unwrap();
+            let at = pin.as_ptr().cast::<u64>();
+            // SAFETY: the pin's eight bytes, aligned, written by this thread alone.
+            unsafe { at.write_volatile(value) };
         }
     }
-    value
 }
 
 /// One harvest: copies what is dirty.
@@ -126,39 +149,42 @@ fn no_write_is_lost() {
     memory.dirty_log().start(Migration).unwrap();
     let reader = memory.register();
     let mut there = vec![0; (PAGES * PAGE) as usize];
-    let stop = AtomicBool::new(false);
+    let (stop, meet) = (AtomicBool::new(false), Barrier::new(WRITERS as usize + 1));
     let (mut harvests, mut pages) = (0u64, 0);
-    let (writes, rounds) = thread::scope(|scope| {
-        let writers: Vec<_> = (0..WRITERS)
-            .map(|writer| {
-                scope.spawn({
-                    let (space, stop) = (&space, &stop);
-                    move || write(space, writer, stop)
-                })
-            })
-            .collect();
+    let mut lost = Vec::new();
+    let (rounds, blocks) = thread::scope(|scope| {
+        let writer = |writer| {
+            let (space, stop, meet) = (&space, &stop, &meet);
+            scope.spawn(move || write(space, writer, meet, stop))
+        };
+        let writers: Vec<_> = (0..WRITERS).map(writer).collect();
         let disturber = scope.spawn(|| disturb(&space, &root, &stop));
         let began = Instant::now();
-        while began.elapsed() < LASTING {
-            pages += harvest(&block, &space, &reader, &mut there);
-            harvests += 1;
+        let mut here = vec![0; there.len()];
+        while began.elapsed() < LASTING && lost.is_empty() {
+            meet.wait();
+            for _ in 0..HARVESTS {
+                pages += harvest(&block, &space, &reader, &mut there);
+                harvests += 1;
+            }
+            meet.wait();
+            harvest(&block, &space, &reader, &mut there);
+            let guard = space.read(&reader);
+            guard.read_bytes(Gpa(0), &mut here).unwrap();
+            let differs = |page: &usize| {
+                let bytes = page * PAGE as usize..(page + 1) * PAGE as usize;
+                here[bytes.clone()] != there[bytes]
+            };
+            lost.extend((0..PAGES as usize).filter(differs));
         }
         stop.store(true, Ordering::Relaxed);
-        let writes: u64 = writers.into_iter().map(|w| w.join().unwrap()).sum();
-        (writes, disturber.join().unwrap())
+        meet.wait();
+        let rounds: Vec<u64> = writers.into_iter().map(|w| w.join().unwrap()).collect();
+        (rounds[0], disturber.join().unwrap())
     });
-    harvest(&block, &space, &reader, &mut there);
-    let mut here = vec![0; there.len()];
-    space.read(&reader).read_bytes(Gpa(0), &mut here).unwrap();
-    let lost: Vec<usize> = (0..PAGES as usize)
-        .filter(|page| {
-            let bytes = page * PAGE as usize..(page + 1) * PAGE as usize;
-            here[bytes.clone()] != there[bytes]
-        })
-        .collect();
     assert!(lost.is_empty(), "pages that did not arrive: {lost:?}");
-    assert!(here.iter().any(|byte| *byte != 0));
+    assert!(rounds > 0 && there.iter().any(|byte| *byte != 0));
     println!(
-        "{writes} writes, {harvests} harvests of {pages} pages, {rounds} blocks came and went"
+        "{rounds} rounds, {harvests} harvests of {pages} pages, {blocks} blocks came and went"
     );
 }
