@@ -265,10 +265,11 @@ impl DriverQueue {
         self.device_used_idx() != self.used_idx
     }
 
-    /// Asks for no interrupts; with event indices, for one as late as possible.
+    /// Asks for no interrupts; with event indices, for one as late as possible. An index just behind would be later
+    /// still, but it is the one that a device still compares with when its answer has been seen by polling.
     pub fn disable_interrupts(&mut self) {
         if self.event_idx {
-            self.set_used_event(self.used_idx.wrapping_sub(1));
+            self.set_used_event(self.used_idx.wrapping_add(1 << 15));
         } else {
             self.set_avail_flags(NO_INTERRUPT);
         }

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What only views know that readers still use.
+#![cfg(not(loom))]
+
+use std::sync::Arc;
+
+use ebbtide_memory::{Gpa, Memory, MemoryConfig, Mmio, Region};
+
+/// Registers whose destructor says so.
+struct Loud(std::sync::mpsc::Sender<std::thread::ThreadId>);
+
+impl Mmio for Loud {
+    fn read(&self, _: u64, _: u8) -> u64 {
+        0
+    }
+    fn write(&self, _: u64, _: u8, _: u64) {}
+}
+
+impl Drop for Loud {
+    fn drop(&mut self) {
+        let _ = self.0.send(std::thread::current().id());
+    }
+}
+
+#[test]
+fn a_device_known_to_old_views_only_is_dropped_in_the_end() {
+    let (sender, dropped) = std::sync::mpsc::channel();
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 1 << 30,
+    })
+    .unwrap();
+    let root = Region::container("root", 0x10000);
+    let space = memory.address_space("memory", &root).unwrap();
+    let device = Region::mmio("device", 0x1000, Arc::new(Loud(sender)));
+    memory.update(|t| t.add(&root, &device, 0, 0)).unwrap();
+    let reader = memory.register();
+    let guard = space.read(&reader);
+    memory.update(|t| t.remove(&device)).unwrap();
+    drop(device);
+    std::thread::sleep(std::time::Duration::from_millis(30));
+    assert!(guard.lookup(Gpa(0)).is_some());
+    assert!(dropped.try_recv().is_err());
+    drop(guard);
+    assert!(
+        dropped
+            .recv_timeout(std::time::Duration::from_secs(5))
+            .is_ok()
+    );
+}
