@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::build;
 
-/// Crates whose models run at the same time.
+/// Builds that run at the same time.
 const WORKERS: usize = 2;
 
 #[derive(clap::Args, Default)]
@@ -89,113 +89,190 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
     Ok(())
 }
 
-/// Two crates at a time, each in a target directory of its own: one waits for the compiler while
+/// The models of one crate.
+struct Crate {
+    package: String,
+    models: Vec<Model>,
+}
+
+/// One build of a crate: as it is, or with a bug. All models that want it run on it, so that each
+/// is compiled once.
+struct Build<'a> {
+    package: &'a str,
+    models: &'a [Model],
+    bug: Option<&'a str>,
+}
+
+/// What a model did on a build.
+struct Outcome<'a> {
+    model: &'a str,
+    bug: Option<&'a str>,
+    schedules: u64,
+    found: bool,
+}
+
+/// Two builds at a time, each in a target directory of its own: one waits for the compiler while
 /// the other searches.
 fn all(say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
-    let crates = build::root().join("crates");
-    let mut dirs: Vec<_> = fs::read_dir(&crates)?
-        .filter_map(|e| e.ok().map(|e| e.path()))
-        .filter(|p| p.join("models.toml").exists())
-        .collect();
-    dirs.sort();
-    let waiting = Mutex::new(dirs.iter().enumerate());
-    let done = Mutex::new(Vec::new());
-    std::thread::scope(|scope| {
+    let crates = crates()?;
+    let builds: Vec<Build<'_>> = crates.iter().flat_map(builds).collect();
+    let waiting = Mutex::new(builds.iter());
+    let outcomes = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..WORKERS)
             .map(|worker| {
-                let (waiting, done, say) = (&waiting, &done, &say);
+                let (waiting, say) = (&waiting, &say);
                 scope.spawn(move || {
                     let target = build::target_dir().join(format!("models-{worker}"));
-                    while let Some((place, dir)) = next(waiting) {
-                        let rows = of_crate(dir, &target, say)?;
-                        if let Ok(mut done) = done.lock() {
-                            done.push((place, rows));
-                        }
+                    let mut outcomes = Vec::new();
+                    while let Some(build) = next(waiting) {
+                        build.run(&target, say, &mut outcomes)?;
                     }
-                    Ok(())
+                    Ok(outcomes)
                 })
             })
             .collect();
-        workers
-            .into_iter()
-            .try_for_each(|worker| worker.join().unwrap_or_else(|_| bail!("a worker panicked")))
+        let mut outcomes = Vec::new();
+        for worker in workers {
+            let result: Result<Vec<Outcome<'_>>> =
+                worker.join().unwrap_or_else(|_| bail!("a worker panicked"));
+            outcomes.extend(result?);
+        }
+        anyhow::Ok(outcomes)
     })?;
-    let mut done = done.into_inner().unwrap_or_default();
-    done.sort_by_key(|(place, _)| *place);
-    let rows: Vec<Row> = done.into_iter().flat_map(|(_, rows)| rows).collect();
-    if rows.is_empty() {
-        bail!("no models.toml found under {}", crates.display());
+    let models = crates.iter().flat_map(|c| &c.models);
+    Ok(models.map(|model| row(model, &outcomes)).collect())
+}
+
+fn crates() -> Result<Vec<Crate>> {
+    let folder = build::root().join("crates");
+    let mut crates = Vec::new();
+    for entry in fs::read_dir(&folder)? {
+        let dir = entry?.path();
+        let file = dir.join("models.toml");
+        if !file.exists() {
+            continue;
+        }
+        let listing: Listing = toml::from_str(&fs::read_to_string(&file)?)
+            .with_context(|| format!("{}", file.display()))?;
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        crates.push(Crate {
+            package: format!("ebbtide-{name}"),
+            models: listing.model,
+        });
     }
-    Ok(rows)
+    crates.sort_by(|a, b| a.package.cmp(&b.package));
+    if crates.is_empty() {
+        bail!("no models.toml found under {}", folder.display());
+    }
+    Ok(crates)
+}
+
+fn builds(of: &Crate) -> Vec<Build<'_>> {
+    let mut bugs: Vec<&str> = of
+        .models
+        .iter()
+        .flat_map(|m| m.seeded.iter().map(String::as_str))
+        .collect();
+    bugs.sort_unstable();
+    bugs.dedup();
+    std::iter::once(None)
+        .chain(bugs.into_iter().map(Some))
+        .map(|bug| Build {
+            package: &of.package,
+            models: &of.models,
+            bug,
+        })
+        .collect()
 }
 
 fn next<T>(waiting: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
     waiting.lock().ok()?.next()
 }
 
-/// First every model as it is, then every bug: a bug is compiled in, and each is compiled once.
-fn of_crate(dir: &Path, target: &Path, say: &impl Fn(&str)) -> Result<Vec<Row>> {
-    let file = dir.join("models.toml");
-    let listing: Listing = toml::from_str(&fs::read_to_string(&file)?)
-        .with_context(|| format!("{}", file.display()))?;
-    let name = dir.file_name().unwrap_or_default().to_string_lossy();
-    let package = format!("ebbtide-{name}");
-    let mut rows = Vec::new();
-    for model in &listing.model {
-        let row = holds(&package, target, model)?;
-        say(&format!(
-            "{:<24} holds in {:>8} schedules: {}",
-            row.model, row.schedules, row.invariant
-        ));
-        rows.push(row);
-    }
-    let mut bugs: Vec<&String> = listing.model.iter().flat_map(|m| &m.seeded).collect();
-    bugs.sort();
-    bugs.dedup();
-    for bug in bugs {
-        for (row, model) in rows.iter_mut().zip(&listing.model) {
-            if !model.seeded.contains(bug) {
-                continue;
-            }
-            let found = finds(&package, target, model, bug)?;
-            say(&format!(
-                "{:<24} seeded {bug}: {}",
-                model.name,
-                if found { "found" } else { "NOT FOUND" }
-            ));
-            let bug = bug.clone();
-            row.seeded.push(Seeded { bug, found });
-        }
-    }
-    Ok(rows)
-}
-
-/// Runs a model as it is.
-fn holds(package: &str, target: &Path, model: &Model) -> Result<Row> {
-    let (holds, text) = test(package, target, model, None)?;
-    let passed = text
-        .lines()
-        .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
-        .and_then(|json| serde_json::from_str::<Passed>(json).ok());
-    let Some(passed) = passed.filter(|_| holds) else {
-        bail!("{}: the model does not hold:\n{text}", model.name);
-    };
-    Ok(Row {
+fn row(model: &Model, outcomes: &[Outcome<'_>]) -> Row {
+    let mine = || outcomes.iter().filter(|o| o.model == model.name);
+    Row {
         model: model.name.clone(),
         invariant: model.invariant.clone(),
-        schedules: passed.schedules,
-        seeded: Vec::new(),
-    })
+        schedules: mine()
+            .filter(|o| o.bug.is_none())
+            .map(|o| o.schedules)
+            .sum(),
+        seeded: model
+            .seeded
+            .iter()
+            .map(|bug| Seeded {
+                bug: bug.clone(),
+                found: mine().any(|o| o.bug == Some(bug) && o.found),
+            })
+            .collect(),
+    }
 }
 
-/// Whether a model finds a bug.
-fn finds(package: &str, target: &Path, model: &Model, bug: &str) -> Result<bool> {
-    let (holds, text) = test(package, target, model, Some(bug))?;
-    // A bug that does not compile is not found.
-    if !text.contains("running 1 test") {
-        bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
+impl<'a> Build<'a> {
+    fn run(
+        &self,
+        target: &Path,
+        say: &impl Fn(&str),
+        outcomes: &mut Vec<Outcome<'a>>,
+    ) -> Result<()> {
+        for model in self.models {
+            let outcome = match self.bug {
+                None => self.holds(target, model, say)?,
+                Some(bug) if model.seeded.iter().any(|b| b == bug) => {
+                    self.finds(target, model, bug, say)?
+                }
+                Some(_) => continue,
+            };
+            outcomes.push(outcome);
+        }
+        Ok(())
     }
-    Ok(!holds)
+
+    /// Runs a model on the crate as it is.
+    fn holds(&self, target: &Path, model: &'a Model, say: &impl Fn(&str)) -> Result<Outcome<'a>> {
+        let (holds, text) = test(self.package, target, model, None)?;
+        let passed = text
+            .lines()
+            .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
+            .and_then(|json| serde_json::from_str::<Passed>(json).ok());
+        let Some(Passed { schedules }) = passed.filter(|_| holds) else {
+            bail!("{}: the model does not hold:\n{text}", model.name);
+        };
+        let (name, invariant) = (&model.name, &model.invariant);
+        say(&format!(
+            "{name:<24} holds in {schedules:>8} schedules: {invariant}"
+        ));
+        Ok(Outcome {
+            model: name,
+            bug: None,
+            schedules,
+            found: false,
+        })
+    }
+
+    /// Whether a model finds a bug.
+    fn finds(
+        &self,
+        target: &Path,
+        model: &'a Model,
+        bug: &'a str,
+        say: &impl Fn(&str),
+    ) -> Result<Outcome<'a>> {
+        let (holds, text) = test(self.package, target, model, Some(bug))?;
+        // A bug that does not compile is not found.
+        if !text.contains("running 1 test") {
+            bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
+        }
+        let verdict = if holds { "NOT FOUND" } else { "found" };
+        say(&format!("{:<24} seeded {bug}: {verdict}", model.name));
+        Ok(Outcome {
+            model: &model.name,
+            bug: Some(bug),
+            schedules: 0,
+            found: !holds,
+        })
+    }
 }
 
 /// Runs one model's test; whether it held, and what was printed.
