@@ -260,6 +260,9 @@ fn open_file(what: &'static str, path: &Path) -> Result<(File, u64), Error> {
     if meta.len() == 0 {
         return Err(failed("is empty".into()));
     }
+    // From here on reads wait: network file systems cut those short that may not.
+    rustix::fs::fcntl_setfl(&file, rustix::fs::OFlags::empty())
+        .map_err(|e| failed(e.to_string()))?;
     Ok((file, meta.len()))
 }
 

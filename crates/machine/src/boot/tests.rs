@@ -162,3 +162,13 @@ fn a_pipe_is_refused_at_once() {
     let text = BootImage::open(spec(&path)).unwrap_err().to_string();
     assert!(text.contains("not a regular file"), "{text}");
 }
+
+/// A file system may cut short what is read without waiting; the loader takes that for the end.
+#[test]
+fn what_is_loaded_is_read_with_waiting() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), "x").unwrap();
+    let (opened, _) = super::open_file("initrd", file.path()).unwrap();
+    let flags = rustix::fs::fcntl_getfl(&opened).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK));
+}
