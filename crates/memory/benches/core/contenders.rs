@@ -57,6 +57,11 @@ impl Ours {
         }
     }
 
+    /// What the address space shows.
+    pub fn root(&self) -> &Arc<Region> {
+        &self.root
+    }
+
     fn ram(
         memory: &Memory,
         start: u64,

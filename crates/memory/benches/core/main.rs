@@ -21,9 +21,14 @@
 //!   pages are dirty already. The floor has no log.
 //! - `dirty_mark`: a page that is dirty already is marked, at random in 1 GiB.
 //! - `dirty_harvest_1G`: 16 pages of 1 GiB are marked and harvested.
+//! - `drained`: from the last unpin of unplugged RAM until a sleeping thread that waits for it runs;
+//!   the floor only wakes a thread.
+//! - `destroy_1G/thp|4k|memfd`: 1 GiB that was touched goes back to the host; the floor maps
+//!   inaccessible memory over it.
 
 mod contenders;
 mod measure;
+mod unplug;
 mod writes;
 
 use contenders::{Direct, Ours, VmMemory};
@@ -55,6 +60,7 @@ fn main() {
         publishes(&plan, count);
     }
     writes::rows(&plan);
+    unplug::rows(&plan);
 }
 
 /// Start and length of `count` regions of 1 MiB, one every 2 MiB.

@@ -141,6 +141,7 @@ pub fn dependent(addresses: &[u64], look: impl Fn(u64) -> u64) -> u64 {
 /// One line of the result.
 pub struct Row {
     id: String,
+    peer_name: &'static str,
     ours: Vec<f64>,
     peer: Vec<f64>,
     floor: Vec<f64>,
@@ -148,8 +149,14 @@ pub struct Row {
 
 impl Row {
     pub fn new(id: &str) -> Row {
+        Row::beside(id, "vm-memory 0.18")
+    }
+
+    /// A row with another peer.
+    pub fn beside(id: &str, peer_name: &'static str) -> Row {
         Row {
             id: id.to_owned(),
+            peer_name,
             ours: Vec::new(),
             peer: Vec::new(),
             floor: Vec::new(),
@@ -171,9 +178,9 @@ impl Row {
         );
         let (min, max) = (self.ours[0], self.ours[n - 1]);
         println!(
-            "{{\"id\":\"{}\",\"ours\":{ours:.2},\"peer\":{peer:.2},\"peer_name\":\"vm-memory 0.18\",\
+            "{{\"id\":\"{}\",\"ours\":{ours:.2},\"peer\":{peer:.2},\"peer_name\":\"{}\",\
              \"floor\":{floor:.2},\"unit\":\"ns\",\"n\":{n},\"min\":{min:.2},\"max\":{max:.2}}}",
-            self.id
+            self.id, self.peer_name
         );
     }
 }
