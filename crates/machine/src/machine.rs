@@ -208,14 +208,16 @@ impl Machine {
                     .write_bytes(ebbtide_memory::Gpa(tables.address), &tables.bytes)
                     .map_err(|e| Error::part("ACPI tables", e))?;
                 drop(guard);
+                let ram = system
+                    .memory()
+                    .ram()
+                    .by_name(BOOT_RAM)
+                    .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
                 let view =
                     PinnedRam::new(&system, &reader).map_err(|e| Error::part("boot RAM", e))?;
                 let entry = boot.load(&view, &layout, tables.address);
-                drop(view);
                 // Without a log the view marks nothing itself.
-                if let Some(ram) = system.memory().ram().by_name(BOOT_RAM) {
-                    ram.mark_dirty(0..ram.size_bytes());
-                }
+                ram.mark_dirty(0..ram.size_bytes());
                 entry
             })
             .await
