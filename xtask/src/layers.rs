@@ -12,6 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide-gate", &[]),
     ("ebbtide-iothread", &[]),
     ("ebbtide-memory", &["gate"]),
+    ("ebbtide-device", &["gate", "iothread"]),
     ("ebbtide-bus", &["gate", "memory"]),
     ("ebbtide-block", &["gate", "iothread", "memory"]),
     (
@@ -27,6 +28,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "gate",
             "iothread",
             "memory",
+            "device",
             "bus",
             "block",
             "virtio",

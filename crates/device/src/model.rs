@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the lifecycle asks of a device model.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ebbtide_gate::Gate;
+
+/// The end of a device's activity, as [`Model::drain`] gives it.
+pub type Draining = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// Something that keeps a device from draining.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// What it is, as a person reads it: `2 requests`, `pin of region dimm0`.
+    pub what: String,
+    /// How long it has been there, where that is known.
+    pub age: Option<Duration>,
+}
+
+/// A device as its life sees it, whatever it does.
+///
+/// A model does nothing about the order of its end: it is called in that order. It must not be reachable for anybody but
+/// through its gate, and must not keep itself alive from a thread of its own: dropping it is the end of it.
+pub trait Model: Send {
+    /// What [`Eject`](crate::Eject) shuts. Once it is closed the guest reads all-ones from the device and its writes are
+    /// dropped; nothing new begins.
+    fn gate(&self) -> &Arc<Gate>;
+
+    /// Ends what is under way; the gate is closed. Called once, on the control thread, and must not block: take the
+    /// registers off the memory map, cancel what can be cancelled, answer what has not begun. The future is ready when
+    /// nothing of the device is in use any more: no register access, no request, no timer, no pin.
+    fn drain(&mut self) -> Draining;
+
+    /// Who keeps it from draining, for reports.
+    fn holders(&self) -> Vec<Holder> {
+        let held = self.gate().held();
+        let count = |n: u32, what: &str| {
+            (n > 0).then(|| Holder {
+                what: format!("{n} {what}{}", if n == 1 { "" } else { "s" }),
+                age: None,
+            })
+        };
+        count(held.mmio, "register access")
+            .into_iter()
+            .chain(count(held.io, "request"))
+            .collect()
+    }
+
+    /// Gives up what the drain waits for: kills a process, closes a connection, abandons a backend. What is in flight
+    /// then ends by itself, or never will; nothing is freed under it. False when there is nothing to give up.
+    fn force(&mut self) -> bool {
+        false
+    }
+}
