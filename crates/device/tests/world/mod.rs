@@ -85,17 +85,17 @@ struct Around {
     deleted: RefCell<Vec<String>>,
     dropped: Dropped,
     /// Sub-trees the pool has not come to yet.
-    pool: RefCell<
-        VecDeque<(
-            Subtree<Detached>,
-            Rc<RefCell<Option<Vec<Gone>>>>,
-            Rc<Cell<Option<Waker>>>,
-        )>,
-    >,
+    pool: RefCell<VecDeque<Job>>,
     sleepers: RefCell<Vec<Rc<Sleeper>>>,
     stalls: Cell<u32>,
     start: Instant,
 }
+
+type Job = (
+    Subtree<Detached>,
+    Rc<RefCell<Option<Vec<Gone>>>>,
+    Rc<Cell<Option<Waker>>>,
+);
 
 #[derive(Default)]
 struct Sleeper {
