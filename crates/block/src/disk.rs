@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use ebbtide_iothread::Local;
 
+use crate::abandon::{Abandoned, InFlight, Life};
 use crate::buffer::Buffer;
 use crate::error::Error;
 use crate::fault::{Faults, Point};
 use crate::file::FileBackend;
 use crate::image::{Image, SECTOR_BYTES};
+use crate::null::{NullBackend, NullSpec};
 use crate::op::Op;
 use crate::spec::{Discard, DiskSpec};
 use crate::transfer::Direction;
@@ -34,20 +36,21 @@ pub struct Disk {
 
 #[derive(Debug)]
 struct Shared {
-    backend: Backend,
+    backend: Arc<Backend>,
+    life: Arc<Life>,
     size_bytes: u64,
     logical_block_bytes: u32,
     physical_block_bytes: u32,
     readonly: bool,
     features: Features,
-    faults: Option<Faults>,
+    /// The outermost first: an operation meets them on its way in, and on its way out the other way round.
+    faults: Vec<Faults>,
 }
 
 #[derive(Debug)]
 enum Backend {
     File(FileBackend),
-    /// Reads zeroes, forgets what is written.
-    Null,
+    Null(NullBackend),
 }
 
 impl Disk {
@@ -68,20 +71,40 @@ impl Disk {
                     discard: !spec.readonly && spec.discard == Discard::Unmap,
                     write_zeroes: !spec.readonly,
                 },
-                backend: Backend::File(FileBackend::new(image)),
-                faults: None,
+                backend: Arc::new(Backend::File(FileBackend::new(image))),
+                life: Arc::default(),
+                faults: Vec::new(),
             }),
         })
     }
 
-    /// A disk of `size_bytes` (rounded down to whole sectors) that reads zeroes and forgets what is written: for
-    /// measuring everything above the medium.
+    /// A disk of `size_bytes` (rounded down to whole sectors; less than 2^63) that reads zeroes at once and forgets what is
+    /// written: for measuring everything above the medium.
     pub fn null(size_bytes: u64) -> Disk {
-        let sector = u64::from(SECTOR_BYTES);
+        let spec = NullSpec {
+            size_bytes,
+            read_zeroes: true,
+            ..NullSpec::default()
+        };
+        let (backend, size_bytes) = NullBackend::clamped(&spec);
+        Disk::without_medium(backend, size_bytes)
+    }
+
+    /// A disk without a medium, as `null-co` is.
+    ///
+    /// # Errors
+    /// [`Error::NullTooLarge`].
+    pub fn null_co(spec: &NullSpec) -> Result<Disk, Error> {
+        let (backend, size_bytes) = NullBackend::new(spec)?;
+        Ok(Disk::without_medium(backend, size_bytes))
+    }
+
+    fn without_medium(backend: NullBackend, size_bytes: u64) -> Disk {
         Disk {
             shared: Arc::new(Shared {
-                backend: Backend::Null,
-                size_bytes: size_bytes / sector * sector,
+                backend: Arc::new(Backend::Null(backend)),
+                life: Arc::default(),
+                size_bytes,
                 logical_block_bytes: SECTOR_BYTES,
                 physical_block_bytes: SECTOR_BYTES,
                 readonly: false,
@@ -89,7 +112,7 @@ impl Disk {
                     discard: true,
                     write_zeroes: true,
                 },
-                faults: None,
+                faults: Vec::new(),
             }),
         }
     }
@@ -98,13 +121,45 @@ impl Disk {
     pub fn with_faults(self, faults: &Faults) -> Result<Disk, Disk> {
         match Arc::try_unwrap(self.shared) {
             Ok(mut shared) => {
-                shared.faults = Some(faults.clone());
+                shared.faults.insert(0, faults.clone());
                 Ok(Disk {
                     shared: Arc::new(shared),
                 })
             }
             Err(shared) => Err(Disk { shared }),
         }
+    }
+
+    /// A second disk in front of this one's backend, which suffers `faults` and then those of this one: a node
+    /// `x-ebbtide-fault` over a node. This one goes on without them.
+    pub fn behind(&self, faults: &Faults) -> Disk {
+        let below = &*self.shared;
+        let mut layers = vec![faults.clone()];
+        layers.extend(below.faults.iter().cloned());
+        Disk {
+            shared: Arc::new(Shared {
+                backend: Arc::clone(&below.backend),
+                life: Arc::clone(&below.life),
+                faults: layers,
+                ..*below
+            }),
+        }
+    }
+
+    /// The outermost faults it was given.
+    pub fn faults(&self) -> Option<&Faults> {
+        self.shared.faults.first()
+    }
+
+    /// Gives the backend up: whatever is submitted from now on fails with `NotConnected`, also through another disk over
+    /// the same backend. What is under way goes on owning its buffer until the backend answers, which may be never.
+    pub fn abandon(&self) -> Abandoned {
+        Abandoned::of(&self.shared.life)
+    }
+
+    /// What has begun on the backend and has not ended.
+    pub fn in_flight(&self) -> InFlight {
+        self.shared.life.in_flight()
     }
 
     /// Size in bytes, whole logical blocks.
@@ -166,33 +221,22 @@ impl LocalDisk {
         let local = self.local.clone();
         let shared = Arc::clone(&self.shared);
         async move {
+            let _underway = shared.life.begin(op.kind());
             if let Err(error) = shared.check(&op, buf.total_len()) {
                 return (Err(error), buf);
             }
-            let fault = shared
-                .faults
-                .as_ref()
-                .and_then(|faults| Some((faults, faults.meet(&op)?)));
-            match fault {
-                None => shared.perform(&local, op, buf).await,
-                Some((faults, (fault, Point::Before))) => {
-                    if let Err(error) = faults.suffer(&local, fault).await {
-                        return (Err(error), buf);
-                    }
-                    shared.perform(&local, op, buf).await
-                }
-                Some((faults, (fault, Point::After))) => {
-                    let (result, buf) = shared.perform(&local, op, buf).await;
-                    let suffered = faults.suffer(&local, fault).await;
-                    (result.and(suffered), buf)
-                }
+            if shared.faults.is_empty() {
+                return shared.perform(&local, op, buf).await;
             }
+            // Boxed, to keep the future of a disk without faults small.
+            Box::pin(shared.perform_with_faults(&local, op, buf)).await
         }
     }
 }
 
 impl Shared {
     fn check(&self, op: &Op, buffer_bytes: usize) -> io::Result<()> {
+        self.check_life()?;
         if self.readonly && op.modifies() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -205,16 +249,50 @@ impl Shared {
         }
     }
 
-    async fn perform<B: Buffer>(&self, local: &Local, op: Op, mut buf: B) -> (io::Result<()>, B) {
-        let file = match &self.backend {
-            Backend::File(file) => file,
-            Backend::Null => {
-                let result = match op {
-                    Op::Read { .. } => fill_with_zeroes(&mut buf),
-                    _ => Ok(()),
-                };
-                return (result, buf);
+    fn check_life(&self) -> io::Result<()> {
+        if self.life.is_abandoned() {
+            return Err(io::Error::new(
+                io::ErrorKind::NotConnected,
+                "the disk was given up",
+            ));
+        }
+        Ok(())
+    }
+
+    async fn perform_with_faults<B: Buffer>(
+        &self,
+        local: &Local,
+        op: Op,
+        buf: B,
+    ) -> (io::Result<()>, B) {
+        let mut after = Vec::new();
+        for faults in &self.faults {
+            match faults.meet(&op) {
+                None => {}
+                Some((fault, Point::After)) => after.push((faults, fault)),
+                Some((fault, Point::Before)) => {
+                    if let Err(error) = faults.suffer(local, fault).await {
+                        return (Err(error), buf);
+                    }
+                }
             }
+        }
+        // It may have waited for long.
+        if let Err(error) = self.check_life() {
+            return (Err(error), buf);
+        }
+        let (mut result, buf) = self.perform(local, op, buf).await;
+        for (faults, fault) in after.into_iter().rev() {
+            let suffered = faults.suffer(local, fault).await;
+            result = result.and(suffered);
+        }
+        (result, buf)
+    }
+
+    async fn perform<B: Buffer>(&self, local: &Local, op: Op, buf: B) -> (io::Result<()>, B) {
+        let file = match &*self.backend {
+            Backend::File(file) => file,
+            Backend::Null(null) => return null.perform(local, op, buf).await,
         };
         let result = match op {
             Op::Read { offset } => {
@@ -235,16 +313,4 @@ impl Shared {
         };
         (result, buf)
     }
-}
-
-fn fill_with_zeroes<B: Buffer>(buf: &mut B) -> io::Result<()> {
-    const ZEROES: [u8; 4096] = [0; 4096];
-    let total = buf.total_len();
-    let mut done = 0;
-    while done < total {
-        let here = ZEROES.get(..total - done).unwrap_or(&ZEROES);
-        buf.copy_from(done, here)?;
-        done += here.len();
-    }
-    Ok(())
 }

@@ -99,6 +99,22 @@ pub enum Error {
         /// The path as given.
         path: PathBuf,
     },
+    /// A disk without a medium, larger than offsets reach.
+    #[error("null-co: size of {size_bytes} bytes is more than {max_bytes}")]
+    NullTooLarge {
+        /// The size asked for.
+        size_bytes: u64,
+        /// The largest there is.
+        max_bytes: u64,
+    },
+    /// A rule for faults that cannot be read.
+    #[error("fault rule '{rule}': {reason}")]
+    FaultRule {
+        /// The rule as given.
+        rule: String,
+        /// What is wrong with it, and what is accepted.
+        reason: String,
+    },
     /// Anything else the kernel refused.
     #[error("disk '{}': cannot {action}: {source}", path.display())]
     Os {

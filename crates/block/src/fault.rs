@@ -3,6 +3,10 @@
 //!
 //! [`Faults`] is a shared list of [`Rule`]s for a disk made with [`Disk::with_faults`](crate::Disk::with_faults). An
 //! operation takes the first rule that matches it and still has uses left; without one it goes straight through.
+//! [`Disk::behind`](crate::Disk::behind) puts faults in front of a disk that others use, and a rule has a spelling
+//! (`text.rs`): that is the node `x-ebbtide-fault` of the monitor.
+
+mod text;
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -22,6 +26,9 @@ pub enum Fault {
     Fail(i32),
     /// It takes this much longer.
     Delay(Duration),
+    /// It takes longer by a random time below this: operations overtake each other. The same times in the same order of
+    /// operations.
+    Jitter(Duration),
     /// It waits until [`Faults::release`], which may be never.
     Hold,
 }
@@ -109,6 +116,7 @@ pub struct Faults {
 struct State {
     rules: Vec<Rule>,
     held: VecDeque<Arc<Held>>,
+    jitter: Random,
 }
 
 #[derive(Debug, Default)]
@@ -192,6 +200,11 @@ impl Faults {
                 local.sleep(duration).await;
                 Ok(())
             }
+            Fault::Jitter(below) => {
+                let random = self.lock().jitter.next();
+                local.sleep(part_of(below, random)).await;
+                Ok(())
+            }
             Fault::Hold => {
                 self.hold().await;
                 Ok(())
@@ -249,13 +262,31 @@ impl Held {
     }
 }
 
-/// Fisher-Yates with a splitmix64 generator: no dependency for a test aid.
-fn shuffle<T>(list: &mut [T], mut seed: u64) {
-    for last in (1..list.len()).rev() {
-        seed = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = (seed ^ (seed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+/// A splitmix64 generator: no dependency for a test aid.
+#[derive(Debug, Default)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        let chosen = ((mixed ^ (mixed >> 31)) % (last as u64 + 1)) as usize;
+        mixed ^ (mixed >> 31)
+    }
+}
+
+/// `whole` * `random` / 2^64.
+fn part_of(whole: Duration, random: u64) -> Duration {
+    let whole_ns = u64::try_from(whole.as_nanos()).unwrap_or(u64::MAX);
+    let part = (u128::from(whole_ns) * u128::from(random)) >> 64;
+    Duration::from_nanos(u64::try_from(part).unwrap_or(whole_ns))
+}
+
+/// Fisher-Yates.
+fn shuffle<T>(list: &mut [T], seed: u64) {
+    let mut random = Random(seed);
+    for last in (1..list.len()).rev() {
+        let chosen = (random.next() % (last as u64 + 1)) as usize;
         list.swap(last, chosen);
     }
 }
@@ -292,6 +323,20 @@ mod tests {
         faults.inject(Rule::always(Fault::Hold));
         faults.clear();
         assert_eq!(faults.meet(&READ), None);
+    }
+
+    #[test]
+    fn jitter_stays_below_and_differs() {
+        let mut random = Random::default();
+        let below = Duration::from_secs(20);
+        let times: Vec<_> = (0..100).map(|_| part_of(below, random.next())).collect();
+        assert!(times.iter().all(|time| *time < below));
+        assert!(times.iter().any(|time| *time > below / 2));
+        assert!(times.windows(2).all(|pair| pair[0] != pair[1]));
+        assert_eq!(
+            part_of(Duration::MAX, u64::MAX).as_nanos(),
+            u128::from(u64::MAX) - 1
+        );
     }
 
     #[test]

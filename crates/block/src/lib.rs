@@ -12,6 +12,7 @@
     )
 )]
 
+mod abandon;
 mod aligned;
 mod blkdev;
 mod buffer;
@@ -22,16 +23,21 @@ pub mod fault;
 mod file;
 mod image;
 mod lock;
+mod null;
 mod op;
 mod spec;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_null;
 mod transfer;
 mod zeroes;
 
+pub use abandon::{Abandoned, InFlight};
 pub use buffer::{Buffer, OwnedBuffer};
 pub use disk::{Disk, Features, LocalDisk};
 pub use error::Error;
 pub use fault::Faults;
+pub use null::NullSpec;
 pub use op::{Op, OpKind};
 pub use spec::{Cache, Discard, DiskSpec};

@@ -19,7 +19,7 @@ fn image(bytes: u64) -> tempfile::NamedTempFile {
     file
 }
 
-fn on_ring<T>(main: impl AsyncFnOnce(Local) -> T) -> T {
+pub(crate) fn on_ring<T>(main: impl AsyncFnOnce(Local) -> T) -> T {
     run("disk-test", |local| async move { main(local).await }).unwrap()
 }
 

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Disks without a medium, faults in layers, disks that are given up.
+
+use std::io::ErrorKind;
+use std::time::{Duration, Instant};
+
+use crate::fault::{Fault, Rule};
+use crate::tests::on_ring;
+use crate::{Disk, Faults, LocalDisk, NullSpec, Op, OpKind, OwnedBuffer};
+
+const MIB: u64 = 1 << 20;
+
+async fn read(disk: &LocalDisk, byte: u8) -> std::io::Result<u8> {
+    let buf = OwnedBuffer::new(vec![byte; 4096]);
+    let (result, buf) = disk.submit(Op::Read { offset: 0 }, buf).await;
+    result.map(|()| buf.into_bytes()[4095])
+}
+
+#[test]
+fn reads_zeroes_only_where_that_was_asked_for() {
+    let spec = NullSpec {
+        size_bytes: MIB + 511,
+        ..NullSpec::default()
+    };
+    let plain = Disk::null_co(&spec).unwrap();
+    assert_eq!(plain.size_bytes(), MIB);
+    let zeroes = Disk::null_co(&NullSpec {
+        read_zeroes: true,
+        ..spec
+    });
+    on_ring(async |local| {
+        assert_eq!(read(&plain.attach(&local), 7).await.unwrap(), 7);
+        assert_eq!(read(&zeroes.unwrap().attach(&local), 7).await.unwrap(), 0);
+    });
+}
+
+#[test]
+fn a_size_that_cannot_be_is_named() {
+    let spec = NullSpec {
+        size_bytes: 1 << 63,
+        ..NullSpec::default()
+    };
+    let error = Disk::null_co(&spec).unwrap_err().to_string();
+    assert!(error.contains("9223372036854775808"), "{error}");
+}
+
+#[test]
+fn latencies_run_side_by_side() {
+    let spec = NullSpec {
+        latency: Duration::from_millis(200),
+        ..NullSpec::default()
+    };
+    let disk = Disk::null_co(&spec).unwrap();
+    on_ring(async |local| {
+        let begun = Instant::now();
+        let tasks: Vec<_> = (0..128)
+            .map(|_| {
+                let disk = disk.attach(&local);
+                local.spawn(async move { read(&disk, 1).await })
+            })
+            .collect();
+        local.sleep(Duration::from_millis(50)).await;
+        assert_eq!(disk.in_flight().reads, 128);
+        for task in tasks {
+            task.await.unwrap();
+        }
+        let took = begun.elapsed();
+        assert!(took >= spec.latency, "{took:?}");
+        assert!(took < 20 * spec.latency, "{took:?}");
+        assert_eq!(disk.in_flight().total(), 0);
+        let flushing = Instant::now();
+        let (flushed, _) = disk
+            .attach(&local)
+            .submit(Op::Flush, OwnedBuffer::zeroed(0))
+            .await;
+        flushed.unwrap();
+        assert!(flushing.elapsed() >= spec.latency);
+    });
+}
+
+#[test]
+fn a_layer_of_faults_is_for_its_users_only() {
+    let below = Faults::new();
+    let disk = Disk::null(MIB).with_faults(&below).unwrap();
+    let above = Faults::new();
+    let layered = disk.behind(&above);
+    assert_eq!(layered.size_bytes(), MIB);
+    on_ring(async |local| {
+        let (disk, layered) = (disk.attach(&local), layered.attach(&local));
+        above.inject("fault=fail,errno=5,op=read".parse().unwrap());
+        assert_eq!(read(&layered, 0).await.unwrap_err().raw_os_error(), Some(5));
+        read(&disk, 0).await.unwrap();
+        above.clear();
+        below.inject(Rule::once(Fault::Fail(28)).only(OpKind::Read));
+        assert_eq!(
+            read(&layered, 0).await.unwrap_err().raw_os_error(),
+            Some(28)
+        );
+        read(&layered, 0).await.unwrap();
+    });
+}
+
+#[test]
+fn a_disk_given_up_begins_nothing_and_ends_nothing() {
+    let faults = Faults::new();
+    let disk = Disk::null(MIB).with_faults(&faults).unwrap();
+    let second = disk.behind(&Faults::new());
+    on_ring(async |local| {
+        faults.inject(Rule::once(Fault::Hold));
+        let attached = disk.attach(&local);
+        let task = local.spawn(async move { read(&attached, 3).await });
+        while faults.held() == 0 {
+            local.yield_now().await;
+        }
+        let abandoned = disk.abandon();
+        assert!(!abandoned.is_answered());
+        assert_eq!(abandoned.in_flight().to_string(), "1 reads");
+        for disk in [&disk, &second] {
+            let refused = read(&disk.attach(&local), 0).await.unwrap_err();
+            assert_eq!(refused.kind(), ErrorKind::NotConnected);
+        }
+        assert!(!task.is_finished(), "nothing under way is taken back");
+        faults.release_one();
+        // It had not reached the medium, and does not any more.
+        assert_eq!(task.await.unwrap_err().kind(), ErrorKind::NotConnected);
+        assert!(abandoned.is_answered());
+        assert_eq!(abandoned.in_flight().to_string(), "nothing");
+    });
+}
