@@ -6,6 +6,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::task::Waker;
 use std::time::Instant;
 
 use ebbtide_iothread::oneshot;
@@ -173,6 +174,7 @@ pub struct Leaving {
 pub struct Tree<T> {
     nodes: BTreeMap<NodeId, Node<T>>,
     next: u64,
+    watchers: Vec<Waker>,
 }
 
 impl<T> Default for Tree<T> {
@@ -180,6 +182,7 @@ impl<T> Default for Tree<T> {
         Tree {
             nodes: BTreeMap::new(),
             next: 0,
+            watchers: Vec::new(),
         }
     }
 }
@@ -241,6 +244,15 @@ impl<T> Tree<T> {
         Ok(id)
     }
 
+    /// Wakes `waker` once, at the next change of any device's phase.
+    pub fn watch(&mut self, waker: &Waker) {
+        self.watchers.push(waker.clone());
+    }
+
+    fn changed(&mut self) {
+        self.watchers.drain(..).for_each(Waker::wake);
+    }
+
     /// The device with this id, on its way out or not.
     pub fn by_id(&self, id: &str) -> Option<NodeId> {
         self.nodes
@@ -294,6 +306,7 @@ impl<T> Tree<T> {
         if node.phase == Phase::Plugged {
             node.enter(Phase::Requested, now);
         }
+        self.changed();
         Ok(())
     }
 
@@ -303,6 +316,7 @@ impl<T> Tree<T> {
             && node.phase == Phase::Requested
         {
             node.enter(Phase::GuestOfflining, now);
+            self.changed();
         }
     }
 
@@ -311,6 +325,7 @@ impl<T> Tree<T> {
         match self.nodes.get_mut(&node) {
             Some(node) if node.eject.as_ref().is_some_and(|e| e.cancel()) => {
                 node.enter(Phase::Plugged, now);
+                self.changed();
                 true
             }
             _ => false,
@@ -325,6 +340,7 @@ impl<T> Tree<T> {
         top.force = Some(force);
         let (mut nodes, mut leaving) = (Vec::new(), Vec::new());
         let subtree = self.collect(node, model, &mut nodes, &mut leaving, now);
+        self.changed();
         Some(Taken {
             subtree,
             nodes,
@@ -399,11 +415,13 @@ impl<T> Tree<T> {
                 }
             }
         }
+        self.changed();
     }
 
     /// Forgets a device: its id is free again, and who waits for its end goes on when what comes back is dropped.
     pub fn forget(&mut self, gone: &Gone) -> Option<Node<T>> {
         let node = self.position(gone.identity())?;
+        self.changed();
         self.nodes.remove(&node)
     }
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From a [`MachineConfig`] to a [`Machine`], part by part.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
-use ebbtide_bus::pci::{HostBridge, Windows};
+use ebbtide_bus::pci::{Devfn, HostBridge, PciError, Windows};
+use ebbtide_device::GuestEject;
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
 use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
@@ -20,7 +22,8 @@ use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
-use crate::machine::{BOOT_RAM, Machine, MemorySlot, PciDevice, PowerOn};
+use crate::hotplug::{Devices, Info, Removable};
+use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
@@ -123,17 +126,20 @@ impl Prepared {
             system,
             bridge,
             functions,
-            iothreads,
+            threads,
             blocking,
             ..
         } = parts;
+        let devices = Devices::new(&bridge, threads, &blocking, local, config.drain_timeout);
+        for cold in functions {
+            cold.plug(&devices)?;
+        }
         let machine = Machine {
             cpus,
             platform,
             bridge,
-            functions: RefCell::new(functions),
+            devices,
             slots,
-            _iothreads: iothreads,
             blocking,
             vm,
             system,
@@ -155,6 +161,33 @@ impl Prepared {
     }
 }
 
+/// A function that is there from the start.
+struct ColdFunction {
+    id: String,
+    driver: &'static str,
+    slot: u8,
+    function: Arc<VirtioPci>,
+}
+
+impl ColdFunction {
+    fn plug(self, devices: &Devices) -> Result<(), Error> {
+        let failed = |e: &dyn std::fmt::Display| Error::part(&self.id, e);
+        let at = Devfn::new(self.slot, 0).ok_or_else(|| failed(&PciError::NoSuchSlot(self.slot)))?;
+        let function: Arc<dyn Removable> = self.function;
+        let info = Info {
+            driver: self.driver,
+            at: Some(at),
+            function: Some(Arc::downgrade(&function)),
+            slot: None,
+            uses: Vec::new(),
+        };
+        devices
+            .plug(Some(&self.id), function, at, GuestEject::Off, info, true)
+            .map_err(|e| failed(&e))?;
+        Ok(())
+    }
+}
+
 /// The machine while it is being put together.
 struct Parts {
     memory: Arc<Memory>,
@@ -163,8 +196,8 @@ struct Parts {
     port_root: Arc<Region>,
     ports: Arc<AddressSpace>,
     bridge: Arc<HostBridge>,
-    functions: Vec<PciDevice>,
-    iothreads: Vec<IoThread>,
+    functions: Vec<ColdFunction>,
+    threads: BTreeMap<String, IoThread>,
     blocking: Arc<Blocking>,
 }
 
@@ -208,7 +241,7 @@ impl Parts {
             ports,
             bridge,
             functions: Vec::new(),
-            iothreads: Vec::new(),
+            threads: BTreeMap::new(),
             blocking: Arc::new(
                 Blocking::new("blocking", BLOCKING_THREADS)
                     .map_err(|e| Error::part("threads", e))?,
@@ -219,7 +252,7 @@ impl Parts {
     fn iothread(&mut self, name: &str) -> Result<Remote, Error> {
         let thread = IoThread::spawn(name).map_err(|e| Error::part(name, e))?;
         let remote = thread.remote();
-        self.iothreads.push(thread);
+        self.threads.insert(name.to_owned(), thread);
         Ok(remote)
     }
 
@@ -227,6 +260,7 @@ impl Parts {
     fn plug(
         &mut self,
         id: &str,
+        driver: &'static str,
         device: Arc<dyn VirtioDevice>,
         vm: &dyn Vm,
         remote: &Remote,
@@ -237,8 +271,9 @@ impl Parts {
             .bridge
             .attach(None, Arc::clone(&function) as _)
             .map_err(|e| Error::part(id, e))?;
-        self.functions.push(PciDevice {
+        self.functions.push(ColdFunction {
             id: id.to_owned(),
+            driver,
             slot,
             function,
         });
@@ -267,7 +302,13 @@ impl Parts {
             let blocking = Arc::clone(&self.blocking);
             let virtio = VirtioMem::new(spec, remote.clone(), blocking, events.clone())
                 .map_err(|e| Error::part(&device.id, e))?;
-            self.plug(&device.id, Arc::clone(&virtio) as _, vm, &remote)?;
+            self.plug(
+                &device.id,
+                "virtio-mem-pci",
+                Arc::clone(&virtio) as _,
+                vm,
+                &remote,
+            )?;
             slots.push(MemorySlot::new(device.clone(), range.clone(), virtio));
         }
         Ok(slots)
@@ -307,7 +348,7 @@ impl Parts {
                 ..BlkSpec::new(&disk.id)
             };
             let device = VirtioBlk::new(spec, opened, remote.clone());
-            self.plug(&disk.id, device as _, vm, &remote)?;
+            self.plug(&disk.id, "virtio-blk-pci", device as _, vm, &remote)?;
         }
         Ok(())
     }

@@ -14,10 +14,11 @@
 //! request and the entry.
 
 use std::future::poll_fn;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use ebbtide_hypervisor::{Exit, Kicker, Vcpu};
 use ebbtide_memory::{AddressSpace, Reader};
@@ -97,6 +98,8 @@ struct Shared {
     changed: Condvar,
     /// Read before each entry into the guest, without the lock.
     attention: AtomicBool,
+    /// For each vCPU the longest time, in nanoseconds, that a register access has kept it out of the guest.
+    longest: Vec<AtomicU64>,
 }
 
 impl Shared {
@@ -135,6 +138,7 @@ impl Cpus {
             }),
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
+            longest: (0..count).map(|_| AtomicU64::new(0)).collect(),
         });
         let mut cpus = Cpus {
             shared: Arc::clone(&shared),
@@ -162,6 +166,13 @@ impl Cpus {
     /// Number of vCPUs.
     pub fn count(&self) -> usize {
         self.kickers.len()
+    }
+
+    /// For each vCPU the longest that a register access has kept it out of the guest since this was last asked: from
+    /// the return of KVM_RUN to its next call.
+    pub fn take_longest_stays(&self) -> Vec<Duration> {
+        let take = |ns: &AtomicU64| Duration::from_nanos(ns.swap(0, Ordering::Relaxed));
+        self.shared.longest.iter().map(take).collect()
     }
 
     /// Lets all vCPUs that are not held run.
@@ -323,7 +334,9 @@ impl Cpu {
     /// Enters the guest once and answers what it left for.
     fn step(&mut self, reader: &Reader) -> Option<CpuEvent> {
         let cpu = self.index;
-        match self.vcpu.run() {
+        let exit = self.vcpu.run();
+        let left = Instant::now();
+        let event = match exit {
             Ok(Exit::MmioRead { gpa, data }) => {
                 load(&self.system, reader, gpa, data);
                 None
@@ -356,6 +369,19 @@ impl Cpu {
                 cpu,
                 reason: e.to_string(),
             }),
+        };
+        self.note_stay(left.elapsed());
+        event
+    }
+
+    /// Only this thread writes; who asks takes.
+    fn note_stay(&self, stay: Duration) {
+        let Some(longest) = self.shared.longest.get(self.index) else {
+            return;
+        };
+        let stay = u64::try_from(stay.as_nanos()).unwrap_or(u64::MAX);
+        if stay > longest.load(Ordering::Relaxed) {
+            longest.store(stay, Ordering::Relaxed);
         }
     }
 }

@@ -23,6 +23,7 @@ pub mod config;
 mod cpus;
 mod error;
 pub mod host;
+mod hotplug;
 pub mod layout;
 pub mod lifecycle;
 mod machine;

@@ -4,27 +4,28 @@
 //! It belongs to the control thread. Nothing here blocks that thread: what may block (loading the
 //! kernel again) runs on the pool, what must be waited for is awaited.
 
-use std::cell::{Cell, RefCell};
+use std::cell::Cell;
 use std::ops::Range;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ebbtide_bus::acpi;
 use ebbtide_bus::pci::HostBridge;
 use ebbtide_hypervisor::{BootState, ChipState, VcpuState, Vm};
-use ebbtide_iothread::{Blocking, IoThread, Local, Receiver};
+use ebbtide_iothread::{Blocking, Local, Receiver};
 use ebbtide_memory::{AddressSpace, Backing, Memory, PinnedRam};
 use ebbtide_qmp::EventSink;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::events::{self, Cause};
 use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
-use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::mem::{MemError, MemStatus, VirtioMem};
 
 use crate::Error;
 use crate::boot::{self, BootImage, Entry};
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
+use crate::hotplug::Devices;
 use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
 use crate::platform::Platform;
@@ -101,10 +102,8 @@ pub struct Machine {
     pub(crate) cpus: Cpus,
     pub(crate) platform: Platform,
     pub(crate) bridge: Arc<HostBridge>,
-    pub(crate) functions: RefCell<Vec<PciDevice>>,
+    pub(crate) devices: Rc<Devices>,
     pub(crate) slots: Vec<MemorySlot>,
-    /// Held for its drop: it ends the threads.
-    pub(crate) _iothreads: Vec<IoThread>,
     pub(crate) blocking: Arc<Blocking>,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) system: Arc<AddressSpace>,
@@ -117,14 +116,6 @@ pub struct Machine {
     pub(crate) state: Cell<RunState>,
     pub(crate) requests: Requests,
     pub(crate) local: Local,
-}
-
-/// A virtio function and where it sits.
-#[derive(Clone)]
-pub(crate) struct PciDevice {
-    pub(crate) id: String,
-    pub(crate) slot: u8,
-    pub(crate) function: Arc<VirtioPci>,
 }
 
 impl Machine {
@@ -228,6 +219,7 @@ impl Machine {
     /// # Errors
     /// When the kernel does not fit or a vCPU refuses its state.
     pub async fn start(&self, events: &EventSink) -> Result<(), Error> {
+        self.devices.serve(events);
         self.load().await?;
         self.take(Step::Go, events).await;
         Ok(())
@@ -348,15 +340,16 @@ impl Machine {
     async fn reset(&self) -> Result<(), Error> {
         self.cpus.park().await;
         self.requests.next_guest();
-        for device in self.drain().await {
+        self.devices.finish_requested().await;
+        for device in self.devices.quiesce().await {
             // Its requests may still write to what the old guest gave them: the new guest must
             // not meet the device. It stays allocated until they end.
             tracing::error!(
                 "{}: requests did not end within {:?}; the device is kept out of the new guest",
-                device.id,
+                device.name,
                 self.config.drain_timeout
             );
-            self.remove(&device);
+            drop(self.devices.remove(device.node));
         }
         self.empty_memory_devices().await;
         self.bridge.reset();
@@ -384,37 +377,11 @@ impl Machine {
         }
     }
 
-    /// Ends all use of the devices by the guest; returns those with requests that did not end
-    /// within the drain time-out.
-    async fn drain(&self) -> Vec<PciDevice> {
-        let devices = self.functions.borrow().clone();
-        // All gates close before the first wait.
-        let drains: Vec<_> = devices.iter().map(|d| d.function.quiesce()).collect();
-        let deadline = self.local.now() + self.config.drain_timeout;
-        let mut stuck = Vec::new();
-        for (device, drained) in devices.into_iter().zip(drains) {
-            let left = deadline.saturating_duration_since(self.local.now());
-            if self.local.timeout(left, drained).await.is_err() {
-                stuck.push(device);
-            }
-        }
-        stuck
-    }
-
-    /// Takes a device off the bus; whoever still serves it keeps it alive.
-    fn remove(&self, device: &PciDevice) {
-        drop(device.function.close());
-        if let Err(e) = self.bridge.detach(device.slot) {
-            tracing::error!("{}: can't be taken off the bus: {e}", device.id);
-        }
-        self.functions.borrow_mut().retain(|d| d.id != device.id);
-    }
-
     async fn end(&self, cause: ShutdownCause, events: &EventSink) -> Ending {
         self.cpus.park().await;
         self.state.set(RunState::Shutdown);
         events.emit(events::SHUTDOWN.with(Cause::new(cause)));
-        let undrained: Vec<String> = self.drain().await.into_iter().map(|d| d.id).collect();
+        let undrained = self.devices.end().await;
         self.platform.flush(&self.local).await;
         Ending { cause, undrained }
     }

@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Block nodes: from `blockdev-add` to an opened disk.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ebbtide_block::fault::Rule;
+use ebbtide_block::{Cache, Discard, Disk, DiskSpec, Faults, NullSpec};
+use ebbtide_iothread::Blocking;
+use ebbtide_qmp::QmpError;
+use ebbtide_qmp::types::block::{
+    BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroes, BlockdevDiscard, BlockdevOptions,
+    ImageInfo, OnOffAuto,
+};
+use ebbtide_qmp::types::blockdev::{BlockdevRef, BlockdevSource, HostFile};
+
+use super::backends::{Shelf, Use};
+
+/// How deep nodes may be described within each other.
+const MAX_DEPTH: usize = 8;
+
+/// A node.
+pub(crate) struct BlockNode {
+    disk: Arc<Disk>,
+    info: BlockDeviceInfo,
+    /// The node it stands on, where that has a name of its own.
+    _below: Option<Use<BlockNode>>,
+}
+
+impl BlockNode {
+    /// A disk that was opened when the machine was made.
+    pub(crate) fn opened(name: &str, disk: &Arc<Disk>, path: &str, direct: bool) -> BlockNode {
+        BlockNode {
+            info: describe(Some(name), "file", path, disk, direct),
+            disk: Arc::clone(disk),
+            _below: None,
+        }
+    }
+
+    /// Its disk.
+    pub(crate) fn disk(&self) -> &Arc<Disk> {
+        &self.disk
+    }
+
+    /// As `query-named-block-nodes` tells it.
+    pub(crate) fn info(&self) -> &BlockDeviceInfo {
+        &self.info
+    }
+}
+
+fn describe(
+    name: Option<&str>,
+    driver: &str,
+    filename: &str,
+    disk: &Disk,
+    direct: bool,
+) -> BlockDeviceInfo {
+    let image = ImageInfo {
+        filename: filename.to_owned(),
+        format: driver.to_owned(),
+        actual_size: None,
+        virtual_size: disk.size_bytes(),
+    };
+    let cache = BlockdevCacheInfo {
+        writeback: true,
+        direct,
+        no_flush: false,
+    };
+    let zeroes = BlockdevDetectZeroes::Off;
+    BlockDeviceInfo::new(name.map(str::to_owned), image, disk.readonly(), cache, zeroes)
+}
+
+/// Opens the node that `options` describe and puts it on the shelf.
+///
+/// # Errors
+/// A name that is missing or taken, a file that can't be opened, what is not supported; nothing was added.
+pub(crate) async fn add(
+    shelf: &Shelf<BlockNode>,
+    blocking: &Blocking,
+    options: BlockdevOptions,
+) -> Result<(), QmpError> {
+    let name = options
+        .node_name
+        .clone()
+        .ok_or_else(|| QmpError::generic("'node-name' must be specified for the root node"))?;
+    shelf.check_name(&name)?;
+    let node = open(shelf, blocking, options, 0).await?;
+    // Another client may have taken the name meanwhile.
+    shelf.add(&name, node)
+}
+
+async fn open(
+    shelf: &Shelf<BlockNode>,
+    blocking: &Blocking,
+    mut options: BlockdevOptions,
+    depth: usize,
+) -> Result<BlockNode, QmpError> {
+    let source = options.take_source()?;
+    refuse_what_is_missing(&options)?;
+    let name = options.node_name.clone();
+    match source {
+        BlockdevSource::File(file) | BlockdevSource::HostDevice(file) => {
+            open_file(blocking, &options, file).await
+        }
+        BlockdevSource::NullCo {
+            size,
+            latency_ns,
+            read_zeroes,
+        } => {
+            let disk = Disk::null_co(&NullSpec {
+                size_bytes: size,
+                latency: Duration::from_nanos(latency_ns),
+                read_zeroes,
+            })
+            .map_err(|e| QmpError::generic(e.to_string()))?;
+            let disk = Arc::new(disk);
+            Ok(BlockNode {
+                info: describe(name.as_deref(), "null-co", "null-co://", &disk, false),
+                disk,
+                _below: None,
+            })
+        }
+        BlockdevSource::Raw { file, offset, size } => {
+            if offset != 0 || size.is_some() {
+                return Err(QmpError::generic(
+                    "'offset' and 'size' of the driver raw are not supported: the whole node is used",
+                ));
+            }
+            let (below, disk, info) = below(shelf, blocking, name, file, depth).await?;
+            let filename = info.image.filename.clone();
+            Ok(BlockNode {
+                info: describe(
+                    options.node_name.as_deref(),
+                    "raw",
+                    &filename,
+                    &disk,
+                    info.cache.direct,
+                ),
+                disk,
+                _below: below,
+            })
+        }
+        BlockdevSource::Fault { file, rules } => {
+            let rules = rules
+                .iter()
+                .map(|rule| rule.parse::<Rule>())
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(|e| QmpError::generic(e.to_string()))?;
+            let (below, disk, info) = below(shelf, blocking, name, file, depth).await?;
+            let faults = Faults::new();
+            rules.into_iter().for_each(|rule| faults.inject(rule));
+            let disk = Arc::new(disk.behind(&faults));
+            let driver = options.driver.to_string();
+            Ok(BlockNode {
+                info: describe(
+                    options.node_name.as_deref(),
+                    &driver,
+                    &info.image.filename,
+                    &disk,
+                    info.cache.direct,
+                ),
+                disk,
+                _below: below,
+            })
+        }
+    }
+}
+
+type Below = (Option<Use<BlockNode>>, Arc<Disk>, BlockDeviceInfo);
+
+/// The node another stands on: one that is there, or one of its own.
+async fn below(
+    shelf: &Shelf<BlockNode>,
+    blocking: &Blocking,
+    user: Option<String>,
+    node: BlockdevRef,
+    depth: usize,
+) -> Result<Below, QmpError> {
+    match node {
+        BlockdevRef::Node(name) => {
+            let used = shelf.take(&name, user.as_deref().unwrap_or("another node"))?;
+            let (disk, info) = (Arc::clone(used.value().disk()), used.value().info().clone());
+            Ok((Some(used), disk, info))
+        }
+        BlockdevRef::Inline(_) if depth >= MAX_DEPTH => Err(QmpError::generic(format!(
+            "nodes are described more than {MAX_DEPTH} deep within each other"
+        ))),
+        BlockdevRef::Inline(options) => {
+            let node = Box::pin(open(shelf, blocking, *options, depth + 1)).await?;
+            Ok((node._below, node.disk, node.info))
+        }
+    }
+}
+
+async fn open_file(
+    blocking: &Blocking,
+    options: &BlockdevOptions,
+    file: HostFile,
+) -> Result<BlockNode, QmpError> {
+    let direct = options.cache.and_then(|c| c.direct).unwrap_or(false);
+    let readonly = options.read_only.unwrap_or(false);
+    let shared = options.force_share.unwrap_or(false);
+    if shared && !readonly {
+        return Err(QmpError::generic(
+            "force-share=on can only be used with read-only images",
+        ));
+    }
+    let spec = DiskSpec {
+        readonly,
+        cache: if direct { Cache::None } else { Cache::Writeback },
+        discard: match options.discard.unwrap_or_default() {
+            BlockdevDiscard::Ignore => Discard::Ignore,
+            BlockdevDiscard::Unmap => Discard::Unmap,
+        },
+        locking: file.locking != OnOffAuto::Off && !shared,
+        ..DiskSpec::new(&file.filename)
+    };
+    let may_be_readonly = options.auto_read_only.unwrap_or(false) && !readonly;
+    let disk = blocking
+        .run(move || {
+            Disk::open(&spec).or_else(|error| match may_be_readonly {
+                true => Disk::open(&spec.readonly()).map_err(|_| error),
+                false => Err(error),
+            })
+        })
+        .await
+        .map_err(|e| QmpError::generic(e.to_string()))?;
+    let disk = Arc::new(disk);
+    let driver = options.driver.to_string();
+    Ok(BlockNode {
+        info: describe(
+            options.node_name.as_deref(),
+            &driver,
+            &file.filename,
+            &disk,
+            direct,
+        ),
+        disk,
+        _below: None,
+    })
+}
+
+fn refuse_what_is_missing(options: &BlockdevOptions) -> Result<(), QmpError> {
+    let refused = if options.cache.and_then(|c| c.no_flush) == Some(true) {
+        "cache.no-flush=on"
+    } else if options.detect_zeroes.unwrap_or_default() != BlockdevDetectZeroes::Off {
+        "detect-zeroes"
+    } else {
+        return Ok(());
+    };
+    Err(QmpError::generic(format!(
+        "{refused} is not supported: leave it out"
+    )))
+}

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Devices at a reset and at the end of the machine. The vCPUs are parked.
+
+use ebbtide_device::{NodeId, Phase};
+
+use super::Devices;
+
+/// A device whose requests did not end in time.
+pub(crate) struct Stuck {
+    pub(crate) node: NodeId,
+    /// As reports call it.
+    pub(crate) name: String,
+}
+
+impl Devices {
+    /// Removes what the guest was asked to let go of: it cannot answer any more. Waits for that as long as a drain may
+    /// take; what takes longer goes on by itself and is out of the guest's reach.
+    pub(crate) async fn finish_requested(&self) {
+        let requested: Vec<NodeId> = {
+            let tree = self.tree.borrow();
+            let nodes = tree.iter();
+            let asked = nodes.filter(|(_, n)| n.eject().is_some_and(|e| e.is_requested()));
+            asked.map(|(id, _)| id).collect()
+        };
+        let removals: Vec<_> = requested.into_iter().map(|node| self.remove(node)).collect();
+        let all = async {
+            for removal in removals {
+                removal.await;
+            }
+        };
+        let late = self.local.timeout(self.drain_timeout, all).await.is_err();
+        if late {
+            tracing::error!("a removal did not end within {:?}", self.drain_timeout);
+        }
+    }
+
+    /// Ends all use of the devices by the guest; returns those with requests that did not end within the drain time-out.
+    pub(crate) async fn quiesce(&self) -> Vec<Stuck> {
+        let drains: Vec<_> = {
+            let tree = self.tree.borrow();
+            let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
+            // All gates close before the first wait.
+            let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
+                let function = entry.info.function.as_ref()?.upgrade()?;
+                let name = name(entry);
+                Some((Stuck { node, name }, function.quiesce()))
+            };
+            working.filter_map(drain).collect()
+        };
+        let deadline = self.local.now() + self.drain_timeout;
+        let mut stuck = Vec::new();
+        for (device, drained) in drains {
+            let left = deadline.saturating_duration_since(self.local.now());
+            if self.local.timeout(left, drained).await.is_err() {
+                stuck.push(device);
+            }
+        }
+        stuck
+    }
+
+    /// The end of all devices: their names that did not drain.
+    pub(crate) async fn end(&self) -> Vec<String> {
+        let deadline = self.local.now() + self.drain_timeout;
+        let mut stuck: Vec<String> = self.quiesce().await.into_iter().map(|d| d.name).collect();
+        let leaving: Vec<(NodeId, String)> = {
+            let tree = self.tree.borrow();
+            let nodes = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
+            nodes.map(|(node, entry)| (node, name(entry))).collect()
+        };
+        for (node, name) in leaving {
+            let left = deadline.saturating_duration_since(self.local.now());
+            let detached = self.reached(node, Some(Phase::Detached));
+            if self.local.timeout(left, detached).await.is_err() {
+                stuck.push(name);
+            }
+        }
+        stuck
+    }
+}
+
+fn name(node: &ebbtide_device::Node<super::Info>) -> String {
+    let identity = &node.identity;
+    identity.id.clone().unwrap_or_else(|| identity.path.clone())
+}

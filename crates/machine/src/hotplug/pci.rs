@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A PCI function as the lifecycle of devices sees it.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use ebbtide_bus::pci::{Devfn, Function, HostBridge};
+use ebbtide_device::{Draining, Model};
+use ebbtide_gate::Gate;
+use ebbtide_virtio::VirtioPci;
+
+/// A PCI function that can be taken away while it works.
+pub(crate) trait Removable: Function {
+    /// Ends its work for good. Its gate is closed; the future is ready when nothing of it is in use any more.
+    fn close(self: Arc<Self>) -> Draining;
+
+    /// Ends its work for this guest, as at a reset of the machine; the future is ready when nothing is in flight and the
+    /// registers are as at power-on. It does not keep the function alive.
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>>;
+}
+
+impl Removable for VirtioPci {
+    fn close(self: Arc<Self>) -> Draining {
+        Box::pin(VirtioPci::close(&self))
+    }
+
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(VirtioPci::quiesce(self))
+    }
+}
+
+/// A function on the bus.
+pub(crate) struct PciModel {
+    function: Arc<dyn Removable>,
+    bridge: Arc<HostBridge>,
+    at: Devfn,
+}
+
+impl PciModel {
+    /// The function at `at`.
+    pub(crate) fn new(
+        function: Arc<dyn Removable>,
+        bridge: &Arc<HostBridge>,
+        at: Devfn,
+    ) -> PciModel {
+        PciModel {
+            function,
+            bridge: Arc::clone(bridge),
+            at,
+        }
+    }
+}
+
+impl Model for PciModel {
+    fn gate(&self) -> &Arc<Gate> {
+        self.function.config().gate()
+    }
+
+    fn drain(&mut self) -> Draining {
+        // Its RAM and ioeventfds go with its BARs; registers that were entered before are waited for below.
+        if let Err(e) = self.bridge.unmap(self.at) {
+            tracing::error!("{}: its BARs stay mapped: {e}", self.gate().name());
+        }
+        Arc::clone(&self.function).close()
+    }
+}

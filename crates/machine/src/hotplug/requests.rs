@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What management wants: devices to come, to go, to stay after all.
+
+use std::task::Poll;
+
+use ebbtide_device::{GuestEject, NodeId, Phase, RemoveError};
+use ebbtide_qmp::schema::Event;
+use ebbtide_qmp::types::device::DeviceAdd;
+use ebbtide_qmp::types::ebbtide::WaitPhase;
+use ebbtide_qmp::{Properties, QmpError};
+
+use super::drivers::{self, Made};
+use super::{Asked, Devices};
+
+impl Devices {
+    /// Makes and plugs a device. Unless it is `cold` the guest is told.
+    ///
+    /// # Errors
+    /// What is wrong with the arguments, or why the host can't; nothing has changed.
+    pub(crate) async fn device_add(
+        &self,
+        args: DeviceAdd,
+        cold: bool,
+    ) -> Result<NodeId, QmpError> {
+        let driver = drivers::find(&args.driver)?;
+        if let Some(id) = &args.id {
+            drivers::check_id(id)?;
+            let free = self.tree.borrow().check_id(id);
+            free.map_err(|e| QmpError::generic(e.to_string()))?;
+        }
+        let mut properties = args.properties;
+        let policy = policy(&mut properties)?;
+        let place = self.place(driver, args.bus.as_deref(), &mut properties, cold)?;
+        let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
+        let made = (driver.make)(self, &name, &mut properties)?;
+        properties.finish_device(driver.name)?;
+        self.plug_at(args.id.as_deref(), driver, made, place, policy, cold)
+    }
+
+    /// Asks the guest to let go of a device.
+    ///
+    /// # Errors
+    /// It is going already, it can't go, or the guest can't be asked now.
+    pub(crate) fn request_removal(&self, node: NodeId) -> Result<(), QmpError> {
+        let requested = self.tree.borrow_mut().request(node, self.local.now());
+        requested.map_err(|e| refuse(&e))?;
+        let slot = {
+            let tree = self.tree.borrow();
+            tree.get(node).and_then(|node| node.info.slot.clone())
+        };
+        let Some((_, slot)) = slot else {
+            return Ok(());
+        };
+        match slot.request() {
+            Ok(Asked::Guest) => Ok(()),
+            // The guest has let go of it already: there is nobody to wait for.
+            Ok(Asked::Nobody) => {
+                drop(self.remove(node));
+                Ok(())
+            }
+            Err(reason) => {
+                self.tree.borrow_mut().cancel(node, self.local.now());
+                Err(QmpError::generic(reason))
+            }
+        }
+    }
+
+    /// Withdraws a request. False: there is none, or it is too late.
+    pub(crate) fn cancel_removal(&self, node: NodeId) -> bool {
+        let cancelled = self.tree.borrow_mut().cancel(node, self.local.now());
+        if cancelled {
+            let tree = self.tree.borrow();
+            if let Some((_, slot)) = tree.get(node).and_then(|n| n.info.slot.as_ref()) {
+                slot.cancel();
+            }
+        }
+        cancelled
+    }
+
+    /// Takes a device away without asking the guest again: a removal that waits for the guest goes on without it, one
+    /// that waits for a backend gives that up.
+    ///
+    /// # Errors
+    /// No removal was asked for, or nothing is left that could be forced.
+    pub(crate) fn force(&self, node: NodeId) -> Result<(), QmpError> {
+        let phase = self.tree.borrow().get(node).map(|n| (n.phase(), n.identity.path.clone()));
+        match phase {
+            None => Ok(()),
+            Some((Phase::Plugged, path)) => Err(QmpError::generic(format!(
+                "Device '{path}' is not being removed: use device_del first"
+            ))),
+            Some((Phase::Requested | Phase::GuestOfflining, _)) => {
+                drop(self.remove(node));
+                Ok(())
+            }
+            Some((_, path)) => match self.tree.borrow_mut().force(node) {
+                true => Ok(()),
+                false => Err(QmpError::generic(format!(
+                    "Device '{path}': its removal was forced before"
+                ))),
+            },
+        }
+    }
+
+    /// Resolves when a removal has come as far as `phase`, with how far it is; None: the device stays plugged in.
+    pub(crate) async fn arrival(&self, node: NodeId, phase: WaitPhase) -> Option<WaitPhase> {
+        let wanted = match phase {
+            WaitPhase::Isolated => Some(Phase::Draining),
+            // The phase that begins when the drain ends.
+            WaitPhase::Drained | WaitPhase::Detached => Some(Phase::Detached),
+            WaitPhase::Deleted => None,
+        };
+        std::future::poll_fn(|cx| {
+            let mut tree = self.tree.borrow_mut();
+            let Some(entry) = tree.get(node) else {
+                return Poll::Ready(Some(WaitPhase::Deleted));
+            };
+            let now = entry.phase();
+            if now == Phase::Plugged {
+                return Poll::Ready(None);
+            }
+            if wanted.is_some_and(|wanted| now >= wanted) {
+                let reached = if now >= Phase::Detached {
+                    WaitPhase::Detached
+                } else {
+                    WaitPhase::Isolated
+                };
+                return Poll::Ready(Some(reached));
+            }
+            tree.watch(cx.waker());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Sends an event, once somebody is there to send it.
+    pub(crate) fn emit(&self, event: Event) {
+        if let Some(sink) = self.events.get() {
+            sink.emit(event);
+        }
+    }
+}
+
+fn refuse(error: &RemoveError) -> QmpError {
+    QmpError::generic(error.to_string())
+}
+
+/// The property `guest-eject` of every device that can be taken out.
+fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
+    match properties.take_string("guest-eject")?.as_deref() {
+        None | Some("requested") => Ok(GuestEject::Requested),
+        Some("on") => Ok(GuestEject::On),
+        Some("off") => Ok(GuestEject::Off),
+        Some(other) => Err(QmpError::generic(format!(
+            "Parameter 'guest-eject' does not accept value '{other}': on, off and requested are accepted"
+        ))),
+    }
+}
+
+/// What is needed to plug something that was made.
+impl Devices {
+    fn plug_at(
+        &self,
+        id: Option<&str>,
+        driver: &'static drivers::Driver,
+        made: Made,
+        place: super::Place,
+        policy: GuestEject,
+        cold: bool,
+    ) -> Result<NodeId, QmpError> {
+        self.plug(id, driver, made, place, policy, cold)
+            .map_err(|e| QmpError::generic(e.to_string()))
+    }
+}
