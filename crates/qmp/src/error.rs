@@ -73,6 +73,171 @@ impl QmpError {
     pub fn property_not_found(type_name: &str, property: &str) -> Self {
         Self::generic(format!("Property '{type_name}.{property}' not found"))
     }
+
+    /// The answer when a parameter is not there.
+    pub fn missing_parameter(name: &str) -> Self {
+        Self::generic(format!("Parameter '{name}' is missing"))
+    }
+
+    /// The answer when a parameter has a value of another JSON type.
+    pub fn invalid_type(name: &str, expected: &str) -> Self {
+        Self::generic(format!(
+            "Invalid parameter type for '{name}', expected: {expected}"
+        ))
+    }
+
+    /// The answer when a parameter has a value it does not take.
+    pub fn invalid_value(name: &str, value: &str) -> Self {
+        Self::generic(format!(
+            "Parameter '{name}' does not accept value '{value}'"
+        ))
+    }
+
+    /// The answer when a property of a device or object has a value it does not take.
+    pub fn property_value(type_name: &str, property: &str, value: &str) -> Self {
+        Self::generic(format!(
+            "Property '{type_name}.{property}' doesn't take value '{value}'"
+        ))
+    }
+
+    /// The answer when a property can only be read.
+    pub fn property_not_writable(type_name: &str, property: &str) -> Self {
+        Self::generic(format!("Property '{type_name}.{property}' is not writable"))
+    }
+
+    /// The answer to `device_add` when the id is taken.
+    pub fn duplicate_device_id(id: &str) -> Self {
+        Self::generic(format!("Duplicate device ID '{id}'"))
+    }
+
+    /// The answer when a text cannot be an id: a letter, then letters, digits, `-`, `.`, `_`.
+    pub fn invalid_id(name: &str) -> Self {
+        Self::generic(format!("Parameter '{name}' expects an identifier"))
+    }
+
+    /// The answer when there is no device of this type.
+    pub fn invalid_driver(driver: &str) -> Self {
+        Self::generic(format!("'{driver}' is not a valid device model name"))
+    }
+
+    /// The answer when a device of this type cannot come or go while the machine runs.
+    pub fn not_hotpluggable(driver: &str) -> Self {
+        Self::generic(format!("Device '{driver}' does not support hotplugging"))
+    }
+
+    /// The answer when there is no such bus.
+    pub fn bus_not_found(bus: &str) -> Self {
+        Self::generic(format!("Bus '{bus}' not found"))
+    }
+
+    /// The answer when nothing can come or go on a bus while the machine runs.
+    pub fn bus_not_hotpluggable(bus: &str) -> Self {
+        Self::generic(format!("Bus '{bus}' does not support hotplugging"))
+    }
+
+    /// The answer when a device does not fit a bus; `bus_type` is such as `PCI`.
+    pub fn bad_bus(driver: &str, bus_type: &str) -> Self {
+        Self::generic(format!("Device '{driver}' can't go on {bus_type} bus"))
+    }
+
+    /// The answer when no bus for the device has room.
+    pub fn no_bus(bus_type: &str, driver: &str) -> Self {
+        Self::generic(format!("No '{bus_type}' bus found for device '{driver}'"))
+    }
+
+    /// The answer to `device_del` when the removal is under way.
+    pub fn unplug_pending(id: &str) -> Self {
+        Self::generic(format!("Device {id} is already in the process of unplug"))
+    }
+
+    /// The answer to `object-add` when there is no such type.
+    pub fn invalid_object_type(qom_type: &str) -> Self {
+        Self::generic(format!(
+            "Parameter 'qom-type' does not accept value '{qom_type}'"
+        ))
+    }
+
+    /// The answer to `object-add` when the id is taken.
+    pub fn duplicate_object_id(id: &str) -> Self {
+        Self::generic(format!(
+            "attempt to add duplicate property '{id}' to object (type 'container')"
+        ))
+    }
+
+    /// The answer to `object-del` when there is no such object.
+    pub fn object_not_found(id: &str) -> Self {
+        Self::generic(format!("object '{id}' not found"))
+    }
+
+    /// The answer to `object-del` when something uses the object.
+    pub fn object_in_use(id: &str) -> Self {
+        Self::generic(format!("object '{id}' is in use, can not be deleted"))
+    }
+
+    /// The answer when there is no such block node.
+    pub fn node_not_found(node: &str) -> Self {
+        Self::generic(format!("Failed to find node with node-name='{node}'"))
+    }
+
+    /// The answer when a property names a block node that is not there.
+    pub fn drive_not_found(node: &str) -> Self {
+        Self::generic(format!(
+            "Cannot find device='{node}' nor node-name='{node}'"
+        ))
+    }
+
+    /// The answer to `blockdev-add` when the name is taken.
+    pub fn duplicate_node(node: &str) -> Self {
+        Self::generic(format!("Duplicate nodes with node-name='{node}'"))
+    }
+
+    /// The answer to `blockdev-del` when a device uses the node.
+    pub fn node_in_use(node: &str) -> Self {
+        Self::generic(format!("Node {node} is in use"))
+    }
+
+    /// The answer when something uses a block node; `role` is such as `file of 'disk0'`.
+    pub fn node_busy(node: &str, role: &str) -> Self {
+        Self::generic(format!("Node '{node}' is busy: node is used as {role}"))
+    }
+
+    /// The answer to `netdev_add` when the id is taken.
+    pub fn duplicate_netdev(id: &str) -> Self {
+        Self::generic(format!("Duplicate ID '{id}'"))
+    }
+
+    /// The answer to `netdev_del` when what has the id is no network backend.
+    pub fn not_a_netdev(id: &str) -> Self {
+        Self::generic(format!("Device '{id}' is not a netdev"))
+    }
+
+    /// The answer to `chardev-add` when the id is taken.
+    pub fn duplicate_chardev(id: &str) -> Self {
+        Self::generic(format!("Chardev with id '{id}' already exists"))
+    }
+
+    /// The answer when there is no such character device.
+    pub fn chardev_not_found(id: &str) -> Self {
+        Self::generic(format!("Chardev '{id}' not found"))
+    }
+
+    /// The answer to `chardev-remove` when a device uses it.
+    pub fn chardev_busy(id: &str) -> Self {
+        Self::generic(format!("Chardev '{id}' is busy"))
+    }
+
+    /// The answer to balloon commands when there is no balloon.
+    pub fn no_balloon() -> Self {
+        Self::new(
+            ErrorClass::DeviceNotActive,
+            "No balloon device has been activated",
+        )
+    }
+
+    /// The answer to `device_add` and `device_del` while the machine migrates.
+    pub fn migrating(command: &str) -> Self {
+        Self::generic(format!("{command} not allowed while migrating"))
+    }
 }
 
 /// A failure to listen on a socket, or to talk to a server.

@@ -4,6 +4,7 @@
 //! - [`schema`] declares commands, events and their data once; [`commands`] and [`types`] are those declarations.
 //! - [`Server`] listens on Unix sockets, checks what clients send, and hands commands to an [`Executor`], of which
 //!   [`CommandTable`] is the ready-made one. [`EventSink`] is where the machine puts its events.
+//! - [`Properties`] are what only the consumer of a command knows: those of devices, objects, block drivers.
 //! - [`hmp`] reads and answers commands as people type them; [`sizes`] reads and prints sizes.
 //! - [`client`] is for `ebbtide ctl` and for tests.
 //!
@@ -64,6 +65,7 @@ mod executor;
 pub mod hmp;
 pub mod json;
 mod message;
+mod properties;
 pub mod schema;
 mod server;
 pub mod sizes;
@@ -71,5 +73,6 @@ pub mod types;
 
 pub use error::{Error, ErrorClass, QmpError};
 pub use executor::{Answer, ClientId, CommandTable, Executor};
+pub use properties::{Bound, PciAddress, Properties, Reference};
 pub use schema::{Event, Schema};
 pub use server::{EventSink, Server, ServerLimits, SocketSpec};

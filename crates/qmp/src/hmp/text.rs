@@ -39,6 +39,18 @@ pub fn memory_devices(devices: &[MemoryDeviceInfo]) -> String {
 
 fn memory_device(device: &MemoryDeviceInfo) -> String {
     match device {
+        MemoryDeviceInfo::Dimm(info) => format!(
+            "Memory device [dimm]: \"{}\"\r\n  addr: {:#x}\r\n  slot: {}\r\n  node: {}\r\n  size: {}\r\n  memdev: {}\r\n  \
+             hotplugged: {}\r\n  hotpluggable: {}\r\n",
+            info.id.as_deref().unwrap_or_default(),
+            info.addr,
+            info.slot,
+            info.node,
+            info.size,
+            info.memdev,
+            info.hotplugged,
+            info.hotpluggable
+        ),
         MemoryDeviceInfo::VirtioMem(info) => format!(
             "Memory device [virtio-mem]: \"{}\"\r\n  memaddr: {:#x}\r\n  node: {}\r\n  requested-size: {}\r\n  size: {}\r\n  \
              max-size: {}\r\n  block-size: {}\r\n  memdev: {}\r\n",

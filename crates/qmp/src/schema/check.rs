@@ -40,7 +40,7 @@ pub(super) fn value(value: &Value, ty: &Type, path: &str) -> Result<(), QmpError
     )))
 }
 
-/// Checks an object's members: declared ones in their order, then that there are no others.
+/// Checks an object's members: declared ones in their order, then, unless it is open, that there are no others.
 pub(super) fn object(
     members: &Map<String, Value>,
     info: &ObjectInfo,
@@ -57,6 +57,9 @@ pub(super) fn object(
             declared(members, case, path)?;
             infos.push(case);
         }
+    }
+    if infos.iter().any(|info| info.open) {
+        return Ok(());
     }
     match members.keys().find(|key| {
         !infos

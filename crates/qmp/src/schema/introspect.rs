@@ -48,7 +48,7 @@ impl Entities {
             Type::Bool => "bool".to_owned(),
             Type::Any => "any".to_owned(),
             Type::Enum(info) => self.number(info.name),
-            // All objects without members are one type.
+            // All objects without members are one type; that an object is open is not shown, as QEMU does not.
             Type::Object(info) if info.members.is_empty() && info.variants.is_none() => {
                 self.number("")
             }

@@ -58,6 +58,9 @@ pub struct ObjectInfo {
     pub members: &'static [Member],
     /// Further members that depend on the value of one.
     pub variants: Option<Variants>,
+    /// Whether members nobody declared are allowed: what they are depends on more than a schema can say, as a device's
+    /// properties do on its driver. Who carries the command out checks them; see [`crate::Properties`].
+    pub open: bool,
 }
 
 /// One member of an object.
@@ -164,6 +167,30 @@ macro_rules! qapi_struct {
                     optional: <$ty as $crate::schema::Qapi>::OPTIONAL,
                 },)*],
                 variants: None,
+                open: false,
+            });
+        }
+    };
+    // Open: whatever else the object has is put into `properties`.
+    ($(#[$meta:meta])* pub open struct $name:ident { $($(#[$field_meta:meta])* $field:ident as $wire:literal: $ty:ty,)* }) => {
+        $(#[$meta])*
+        #[derive(Debug, Clone, PartialEq, serde::Serialize, serde::Deserialize)]
+        pub struct $name {
+            $($(#[$field_meta])* #[serde(rename = $wire, skip_serializing_if = "crate::schema::is_absent")] pub $field: $ty,)*
+            /// All the other members.
+            #[serde(flatten)] pub properties: $crate::Properties,
+        }
+
+        impl $crate::schema::Qapi for $name {
+            const TYPE: $crate::schema::Type = $crate::schema::Type::Object(&$crate::schema::ObjectInfo {
+                name: stringify!($name),
+                members: &[$($crate::schema::Member {
+                    name: $wire,
+                    ty: <$ty as $crate::schema::Qapi>::TYPE,
+                    optional: <$ty as $crate::schema::Qapi>::OPTIONAL,
+                },)*],
+                variants: None,
+                open: true,
             });
         }
     };

@@ -261,6 +261,7 @@ fn introspected() -> BTreeMap<String, Value> {
         commands::QOM_GET.info(),
         commands::QOM_SET.info(),
     ]);
+    let commands = commands.chain(crate::types::tests::plug_commands());
     let array = Schema::new(commands, events::ALL.iter().copied()).introspect();
     let answer = commands::QUERY_QMP_SCHEMA.info().check_answer(&array);
     assert_eq!(answer, Ok(()), "the schema describes its own description");
@@ -334,16 +335,33 @@ fn introspection_has_qemus_form() {
     );
     let device = follow(&devices, "element-type");
     assert_eq!(device["tag"], "type");
-    assert_eq!(device["variants"][0]["case"], "virtio-mem");
+    assert_eq!(device["variants"][1]["case"], "virtio-mem");
     assert_eq!(
-        follow(&device["variants"][0], "type")["members"][0]["name"],
+        follow(&device["variants"][1], "type")["members"][0]["name"],
         "data"
     );
     let kind = follow(&device["members"][0], "type");
     assert_eq!(
         (&kind["members"], &kind["values"]),
-        (&json!([{"name": "virtio-mem"}]), &json!(["virtio-mem"]))
+        (
+            &json!([{"name": "dimm"}, {"name": "virtio-mem"}]),
+            &json!(["dimm", "virtio-mem"])
+        )
     );
+    // As QEMU shows a command whose further arguments depend on the driver.
+    assert_eq!(
+        follow(&of("device_add"), "arg-type")["members"],
+        json!([{"name": "driver", "type": "str"}, {"name": "bus", "type": "str", "default": null},
+            {"name": "id", "type": "str", "default": null}])
+    );
+    // A type that is a part of itself.
+    let bus = of(follow(&of("query-pci"), "ret-type")["element-type"]
+        .as_str()
+        .unwrap());
+    let devices = follow(&bus["members"][1], "type");
+    let function = follow(&devices, "element-type");
+    let bridge = follow(&function["members"][8], "type");
+    assert_eq!(bridge["members"][1]["type"], devices["name"]);
     assert_eq!(
         of("int"),
         json!({"name": "int", "meta-type": "builtin", "json-type": "int"})

@@ -102,3 +102,108 @@ qapi_struct! {
         since_ms as "since-ms": u64,
     }
 }
+
+qapi_enum! {
+    /// How far a device is on its way out.
+    pub enum RemovalPhase {
+        /// Working; nobody has asked for it back, or the guest keeps it.
+        Plugged = "plugged",
+        /// The guest was asked to let go.
+        Requested = "requested",
+        /// The guest says that it is working on that.
+        GuestOfflining = "guest-offlining",
+        /// The guest has let go; what was under way is waited for.
+        Draining = "draining",
+        /// Given up: it was forced and does not drain all the same. Its memory is kept.
+        Quarantined = "quarantined",
+        /// The bus has forgotten it; it is being destroyed.
+        Detached = "detached",
+    }
+}
+
+qapi_struct! {
+    /// What keeps a device from going.
+    #[derive(Eq)]
+    pub struct RemovalHolder {
+        /// What it is, for people: a request, a mapping, a thread.
+        what as "what": String,
+        /// For how long, milliseconds, where that is known.
+        age_ms as "age-ms": Option<u64>,
+    }
+}
+
+qapi_struct! {
+    /// One step of a removal.
+    #[derive(Copy, Eq)]
+    pub struct RemovalStep {
+        /// The phase that began.
+        phase as "phase": RemovalPhase,
+        /// When, milliseconds after the removal was asked for.
+        ms as "ms": u64,
+    }
+}
+
+qapi_struct! {
+    /// One device that is on its way out: an item of `x-ebbtide-query-removals`.
+    #[derive(Eq)]
+    pub struct Removal {
+        /// Its id, if it has one.
+        id as "id": Option<String>,
+        /// Its path in the object tree.
+        path as "path": String,
+        /// How far it is.
+        phase as "phase": RemovalPhase,
+        /// Since the removal was asked for, milliseconds.
+        age_ms as "age-ms": u64,
+        /// What it waits for; none when it waits for the guest.
+        holders as "holders": Vec<RemovalHolder>,
+        /// The phases so far, the first one first.
+        history as "history": Vec<RemovalStep>,
+    }
+}
+
+qapi_enum! {
+    /// What to wait for; each includes those before it.
+    pub enum WaitPhase {
+        /// The guest has let go: no access of its reaches the device any more.
+        Isolated = "isolated",
+        /// Nothing of the device is under way any more.
+        Drained = "drained",
+        /// The guest sees the slot empty.
+        Detached = "detached",
+        /// Nothing of it is left; `DEVICE_DELETED` has been sent.
+        Deleted = "deleted",
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `x-ebbtide-wait`.
+    pub struct Wait {
+        /// The device's id.
+        id as "id": String,
+        /// What to wait for.
+        phase as "phase": WaitPhase,
+        /// Seconds after which the command fails; without it, it waits until the removal has ended one way or another.
+        timeout as "timeout": Option<f64>,
+    }
+}
+
+qapi_struct! {
+    /// The answer to `x-ebbtide-wait`.
+    #[derive(Copy, Eq)]
+    pub struct Waited {
+        /// How far the device has come; it may have come further than was waited for.
+        phase as "phase": WaitPhase,
+        /// How long the wait took, milliseconds.
+        elapsed_ms as "elapsed-ms": u64,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `x-ebbtide-device-force` and `x-ebbtide-device-cancel`.
+    #[derive(Eq)]
+    pub struct DeviceId {
+        /// The device's id or path.
+        id as "id": String,
+    }
+}

@@ -4,7 +4,11 @@
 use std::time::Duration;
 
 use crate::schema::{Empty, EventInfo, EventKind, RateLimit, qapi_struct};
-use crate::types::run_state::ShutdownCause;
+use crate::types::acpi::AcpiDeviceOst;
+use crate::types::block::BlockIoError;
+use crate::types::device::DevicePath;
+use crate::types::memory::BalloonInfo;
+use crate::types::run_state::{ShutdownCause, Watchdog};
 
 qapi_struct! {
     /// Data of `SHUTDOWN` and `RESET`.
@@ -51,14 +55,32 @@ pub const STOP: EventKind<Empty> = EventKind::new("STOP");
 pub const RESUME: EventKind<Empty> = EventKind::new("RESUME");
 /// The power button was pressed.
 pub const POWERDOWN: EventKind<Empty> = EventKind::new("POWERDOWN");
-/// A memory device provides more or less than before; at most once a second for each device.
-pub const MEMORY_DEVICE_SIZE_CHANGE: EventKind<MemoryDeviceSizeChange> = EventKind::limited(
-    "MEMORY_DEVICE_SIZE_CHANGE",
+/// What a guest can make happen as often as it likes is sent once a second.
+const fn once_a_second(per_member: Option<&'static str>) -> RateLimit {
     RateLimit {
         interval: Duration::from_secs(1),
-        per_member: Some("qom-path"),
-    },
-);
+        per_member,
+    }
+}
+
+/// A memory device provides more or less than before; at most once a second for each device.
+pub const MEMORY_DEVICE_SIZE_CHANGE: EventKind<MemoryDeviceSizeChange> =
+    EventKind::limited("MEMORY_DEVICE_SIZE_CHANGE", once_a_second(Some("qom-path")));
+/// A device is gone: nothing of it is left, its id and its backend are free.
+pub const DEVICE_DELETED: EventKind<DevicePath> = EventKind::new("DEVICE_DELETED");
+/// The guest does not let go of a device; it stays plugged in.
+pub const DEVICE_UNPLUG_GUEST_ERROR: EventKind<DevicePath> =
+    EventKind::new("DEVICE_UNPLUG_GUEST_ERROR");
+/// The guest said how far it is with a device.
+pub const ACPI_DEVICE_OST: EventKind<AcpiDeviceOst> = EventKind::new("ACPI_DEVICE_OST");
+/// A disk's request failed; at most once a second for each device.
+pub const BLOCK_IO_ERROR: EventKind<BlockIoError> =
+    EventKind::limited("BLOCK_IO_ERROR", once_a_second(Some("qom-path")));
+/// The guest's balloon has grown or shrunk; at most once a second.
+pub const BALLOON_CHANGE: EventKind<BalloonInfo> =
+    EventKind::limited("BALLOON_CHANGE", once_a_second(None));
+/// The guest has let its watchdog run out; at most once a second.
+pub const WATCHDOG: EventKind<Watchdog> = EventKind::limited("WATCHDOG", once_a_second(None));
 
 /// Every event there is.
 pub const ALL: &[EventInfo] = &[
@@ -68,4 +90,10 @@ pub const ALL: &[EventInfo] = &[
     RESUME.info(),
     POWERDOWN.info(),
     MEMORY_DEVICE_SIZE_CHANGE.info(),
+    DEVICE_DELETED.info(),
+    DEVICE_UNPLUG_GUEST_ERROR.info(),
+    ACPI_DEVICE_OST.info(),
+    BLOCK_IO_ERROR.info(),
+    BALLOON_CHANGE.info(),
+    WATCHDOG.info(),
 ];

@@ -95,6 +95,7 @@ macro_rules! details {
             name: stringify!($name),
             members: &[$(Member { name: $wire, ty: <$ty as Qapi>::TYPE, optional: <$ty as Qapi>::OPTIONAL }),*],
             variants: None,
+            open: false,
         };)+
     };
 }
@@ -146,5 +147,6 @@ impl Qapi for SchemaEntity {
                 (MetaType::Event.as_str(), &EVENT),
             ],
         }),
+        open: false,
     });
 }

@@ -37,9 +37,33 @@ qapi_struct! {
     }
 }
 
+qapi_struct! {
+    /// A DIMM. Bytes.
+    pub struct PcDimmDeviceInfo {
+        /// Its id.
+        id as "id": Option<String>,
+        /// Where it lies in guest physical memory.
+        addr as "addr": i64,
+        /// How large it is.
+        size as "size": i64,
+        /// Its slot.
+        slot as "slot": i64,
+        /// Its NUMA node.
+        node as "node": i64,
+        /// The object path of its backend.
+        memdev as "memdev": String,
+        /// Whether it came while the machine ran.
+        hotplugged as "hotplugged": bool,
+        /// Whether it could come while the machine ran.
+        hotpluggable as "hotpluggable": bool,
+    }
+}
+
 qapi_enum! {
     /// Kinds of memory devices.
     pub enum MemoryDeviceKind {
+        /// A DIMM.
+        Dimm = "dimm",
         /// virtio-mem.
         VirtioMem = "virtio-mem",
     }
@@ -49,6 +73,8 @@ qapi_enum! {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", content = "data", rename_all = "kebab-case")]
 pub enum MemoryDeviceInfo {
+    /// A DIMM.
+    Dimm(PcDimmDeviceInfo),
     /// A virtio-mem device.
     VirtioMem(VirtioMemDeviceInfo),
 }
@@ -71,14 +97,83 @@ impl Qapi for MemoryDeviceInfo {
         }],
         variants: Some(Variants {
             tag: "type",
-            cases: &[(
-                MemoryDeviceKind::VirtioMem.as_str(),
-                &ObjectInfo {
-                    name: "VirtioMemDeviceInfoWrapper",
-                    members: &data_member(VirtioMemDeviceInfo::TYPE),
-                    variants: None,
-                },
-            )],
+            cases: &[
+                (
+                    MemoryDeviceKind::Dimm.as_str(),
+                    &ObjectInfo {
+                        name: "PcDimmDeviceInfoWrapper",
+                        members: &data_member(PcDimmDeviceInfo::TYPE),
+                        variants: None,
+                        open: false,
+                    },
+                ),
+                (
+                    MemoryDeviceKind::VirtioMem.as_str(),
+                    &ObjectInfo {
+                        name: "VirtioMemDeviceInfoWrapper",
+                        members: &data_member(VirtioMemDeviceInfo::TYPE),
+                        variants: None,
+                        open: false,
+                    },
+                ),
+            ],
         }),
+        open: false,
     });
+}
+
+qapi_enum! {
+    /// Where a backend's memory comes from on a host with several nodes.
+    pub enum HostMemPolicy {
+        /// As the host sees fit.
+        Default = "default",
+        /// These nodes first.
+        Preferred = "preferred",
+        /// These nodes only.
+        Bind = "bind",
+        /// From these nodes in turn.
+        Interleave = "interleave",
+    }
+}
+
+qapi_struct! {
+    /// A memory backend: one item of `query-memdev`.
+    pub struct Memdev {
+        /// Its id.
+        id as "id": Option<String>,
+        /// Bytes.
+        size as "size": u64,
+        /// Whether the host may share its pages with others of the same content.
+        merge as "merge": bool,
+        /// Whether a core dump of the VMM has it.
+        dump as "dump": bool,
+        /// Whether it was populated before use.
+        prealloc as "prealloc": bool,
+        /// Whether other processes that map it see it change.
+        share as "share": bool,
+        /// Whether swap space or huge pages are reserved for it; absent when the host does not tell.
+        reserve as "reserve": Option<bool>,
+        /// The host's nodes of its policy.
+        host_nodes as "host-nodes": Vec<u32>,
+        /// Where it comes from.
+        policy as "policy": HostMemPolicy,
+    }
+}
+
+qapi_struct! {
+    /// The answer to `query-balloon`, and data of `BALLOON_CHANGE`. Bytes.
+    #[derive(Copy, Eq)]
+    pub struct BalloonInfo {
+        /// What the balloon leaves to the guest.
+        actual as "actual": i64,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `balloon`. Bytes.
+    #[derive(Copy, Eq)]
+    pub struct Balloon {
+        /// What the balloon is to leave to the guest.
+        value as "value": i64,
+    }
 }

@@ -62,3 +62,43 @@ impl ObjectPropertyInfo {
         }
     }
 }
+
+qapi_struct! {
+    /// Arguments of `object-add`: those of every object. The type's own are in `properties`.
+    pub open struct ObjectAdd {
+        /// Its type, such as `memory-backend-memfd`.
+        qom_type as "qom-type": String,
+        /// Its id.
+        id as "id": String,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `object-del`.
+    pub struct ObjectDel {
+        /// The object's id.
+        id as "id": String,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `qom-list-types`.
+    pub struct QomListTypes {
+        /// Only types that are of this type.
+        implements as "implements": Option<String>,
+        /// Also types of which there are no objects.
+        with_abstract as "abstract": Option<bool>,
+    }
+}
+
+qapi_struct! {
+    /// One item of `qom-list-types`.
+    pub struct ObjectTypeInfo {
+        /// The type's name.
+        name as "name": String,
+        /// True when there are no objects of exactly this type; absent otherwise.
+        is_abstract as "abstract": Option<bool>,
+        /// The type it is a kind of.
+        parent as "parent": Option<String>,
+    }
+}

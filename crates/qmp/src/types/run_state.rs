@@ -88,3 +88,32 @@ impl StatusInfo {
         }
     }
 }
+
+qapi_enum! {
+    /// What happens when the guest has let its watchdog run out.
+    pub enum WatchdogAction {
+        /// The machine is reset.
+        Reset = "reset",
+        /// The power button is pressed.
+        Shutdown = "shutdown",
+        /// The machine ends.
+        Poweroff = "poweroff",
+        /// The vCPUs are stopped.
+        Pause = "pause",
+        /// It is logged.
+        Debug = "debug",
+        /// Nothing.
+        None = "none",
+        /// All vCPUs get an NMI.
+        InjectNmi = "inject-nmi",
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `watchdog-set-action`, and data of `WATCHDOG`.
+    #[derive(Copy, Eq)]
+    pub struct Watchdog {
+        /// What happens.
+        action as "action": WatchdogAction,
+    }
+}

@@ -45,6 +45,7 @@ impl ebbtide_qmp::schema::Qapi for ToyNumber {
                 optional: false,
             }],
             variants: None,
+            open: false,
         });
 }
 

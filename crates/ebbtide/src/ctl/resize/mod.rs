@@ -149,7 +149,14 @@ fn take_stock(session: &mut Session<'_>) -> Result<(Inventory, u64, Vec<Target>)
     };
     let mut requested = Vec::new();
     for device in devices {
-        let MemoryDeviceInfo::VirtioMem(info) = device;
+        let info = match device {
+            MemoryDeviceInfo::VirtioMem(info) => info,
+            MemoryDeviceInfo::Dimm(dimm) => {
+                let size = u64::try_from(dimm.size).unwrap_or(0);
+                inventory.fixed = inventory.fixed.saturating_add(size);
+                continue;
+            }
+        };
         match info.id {
             Some(id) => {
                 requested.push(Target {
