@@ -6,14 +6,16 @@ use std::sync::Arc;
 
 use ebbtide_memory::{Error, Memory, Region, Transaction};
 
+use super::bridge::Upstream;
 use super::registers::{BAR0, Registers};
 
-/// How many BARs a type 0 header has.
+/// How many BARs a type 0 header has, and a type 1 header.
 pub(super) const BAR_COUNT: u8 = 6;
+pub(super) const BRIDGE_BAR_COUNT: u8 = 2;
 /// The smallest BAR: a page, so that no two devices share one.
 const MIN_SIZE_BYTES: u64 = 4096;
-/// All BARs have the same place in the map's order: where two overlap, either may win.
-const BAR_PRIORITY: i32 = 0;
+/// All BARs and windows have the same place in the map's order: where two overlap, either may win.
+pub(super) const BAR_PRIORITY: i32 = 0;
 
 /// The address ranges a host bridge forwards to its bus. A BAR outside of them is not decoded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -59,6 +61,11 @@ impl BarKind {
         }
     }
 
+    /// Whether it belongs into a prefetchable window.
+    pub(super) fn is_prefetchable(self) -> bool {
+        matches!(self, Self::Mem64 { prefetchable: true })
+    }
+
     /// Whether it takes two dwords.
     pub fn is_64bit(self) -> bool {
         matches!(self, Self::Mem64 { .. })
@@ -75,14 +82,9 @@ pub struct BarSpec {
 }
 
 impl BarSpec {
-    /// What is wrong with a BAR of this kind as number `index`.
-    pub(super) fn fault(&self, index: u8) -> Option<&'static str> {
-        let last = if self.kind.is_64bit() {
-            BAR_COUNT - 2
-        } else {
-            BAR_COUNT - 1
-        };
-        if index > last {
+    /// What is wrong with a BAR of this kind as number `index` of `count`.
+    pub(super) fn fault(&self, index: u8, count: u8) -> Option<&'static str> {
+        if index >= count - u8::from(self.kind.is_64bit()) {
             Some("there is no such bar")
         } else if !self.size_bytes.is_power_of_two() || self.size_bytes < MIN_SIZE_BYTES {
             Some("the size must be a power of two of at least 4096")
@@ -164,7 +166,10 @@ pub(super) struct BarSpace {
     pub(super) memory: Arc<Memory>,
     /// Guest-physical address 0 is at its offset 0.
     pub(super) container: Arc<Region>,
+    /// What the host bridge forwards; bridges on the way may forward less.
     pub(super) windows: Windows,
+    /// The way of requests to memory.
+    pub(super) upstream: Arc<Upstream>,
 }
 
 /// A BAR that has to move.

@@ -1,29 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A function's configuration space: type 0 header, capabilities, 4 KiB (PCI 3.0, 6; PCIe 5.0, 7.5).
+//! A function's configuration space: header of type 0 or 1, capabilities, 4 KiB (PCI 3.0, 6; PCIe 5.0, 7.5).
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_gate::Gate;
 use ebbtide_memory::Region;
 
-use super::bar::{Bar, BarInfo, BarSpace, BarSpec};
+use super::bar::{BAR_COUNT, BRIDGE_BAR_COUNT, Bar, BarInfo, BarSpace, BarSpec};
+use super::bridge::{Bridge, HEADER_BRIDGE};
 use super::msix::{CONTROL_ENABLE, CONTROL_FUNCTION_MASK, Msix};
 use super::registers::{
     BAR0, CACHE_LINE, CAPABILITIES, COMMAND, EXTENDED, HEADER_END, HEADER_TYPE, INTERRUPT_LINE,
-    REVISION, Registers, STATUS, SUBSYSTEM_VENDOR, VENDOR, touches,
+    REVISION, Registers, STATUS, STATUS_ERRORS, SUBSYSTEM_VENDOR, VENDOR, touches,
 };
 use super::{BarKind, CONFIG_SIZE_BYTES, PciError};
 use crate::gated;
 use crate::log_limit::LogLimit;
 
-/// Capability id of MSI-X.
+/// Capability ids of MSI-X and of a bridge's subsystem ids (PCI-to-PCI Bridge 1.2, 3.2.5.13).
 const CAPABILITY_MSIX: u8 = 0x11;
+const CAPABILITY_SUBSYSTEM: u8 = 0x0d;
 /// STATUS bit: there is a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
-/// STATUS bits a guest clears by writing ones: parity and abort errors.
-const STATUS_ERRORS: u16 = 0xf900;
 /// HEADER_TYPE bit: functions 1 to 7 may exist.
 const MULTIFUNCTION: u8 = 0x80;
+/// Bytes from the first BAR on that say what is decoded: BARs, or BARs, bus numbers and windows.
+const ADDRESSES: u16 = 0x20;
 
 /// What a function is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,6 +81,10 @@ impl Command {
 pub struct Config {
     gate: Arc<Gate>,
     msix: Option<(Arc<Msix>, u16)>,
+    bridge: Option<Bridge>,
+    /// Offsets of the PCI Express capability and of advanced error reporting.
+    pub(super) express: Option<u16>,
+    pub(super) errors: Option<u16>,
     state: Mutex<State>,
     refused: LogLimit,
 }
@@ -99,6 +105,32 @@ struct State {
 impl Config {
     /// The configuration space of the device whose lifetime `gate` guards; its name is the gate's.
     pub fn new(gate: &Arc<Gate>, ids: Ids) -> Self {
+        let mut registers = Self::common_header(ids);
+        registers.define(SUBSYSTEM_VENDOR, &ids.subsystem_vendor.to_le_bytes(), &[]);
+        registers.define(SUBSYSTEM_VENDOR + 2, &ids.subsystem.to_le_bytes(), &[]);
+        Self::with(gate, registers, None)
+    }
+
+    /// The configuration space of a bridge to `bridge`'s bus: a type 1 header. Subsystem ids that are not 0 become a
+    /// capability.
+    ///
+    /// # Errors
+    /// [`PciError::CapabilitySpace`].
+    pub(super) fn new_bridge(gate: &Arc<Gate>, ids: Ids, bridge: Bridge) -> Result<Self, PciError> {
+        let mut registers = Self::common_header(ids);
+        registers.define(HEADER_TYPE, &[HEADER_BRIDGE], &[]);
+        Bridge::define(&mut registers);
+        let mut config = Self::with(gate, registers, Some(bridge));
+        if ids.subsystem_vendor != 0 {
+            let [vendor, device] = [ids.subsystem_vendor, ids.subsystem].map(u16::to_le_bytes);
+            let body = [0, 0, vendor[0], vendor[1], device[0], device[1]];
+            config.add_capability(CAPABILITY_SUBSYSTEM, &body, &[])?;
+        }
+        Ok(config)
+    }
+
+    /// What both types of header have.
+    fn common_header(ids: Ids) -> Registers {
         let mut registers = Registers::new();
         registers.define(VENDOR, &ids.vendor.to_le_bytes(), &[]);
         registers.define(VENDOR + 2, &ids.device.to_le_bytes(), &[]);
@@ -107,12 +139,17 @@ impl Config {
         let [interface, subclass, class, _] = ids.class.to_le_bytes();
         registers.define(REVISION, &[ids.revision, interface, subclass, class], &[]);
         registers.define(CACHE_LINE, &[0], &[0xff]);
-        registers.define(SUBSYSTEM_VENDOR, &ids.subsystem_vendor.to_le_bytes(), &[]);
-        registers.define(SUBSYSTEM_VENDOR + 2, &ids.subsystem.to_le_bytes(), &[]);
         registers.define(INTERRUPT_LINE, &[0], &[0xff]);
+        registers
+    }
+
+    fn with(gate: &Arc<Gate>, registers: Registers, bridge: Option<Bridge>) -> Self {
         Self {
             gate: Arc::clone(gate),
             msix: None,
+            bridge,
+            express: None,
+            errors: None,
             state: Mutex::new(State {
                 registers,
                 bars: Vec::new(),
@@ -138,12 +175,16 @@ impl Config {
         region: Arc<Region>,
     ) -> Result<(), PciError> {
         let name = self.gate.name().to_owned();
+        let count = match self.bridge {
+            Some(_) => BRIDGE_BAR_COUNT,
+            None => BAR_COUNT,
+        };
         let state = self.state_mut();
         let first_free = |bar: &Bar| bar.index + 1 + u8::from(bar.spec.kind.is_64bit());
         let overlaps = |bar: &Bar| {
             index < first_free(bar) && bar.index <= index + u8::from(spec.kind.is_64bit())
         };
-        let fault = match spec.fault(index) {
+        let fault = match spec.fault(index, count) {
             Some(fault) => Some(fault),
             None if state.bars.iter().any(overlaps) => Some("the register is taken"),
             None if region.size() != spec.size_bytes => Some("the region has another size"),
@@ -269,9 +310,15 @@ impl Config {
 
     /// Says that the slot has more functions than this one, its function 0.
     pub fn set_multifunction(&mut self) {
-        self.state_mut()
-            .registers
-            .define(HEADER_TYPE, &[MULTIFUNCTION], &[]);
+        let registers = &mut self.state_mut().registers;
+        let [kind, ..] = registers.read(HEADER_TYPE, 1).to_le_bytes();
+        registers.define(HEADER_TYPE, &[kind | MULTIFUNCTION], &[]);
+    }
+
+    /// Makes bits of a capability's registers write-one-to-clear.
+    pub(super) fn define_write_one_clears(&mut self, offset: u16, bits: &[u8]) {
+        let registers = &mut self.state_mut().registers;
+        registers.define_write_one_clears(offset, bits);
     }
 
     /// The device's gate.
@@ -282,6 +329,19 @@ impl Config {
     /// The function's MSI-X, if it has any.
     pub fn msix(&self) -> Option<&Arc<Msix>> {
         self.msix.as_ref().map(|(msix, _)| msix)
+    }
+
+    /// What is behind the function, if it is a bridge.
+    pub fn bridge(&self) -> Option<&Bridge> {
+        self.bridge.as_ref()
+    }
+
+    /// Whether a request of the function gets to memory: it is bus master, and so are all bridges on the way. False while
+    /// it is on no bus.
+    pub fn reaches_memory(&self) -> bool {
+        let state = self.state();
+        Command(state.registers.read_u16(COMMAND)).master()
+            && state.space.as_ref().is_some_and(|it| it.upstream.is_open())
     }
 
     /// The COMMAND register.
@@ -310,8 +370,7 @@ impl Config {
     pub fn write(&self, offset: u16, size: u8, value: u32) {
         let mut state = self.state();
         state.registers.write(offset, size, value);
-        let bars = 4 * u16::from(super::bar::BAR_COUNT);
-        if touches(offset, size, COMMAND, 2) || touches(offset, size, BAR0, bars) {
+        if touches(offset, size, COMMAND, 2) || touches(offset, size, BAR0, ADDRESSES) {
             self.follow(&mut state);
         }
         if let Some((msix, control)) = &self.msix
@@ -324,6 +383,11 @@ impl Config {
     /// Changes what registers read as, read-only ones too: what the device itself does. Not for BARs, COMMAND or MSI-X.
     pub fn set(&self, offset: u16, bytes: &[u8]) {
         self.state().registers.set(offset, bytes);
+    }
+
+    /// Looks at registers and changes them in one step, as [`set`](Self::set) does.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut Registers) -> T) -> T {
+        change(&mut self.state().registers)
     }
 
     /// Power-on state: BARs unmapped and zero, MSI-X off and masked.
@@ -345,6 +409,9 @@ impl Config {
             source,
         })?;
         state.space = Some(space.clone());
+        if let Some(bridge) = &self.bridge {
+            bridge.connect(Some(Arc::clone(&space.upstream)));
+        }
         self.follow(&mut state);
         Ok(())
     }
@@ -354,17 +421,25 @@ impl Config {
         let mut state = self.state();
         let State { bars, space, .. } = &mut *state;
         if let Some(space) = space {
-            let released = space.release(bars);
+            let hidden = self.bridge.as_ref().map_or(Ok(()), |it| it.hide(space));
+            let released = hidden.and_then(|()| space.release(bars));
             released.map_err(|source| PciError::Memory {
                 name: self.gate.name().to_owned(),
                 source,
             })?;
         }
         state.space = None;
+        if let Some(bridge) = &self.bridge {
+            bridge.connect(None);
+        }
         Ok(())
     }
 
     fn follow(&self, state: &mut State) {
+        let command = Command(state.registers.read_u16(COMMAND));
+        if let Some(bridge) = &self.bridge {
+            bridge.route(&state.registers, command.master());
+        }
         let State {
             registers,
             bars,
@@ -374,11 +449,20 @@ impl Config {
         else {
             return;
         };
-        let decode = Command(registers.read_u16(COMMAND)).memory();
-        if let Err(error) = space.follow(bars, registers, decode)
-            && let Some(suppressed) = self.refused.allow()
-        {
-            tracing::warn!(device = self.gate.name(), %error, suppressed, "a bar stays unmapped");
+        let decode = command.memory();
+        let windows = match &self.bridge {
+            Some(bridge) => bridge.follow(space, registers, decode),
+            None => Ok(()),
+        };
+        for (what, result) in [
+            ("a bar", space.follow(bars, registers, decode)),
+            ("a window", windows),
+        ] {
+            if let Err(error) = result
+                && let Some(suppressed) = self.refused.allow()
+            {
+                tracing::warn!(device = self.gate.name(), %error, suppressed, "{what} stays unmapped");
+            }
         }
     }
 

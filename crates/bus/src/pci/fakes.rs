@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use ebbtide_gate::Gate;
 use ebbtide_memory::{AddressSpace, Memory, MemoryConfig, Mmio, Region};
 
-use super::{BarKind, BarSpec, Config, Function, HostBridge, Ids, Msix, Windows};
+use super::{
+    BarKind, BarSpec, Config, EjectSink, Function, HostBridge, Ids, Msix, SlotAddress, Windows,
+};
 use crate::gated;
 use crate::irq::{IrqError, MsiController, MsiMessage, MsiRoute};
 
@@ -108,12 +110,16 @@ pub(super) fn windows() -> Windows {
 
 impl Machine {
     pub(super) fn new() -> Self {
+        Self::with(windows())
+    }
+
+    pub(super) fn with(windows: Windows) -> Self {
         let memory = Memory::new(MemoryConfig {
             arena_bytes: 1 << 30,
         })
         .unwrap();
         let root = Region::container("root", 1 << 64);
-        let bridge = HostBridge::new(&memory, windows()).unwrap();
+        let bridge = HostBridge::new(&memory, windows).unwrap();
         memory
             .update(|change| change.add(&root, bridge.container(), 0, HostBridge::PRIORITY))
             .unwrap();
@@ -147,6 +153,24 @@ impl Machine {
     pub(super) fn set_config(&self, slot: u8, register: u64, size: u8, value: u32) {
         self.ecam
             .write(u64::from(slot) << 15 | register, size, value.into());
+    }
+}
+
+/// Remembers ejects.
+#[derive(Default)]
+pub(super) struct Ejects(Mutex<Vec<SlotAddress>>);
+
+impl EjectSink for Ejects {
+    fn eject(&self, slot: &SlotAddress) {
+        self.0.lock().unwrap().push(slot.clone());
+    }
+}
+
+impl Ejects {
+    /// The slots ejected since the last call.
+    pub(super) fn take(&self) -> Vec<String> {
+        let taken = std::mem::take(&mut *self.0.lock().unwrap());
+        taken.iter().map(ToString::to_string).collect()
     }
 }
 

@@ -2,21 +2,30 @@
 //! PCI: configuration space, BARs, MSI-X, and the host bridge they hang on.
 //!
 //! ```text
-//! guest ── ECAM / ports 0xcf8.. ──▶ HostBridge ── gate ──▶ Function ──▶ Config ──┬─▶ BARs: Memory::update
-//!                                                                              └─▶ Msix: table in a BAR, routes
+//! guest ── ECAM / ports 0xcf8.. ──▶ HostBridge ──▶ Bus ── gate ──▶ Function ──▶ Config ──┬─▶ BARs: Memory::update
+//!                                                  ▲               │                   └─▶ Msix: table in a BAR, routes
+//!                                                  └──── Bridge ◀──┘
 //! device ── MsixVector::signal ──▶ Msix ──▶ MsiRoute
 //! ```
 //!
-//! Locks, in the order they may be taken: the bridge's placement of BARs (control thread only), a function's
-//! configuration space, then either the memory map's writer lock or MSI-X (function, then one vector). The bridge's table
-//! of functions is locked only to look one up, never during an access.
+//! Locks, in the order they may be taken: a bus's placement of BARs (control thread only), a port's slot controller, a
+//! function's configuration space, then either a bridge's windows and the memory map's writer lock, or MSI-X (function, then one vector). A bus's
+//! table of functions is locked only to look one up, never during an access.
 
+mod aer;
 mod bar;
+mod bridge;
+mod bus;
 mod config;
+mod express;
+mod firmware;
 mod host_bridge;
+mod hotplug;
 mod msix;
 mod placement;
+mod port;
 mod registers;
+mod slot;
 
 #[cfg(test)]
 mod fakes;
@@ -25,10 +34,19 @@ mod tests;
 
 use std::sync::Arc;
 
+pub use aer::{CorrectableError, ErrorSeverity, InjectedError, UncorrectableError};
 pub use bar::{BarInfo, BarKind, BarSpec, Windows};
+pub use bridge::Bridge;
+pub use bus::{Bus, BusKind};
 pub use config::{Command, Config, Ids};
+pub use express::ExpressType;
+pub use firmware::Reservation;
 pub use host_bridge::HostBridge;
+pub use hotplug::{
+    EjectSink, HotplugError, HotplugSlot, Indicator, Removal, SlotAddress, SlotState,
+};
 pub use msix::{Msix, MsixVector};
+pub use port::{Port, PortModel, PortSpec};
 
 /// Bytes of one function's configuration space.
 pub const CONFIG_SIZE_BYTES: u16 = 4096;
@@ -46,6 +64,11 @@ impl Devfn {
     /// As it is encoded in a requester id and in configuration addresses.
     pub fn from_bits(bits: u8) -> Self {
         Self(bits)
+    }
+
+    /// The reverse of [`from_bits`](Self::from_bits).
+    pub fn bits(self) -> u8 {
+        self.0
     }
 
     /// Slot (device number), 0 to 31.
@@ -97,6 +120,25 @@ pub trait Function: Send + Sync {
     fn reset(&self) {
         self.config().reset();
     }
+
+    /// Firmware is done and the guest is about to start: what is here now is here from the beginning, not hot-plugged.
+    fn settle(&self) {}
+
+    /// Whether it can be on a bus of this kind.
+    fn fits(&self, kind: BusKind) -> bool {
+        kind != BusKind::Switch
+    }
+
+    /// The function sends an error message. Returns whether it goes towards the root.
+    fn receive_own_error(&self, _severity: ErrorSeverity, _requester: u16) -> bool {
+        true
+    }
+
+    /// An error message from behind the function arrives, sent by `requester` (bus number and place, as in a requester
+    /// id). Returns whether it goes on towards the root.
+    fn receive_error(&self, _severity: ErrorSeverity, _requester: u16) -> bool {
+        false
+    }
 }
 
 /// Why the PCI bus could not be changed.
@@ -105,6 +147,24 @@ pub enum PciError {
     /// There are 32 slots.
     #[error("pci slot {0} does not exist: slots are 0 to 31")]
     NoSuchSlot(u8),
+    /// A link leads to one device.
+    #[error("pci slot {slot} does not exist on {bus}: a link has slot 0 only")]
+    SingleSlot {
+        /// The bus.
+        bus: String,
+        /// The slot asked for.
+        slot: u8,
+    },
+    /// Switches have ports inside, and ports are on certain buses only.
+    #[error("{name} can't be on the bus {bus} ({kind:?})")]
+    WrongBus {
+        /// The device.
+        name: String,
+        /// The bus.
+        bus: String,
+        /// What the bus is.
+        kind: BusKind,
+    },
     /// Another function is there.
     #[error("pci address {0} is in use")]
     InUse(Devfn),
@@ -118,6 +178,14 @@ pub enum PciError {
     #[error("{name} at pci address {devfn} is still in use: its gate has not drained")]
     NotDrained {
         /// The device.
+        name: String,
+        /// Where it is.
+        devfn: Devfn,
+    },
+    /// A bridge is only detached after what is behind it.
+    #[error("{name} at pci address {devfn} still has functions behind it")]
+    NotEmpty {
+        /// The bridge.
         name: String,
         /// Where it is.
         devfn: Devfn,
@@ -155,6 +223,35 @@ pub enum PciError {
         /// Its size.
         size_bytes: u64,
     },
+    /// Neither window has room for what is behind a bridge.
+    #[error("no room in the pci windows for {size_bytes:#x} bytes behind the bridge {devfn}")]
+    NoRoomBehind {
+        /// Where the bridge is.
+        devfn: Devfn,
+        /// The size of its window.
+        size_bytes: u64,
+    },
+    /// All bus numbers are in use or reserved.
+    #[error("no bus number is left for {name} at pci address {devfn}: the last one is {last_bus}")]
+    NoBusNumber {
+        /// The bridge.
+        name: String,
+        /// Where it is.
+        devfn: Devfn,
+        /// The highest number there is.
+        last_bus: u8,
+    },
+    /// Physical slot numbers have 13 bits.
+    #[error("{name}: slot number {slot_number}: 0 to 8191 are possible")]
+    SlotNumber {
+        /// The port.
+        name: String,
+        /// The number asked for.
+        slot_number: u16,
+    },
+    /// An error can't be injected into a function that cannot report it.
+    #[error("{0} has no advanced error reporting, or there is no such function")]
+    NoErrorReporting(String),
     /// The memory map refused a BAR.
     #[error("{name}: {source}")]
     Memory {

@@ -15,6 +15,18 @@ pub(super) const SUBSYSTEM_VENDOR: u16 = 0x2c;
 pub(super) const CAPABILITIES: u16 = 0x34;
 pub(super) const INTERRUPT_LINE: u16 = 0x3c;
 pub(super) const HEADER_END: u16 = 0x40;
+
+/// Offsets of the type 1 header (PCI-to-PCI Bridge 1.2, 3.2) where it differs.
+pub(super) const BUS_NUMBERS: u16 = 0x18;
+pub(super) const SECONDARY_STATUS: u16 = 0x1e;
+pub(super) const MEMORY_BASE: u16 = 0x20;
+pub(super) const PREFETCHABLE_BASE: u16 = 0x24;
+pub(super) const PREFETCHABLE_BASE_UPPER: u16 = 0x28;
+pub(super) const PREFETCHABLE_LIMIT_UPPER: u16 = 0x2c;
+pub(super) const BRIDGE_CONTROL: u16 = 0x3e;
+
+/// Bits of STATUS and of a bridge's secondary status that a guest clears by writing ones: parity and abort errors.
+pub(super) const STATUS_ERRORS: u16 = 0xf900;
 pub(super) const EXTENDED: u16 = 0x100;
 
 /// One byte of configuration space.

@@ -1,0 +1,353 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A bus: slots, the functions in them, and the way of configuration requests to these and to the buses behind them.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use ebbtide_gate::Entry;
+use ebbtide_memory::Region;
+
+use super::bar::BarSpace;
+use super::bridge::Upstream;
+use super::placement::Placement;
+use super::registers::EXTENDED;
+use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, PciError};
+
+const DEVFNS: usize = 256;
+
+/// What a bus is, which says what can be on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BusKind {
+    /// Bus 0.
+    Root,
+    /// The link behind a root port or a downstream port. It leads to one device.
+    Link,
+    /// Inside a switch, behind its upstream port: downstream ports only.
+    Switch,
+    /// Conventional PCI behind a bridge: extended configuration space is out of reach.
+    Conventional,
+}
+
+impl BusKind {
+    /// How many slots it has.
+    pub fn slots(self) -> u8 {
+        match self {
+            Self::Link => 1,
+            Self::Root | Self::Switch | Self::Conventional => 32,
+        }
+    }
+}
+
+/// One PCI bus: the root of the hierarchy or what is behind a bridge.
+///
+/// Its BARs appear in a container of its own; see [`Bridge`](super::Bridge) for how that is shown further up.
+pub struct Bus {
+    name: Arc<str>,
+    kind: BusKind,
+    space: BarSpace,
+    functions: RwLock<Table>,
+    placement: Mutex<Placement>,
+}
+
+/// The functions of a bus.
+struct Table {
+    /// By [`Devfn`].
+    functions: Box<[Option<Arc<dyn Function>>]>,
+    /// Those that lead further, in order.
+    bridges: Vec<Devfn>,
+}
+
+impl Bus {
+    pub(super) fn new(name: &str, kind: BusKind, space: BarSpace) -> Arc<Self> {
+        Arc::new(Self {
+            name: name.into(),
+            kind,
+            space,
+            functions: RwLock::new(Table {
+                functions: vec![None; DEVFNS].into_boxed_slice(),
+                bridges: Vec::new(),
+            }),
+            placement: Mutex::default(),
+        })
+    }
+
+    /// An empty bus for a bridge somewhere below `self`, with a map of its own. The bridge is not bus master yet.
+    pub(super) fn behind(&self, name: &str, kind: BusKind) -> Arc<Self> {
+        let space = BarSpace {
+            memory: Arc::clone(&self.space.memory),
+            container: Region::container(format!("{name}-bus"), 1 << 64),
+            windows: self.space.windows.clone(),
+            upstream: Upstream::new(false),
+        };
+        Self::new(name, kind, space)
+    }
+
+    /// Its name: that of the bridge it is behind, or the root's.
+    pub fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// What it is.
+    pub fn kind(&self) -> BusKind {
+        self.kind
+    }
+
+    /// Puts a function into slot `slot` as its function 0, or into the lowest free slot. Returns the slot.
+    ///
+    /// # Errors
+    /// No such slot, or it is taken, or the function can't be on this bus, or the memory map refused a BAR's region.
+    pub fn attach(&self, slot: Option<u8>, function: Arc<dyn Function>) -> Result<u8, PciError> {
+        let devfn = match slot {
+            Some(slot) => Devfn::new(slot, 0).ok_or(PciError::NoSuchSlot(slot))?,
+            None => self.free_slot().ok_or(PciError::Full)?,
+        };
+        self.attach_at(devfn, function)?;
+        Ok(devfn.slot())
+    }
+
+    /// Puts a function at `devfn`. Function 0 of a slot with several says so
+    /// ([`Config::set_multifunction`](super::Config::set_multifunction)); a guest that scans sees the others only through
+    /// it. Nobody is told: a slot that can is told by its [`HotplugSlot`](super::HotplugSlot).
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub fn attach_at(&self, devfn: Devfn, function: Arc<dyn Function>) -> Result<(), PciError> {
+        if !function.fits(self.kind) {
+            return Err(PciError::WrongBus {
+                name: function.config().gate().name().to_owned(),
+                bus: self.name.to_string(),
+                kind: self.kind,
+            });
+        }
+        if devfn.slot() >= self.kind.slots() {
+            return Err(PciError::SingleSlot {
+                bus: self.name.to_string(),
+                slot: devfn.slot(),
+            });
+        }
+        // Held to the end: it is also what serialises changes of the bus.
+        let _placement = self.placement();
+        if self.function(devfn).is_some() {
+            return Err(PciError::InUse(devfn));
+        }
+        function.config().attach(&self.space)?;
+        let is_bridge = function.config().bridge().is_some();
+        let mut table = self.write();
+        if let Some(entry) = table.functions.get_mut(devfn.index()) {
+            *entry = Some(function);
+        }
+        if is_bridge {
+            table.bridges.push(devfn);
+            table.bridges.sort_unstable();
+        }
+        Ok(())
+    }
+
+    /// Takes the BARs (and windows) of the function at `devfn` out of the memory map for good. Part of the drain of a
+    /// device whose gate is closed.
+    ///
+    /// # Errors
+    /// Nothing is there, or the memory map refused.
+    pub fn unmap(&self, devfn: Devfn) -> Result<(), PciError> {
+        self.function(devfn)
+            .ok_or(PciError::Empty(devfn))?
+            .config()
+            .release()
+    }
+
+    /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there. The bus keeps
+    /// no reference to it. What is behind a bridge is detached first.
+    ///
+    /// # Errors
+    /// Nothing is there; its gate is open or has not drained; it is a bridge with something behind it; the memory map
+    /// refused.
+    pub fn detach_at(&self, devfn: Devfn) -> Result<Arc<dyn Function>, PciError> {
+        let mut placement = self.placement();
+        let function = self.function(devfn).ok_or(PciError::Empty(devfn))?;
+        let gate = function.config().gate();
+        if !gate.is_closed() || !gate.is_drained() {
+            return Err(PciError::NotDrained {
+                name: gate.name().to_owned(),
+                devfn,
+            });
+        }
+        if let Some(bridge) = function.config().bridge()
+            && !bridge.bus().is_empty()
+        {
+            return Err(PciError::NotEmpty {
+                name: gate.name().to_owned(),
+                devfn,
+            });
+        }
+        function.config().release()?;
+        let mut table = self.write();
+        if let Some(entry) = table.functions.get_mut(devfn.index()) {
+            *entry = None;
+        }
+        table.bridges.retain(|bridge| *bridge != devfn);
+        drop(table);
+        placement.forget(devfn);
+        Ok(function)
+    }
+
+    /// The function at `devfn`.
+    pub fn function(&self, devfn: Devfn) -> Option<Arc<dyn Function>> {
+        self.read().functions.get(devfn.index())?.clone()
+    }
+
+    /// The functions on the bus itself, in order of their addresses.
+    pub fn functions(&self) -> Vec<(Devfn, Arc<dyn Function>)> {
+        let all = (0..=u8::MAX).map(Devfn::from_bits);
+        all.zip(self.read().functions.iter())
+            .filter_map(|(devfn, function)| Some((devfn, function.clone()?)))
+            .collect()
+    }
+
+    /// The functions in `slot`.
+    pub fn functions_in(&self, slot: u8) -> Vec<(Devfn, Arc<dyn Function>)> {
+        let mut functions = self.functions();
+        functions.retain(|(devfn, _)| devfn.slot() == slot);
+        functions
+    }
+
+    /// Every function on the bus and behind its bridges, what is behind a bridge before the bridge itself: the order in
+    /// which they are detached. Their gates are all that has to be closed for the bus to be silent.
+    pub fn functions_below(&self) -> Vec<Arc<dyn Function>> {
+        let mut below = Vec::new();
+        for (_, function) in self.functions() {
+            if let Some(bridge) = function.config().bridge() {
+                below.extend(bridge.bus().functions_below());
+            }
+            below.push(function);
+        }
+        below
+    }
+
+    /// Whether nothing is on it.
+    pub fn is_empty(&self) -> bool {
+        self.read().functions.iter().all(Option::is_none)
+    }
+
+    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not.
+    pub fn is_occupied(&self, slot: u8) -> bool {
+        let open =
+            |(_, function): &(Devfn, Arc<dyn Function>)| !function.config().gate().is_closed();
+        self.functions_in(slot).iter().any(open)
+    }
+
+    pub(super) fn space(&self) -> &BarSpace {
+        &self.space
+    }
+
+    pub(super) fn placement(&self) -> MutexGuard<'_, Placement> {
+        self.placement
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What a guest reads from the function at `devfn` of bus `number`, this bus having the number `own`.
+    pub(super) fn read_config(&self, own: u8, target: (u8, Devfn), offset: u16, size: u8) -> u32 {
+        if !within_dword(offset, size) {
+            return u32::MAX;
+        }
+        self.with(own, target, offset, |function| {
+            function.read_config(offset, size)
+        })
+        .unwrap_or(u32::MAX)
+    }
+
+    /// As [`read_config`](Self::read_config), for a write.
+    pub(super) fn write_config(
+        &self,
+        own: u8,
+        target: (u8, Devfn),
+        offset: u16,
+        size: u8,
+        value: u32,
+    ) {
+        if within_dword(offset, size) {
+            self.with(own, target, offset, |function| {
+                function.write_config(offset, size, value);
+            });
+        }
+    }
+
+    /// Calls `f` with the function at `target` (bus number, place) if requests for `register` get there: every bridge on
+    /// the way and the function itself have open gates, and their leases are held meanwhile.
+    pub(super) fn with<R>(
+        &self,
+        own: u8,
+        target: (u8, Devfn),
+        register: u16,
+        f: impl FnOnce(&dyn Function) -> R,
+    ) -> Option<R> {
+        if self.kind == BusKind::Conventional && register >= EXTENDED {
+            return None;
+        }
+        let (number, devfn) = target;
+        if number == own {
+            let entered = self.enter(devfn)?;
+            return Some(f(&*entered.function));
+        }
+        let entered = self.enter_bridge_to(number)?;
+        let bridge = entered.function.config().bridge()?;
+        bridge.bus().with(bridge.secondary(), target, register, f)
+    }
+
+    /// The function at `devfn`, if there is one and its gate is open. The reference is taken while a lease is held, so
+    /// that it is never the last one.
+    pub(super) fn enter(&self, devfn: Devfn) -> Option<Entered> {
+        self.read().enter(devfn)
+    }
+
+    /// The first bridge that answers for bus `number`.
+    pub(super) fn enter_bridge_to(&self, number: u8) -> Option<Entered> {
+        let table = self.read();
+        let leads_to = |devfn: &Devfn| {
+            let function = table.functions.get(devfn.index())?.as_ref()?;
+            let bridge = function.config().bridge()?;
+            bridge.leads_to(number).then_some(*devfn)
+        };
+        table.enter(table.bridges.iter().find_map(leads_to)?)
+    }
+
+    fn free_slot(&self) -> Option<Devfn> {
+        let table = self.read();
+        let empty = |devfn: &Devfn| {
+            table
+                .functions
+                .get(devfn.index()..devfn.index() + 8)
+                .is_some_and(|f| f.iter().all(Option::is_none))
+        };
+        (0..self.kind.slots())
+            .filter_map(|slot| Devfn::new(slot, 0))
+            .find(empty)
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Table> {
+        self.functions
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, Table> {
+        self.functions
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn enter(&self, devfn: Devfn) -> Option<Entered> {
+        let function = self.functions.get(devfn.index())?.as_ref()?;
+        let lease = function.config().gate().enter(Entry::Mmio)?;
+        Some(Entered {
+            function: Arc::clone(function),
+            _lease: lease,
+        })
+    }
+}
+
+/// Configuration requests are for 1, 2 or 4 bytes of one dword.
+fn within_dword(offset: u16, size: u8) -> bool {
+    matches!(size, 1 | 2 | 4) && offset % 4 + u16::from(size) <= 4 && offset < CONFIG_SIZE_BYTES
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The hot-plug controller of a port (PCIe 5.0, 6.7): slot control and slot status as a state machine without a device,
+//! a guest or a thread around it.
+//!
+//! ```text
+//!            plug                        guest: power on
+//!   Empty ──────────▶ Present, unpowered ───────────────▶ In use ◀──┐ plug (the eject is not wanted)
+//!     ▲                      │                              │       │
+//!     │ detach               │ detach           guest: power off,   │
+//!     │                      ▼                  indicator off       │
+//!     └──────────────────────┴───────── Ejected ◀──────────┘────────┘
+//! ```
+//!
+//! Linux answers the attention button by blinking the power indicator for five seconds, in which a second press cancels.
+//! It then removes the device, cuts the power, waits a second and turns the indicator off: that last write is the eject.
+//! Link and presence changes within that second are dropped by it. After it, a change while presence or link is still
+//! there means *something new* to it, so between eject and detach the link goes down without an event; that event comes
+//! with the detach, when both are gone.
+
+use super::hotplug::{HotplugError, Indicator, Removal, SlotState};
+
+/// Slot control (7.5.3.10).
+mod control {
+    pub const ATTENTION_INDICATOR: u16 = 3 << 6;
+    pub const POWER_INDICATOR: u16 = 3 << 8;
+    /// Set: off.
+    pub const POWER_OFF: u16 = 1 << 10;
+    pub const HOTPLUG_INTERRUPT: u16 = 1 << 5;
+    pub const LINK_CHANGED_ENABLE: u16 = 1 << 12;
+    /// The enables of the events at the same bits of the status.
+    pub const EVENT_ENABLES: u16 = 0x1f;
+    /// Everything but the interlock, which is not there.
+    pub const WRITABLE: u16 = EVENT_ENABLES
+        | HOTPLUG_INTERRUPT
+        | ATTENTION_INDICATOR
+        | POWER_INDICATOR
+        | POWER_OFF
+        | LINK_CHANGED_ENABLE;
+}
+
+/// Slot status (7.5.3.11).
+mod status {
+    pub const BUTTON_PRESSED: u16 = 1;
+    pub const PRESENCE_CHANGED: u16 = 1 << 3;
+    pub const COMMAND_COMPLETED: u16 = 1 << 4;
+    pub const PRESENT: u16 = 1 << 6;
+    pub const LINK_CHANGED: u16 = 1 << 8;
+    /// What a guest clears by writing ones. Power faults and latches do not occur; their bits stay clear.
+    pub const EVENTS: u16 = BUTTON_PRESSED | PRESENCE_CHANGED | COMMAND_COMPLETED | LINK_CHANGED;
+}
+
+/// The indicators' encoding, at either field.
+const ON: u16 = 1;
+const BLINK: u16 = 2;
+const OFF: u16 = 3;
+
+/// What a step makes the port do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[must_use]
+pub(super) struct Effects {
+    /// Send the hot-plug message.
+    pub(super) interrupt: bool,
+    /// The guest has let go of what is in the slot.
+    pub(super) eject: bool,
+}
+
+impl Effects {
+    /// Of this step and the next one.
+    pub(super) fn and(self, next: Self) -> Self {
+        Self {
+            interrupt: self.interrupt || next.interrupt,
+            eject: self.eject || next.eject,
+        }
+    }
+}
+
+/// A hot-plug controller.
+#[derive(Clone, Debug)]
+pub(super) struct Controller {
+    control: u16,
+    events: u16,
+    present: bool,
+    link: bool,
+    ejected: bool,
+    requested: bool,
+    /// Whether the condition of the interrupt held after the last step: a message is sent when it becomes true (6.7.3.4).
+    asserted: bool,
+}
+
+impl Controller {
+    /// At power-on, with or without something in the slot.
+    pub(super) fn new(present: bool) -> Self {
+        let power = if present {
+            ON << 8
+        } else {
+            OFF << 8 | control::POWER_OFF
+        };
+        Self {
+            control: OFF << 6 | power,
+            events: 0,
+            present,
+            link: present,
+            ejected: false,
+            requested: false,
+            asserted: false,
+        }
+    }
+
+    /// The slot control register.
+    pub(super) fn control(&self) -> u16 {
+        self.control
+    }
+
+    /// The slot status register.
+    pub(super) fn status(&self) -> u16 {
+        let present = if self.present { status::PRESENT } else { 0 };
+        self.events | present
+    }
+
+    /// Data link layer link active, of the link status.
+    pub(super) fn link_active(&self) -> bool {
+        self.link
+    }
+
+    /// A guest's write of slot control: a command, completed at once.
+    pub(super) fn write_control(&mut self, value: u16) -> Effects {
+        let was_off = self.is_off();
+        let mut next = value & control::WRITABLE;
+        // An indicator has no state 0: what is written so keeps what it had.
+        for field in [control::ATTENTION_INDICATOR, control::POWER_INDICATOR] {
+            if next & field == 0 {
+                next |= self.control & field;
+            }
+        }
+        self.control = next;
+        self.events |= status::COMMAND_COMPLETED;
+        let eject = self.present && !self.ejected && self.is_off() && !was_off;
+        if eject {
+            self.ejected = true;
+            self.requested = false;
+            self.link = false;
+        }
+        self.settle(eject)
+    }
+
+    /// A guest's write of slot status: ones clear events.
+    pub(super) fn write_status(&mut self, value: u16) -> Effects {
+        self.events &= !(value & status::EVENTS);
+        self.settle(false)
+    }
+
+    /// Something is in the slot, or the guest's eject of it is not wanted.
+    pub(super) fn plug(&mut self) -> Effects {
+        self.requested = false;
+        self.events &= !status::BUTTON_PRESSED;
+        if !self.present || self.ejected {
+            self.events |= status::PRESENCE_CHANGED;
+            if !self.link {
+                self.events |= status::LINK_CHANGED;
+            }
+        }
+        (self.present, self.link, self.ejected) = (true, true, false);
+        self.settle(false)
+    }
+
+    /// Presses the attention button, unless that would say something else than "remove".
+    pub(super) fn request(&mut self) -> (Result<Removal, HotplugError>, Effects) {
+        if !self.present {
+            return (Err(HotplugError::Empty), Effects::default());
+        }
+        // The button would turn on what is off.
+        if self.ejected || self.is_off() {
+            return (Ok(Removal::Unused), Effects::default());
+        }
+        if self.power_indicator() == Indicator::Blinking {
+            return (Err(HotplugError::GuestBusy), Effects::default());
+        }
+        self.requested = true;
+        self.events |= status::BUTTON_PRESSED;
+        (Ok(Removal::Asked), self.settle(false))
+    }
+
+    /// Takes the request back: a press nobody has seen is forgotten, one that makes the guest blink is followed by another.
+    pub(super) fn cancel(&mut self) -> Effects {
+        if !std::mem::take(&mut self.requested) {
+            return Effects::default();
+        }
+        if self.events & status::BUTTON_PRESSED != 0 {
+            self.events &= !status::BUTTON_PRESSED;
+        } else if self.power_indicator() == Indicator::Blinking {
+            self.events |= status::BUTTON_PRESSED;
+        }
+        self.settle(false)
+    }
+
+    /// The slot is empty, whether the guest had let go or not.
+    pub(super) fn detach(&mut self) -> Effects {
+        if self.present {
+            self.events |= status::PRESENCE_CHANGED | status::LINK_CHANGED;
+        }
+        // A press that is seen on an empty slot would be a wish to turn it on.
+        self.events &= !status::BUTTON_PRESSED;
+        (self.present, self.link) = (false, false);
+        (self.ejected, self.requested) = (false, false);
+        self.settle(false)
+    }
+
+    /// What it looks like.
+    pub(super) fn state(&self) -> SlotState {
+        SlotState {
+            occupied: self.present,
+            requested: self.requested,
+            ejected: self.ejected,
+            powered: self.control & control::POWER_OFF == 0,
+            power_indicator: self.power_indicator(),
+        }
+    }
+
+    fn power_indicator(&self) -> Indicator {
+        match self.control >> 8 & 3 {
+            ON => Indicator::On,
+            BLINK => Indicator::Blinking,
+            _ => Indicator::Off,
+        }
+    }
+
+    /// Power and power indicator are off: the guest does not use what is in the slot.
+    fn is_off(&self) -> bool {
+        self.control & control::POWER_OFF != 0 && self.power_indicator() == Indicator::Off
+    }
+
+    fn settle(&mut self, eject: bool) -> Effects {
+        let mut enabled = self.control & control::EVENT_ENABLES;
+        if self.control & control::LINK_CHANGED_ENABLE != 0 {
+            enabled |= status::LINK_CHANGED;
+        }
+        let asserted = self.control & control::HOTPLUG_INTERRUPT != 0 && self.events & enabled != 0;
+        let was_asserted = std::mem::replace(&mut self.asserted, asserted);
+        Effects {
+            interrupt: asserted && !was_asserted,
+            eject,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
