@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
-use ebbtide_bus::pci::{Devfn, HostBridge, PciError, Windows};
+use ebbtide_bus::pci::{HostBridge, PciError, Windows};
 use ebbtide_device::GuestEject;
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
@@ -20,9 +20,9 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
+use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
-use crate::hotplug::{Devices, Info, Removable};
+use crate::hotplug::{Devices, Made, Place, Surface};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
@@ -94,13 +94,13 @@ impl Prepared {
     ///
     /// # Errors
     /// As [`Prepared::new`].
-    pub fn build(self, local: &Local) -> Result<Built, Error> {
+    pub async fn build(self, local: &Local) -> Result<Built, Error> {
         let Prepared {
             config,
             boot,
             vm,
             layout,
-            parts,
+            mut parts,
             slots,
             memory_events,
         } = self;
@@ -115,25 +115,33 @@ impl Prepared {
             &sender,
             local,
         )?;
+        let surface = Surface {
+            bridge: Arc::clone(&parts.bridge),
+            system: Arc::clone(&parts.system),
+            msi: vm.msi(),
+            blocking: Arc::clone(&parts.blocking),
+        };
+        let threads = std::mem::take(&mut parts.threads);
+        let devices = Devices::new(surface, threads, local, config.drain_timeout)
+            .map_err(|e| Error::part("devices", e))?;
+        for cold in parts.functions.drain(..) {
+            cold.plug(&devices)?;
+        }
+        devices.add_cold(&config).await?;
         parts
             .bridge
             .assign_bars()
             .map_err(|e| Error::part("PCI", e))?;
-        let tables = Arc::new(tables(&config, &layout)?);
+        let last_bus = parts.bridge.highest_bus_in_use();
+        let tables = Arc::new(tables(&config, &layout, last_bus)?);
         let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
         let Parts {
             memory,
             system,
             bridge,
-            functions,
-            threads,
             blocking,
             ..
         } = parts;
-        let devices = Devices::new(&bridge, threads, &blocking, local, config.drain_timeout);
-        for cold in functions {
-            cold.plug(&devices)?;
-        }
         let machine = Machine {
             cpus,
             platform,
@@ -165,25 +173,28 @@ impl Prepared {
 struct ColdFunction {
     id: String,
     driver: &'static str,
-    slot: u8,
     function: Arc<VirtioPci>,
 }
 
 impl ColdFunction {
     fn plug(self, devices: &Devices) -> Result<(), Error> {
-        let failed = |e: &dyn std::fmt::Display| Error::part(&self.id, e);
-        let at = Devfn::new(self.slot, 0).ok_or_else(|| failed(&PciError::NoSuchSlot(self.slot)))?;
-        let function: Arc<dyn Removable> = self.function;
-        let info = Info {
-            driver: self.driver,
-            at: Some(at),
-            function: Some(Arc::downgrade(&function)),
+        let bus = Arc::clone(devices.bridge().bus());
+        let place = Place {
+            at: bus
+                .free_slot()
+                .ok_or_else(|| Error::part(&self.id, PciError::Full))?,
+            bus,
+            parent: None,
             slot: None,
+        };
+        let made = Made {
+            function: self.function,
+            port: None,
             uses: Vec::new(),
         };
         devices
-            .plug(Some(&self.id), function, at, GuestEject::Off, info, true)
-            .map_err(|e| failed(&e))?;
+            .plug(Some(&self.id), self.driver, made, place, GuestEject::Off, true)
+            .map_err(|e| Error::part(&self.id, e.desc))?;
         Ok(())
     }
 }
@@ -267,14 +278,9 @@ impl Parts {
     ) -> Result<(), Error> {
         let function = VirtioPci::new(id, device, &self.system, &*vm.msi(), remote)
             .map_err(|e| Error::part(id, e))?;
-        let slot = self
-            .bridge
-            .attach(None, Arc::clone(&function) as _)
-            .map_err(|e| Error::part(id, e))?;
         self.functions.push(ColdFunction {
             id: id.to_owned(),
             driver,
-            slot,
             function,
         });
         Ok(())
@@ -401,7 +407,11 @@ fn add_ram(
         .map_err(failed)
 }
 
-fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error> {
+fn tables(
+    config: &MachineConfig,
+    layout: &Layout,
+    last_bus: u8,
+) -> Result<acpi::Tables, Error> {
     let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
         range: range.clone(),
         node: 0,
@@ -414,7 +424,7 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error
         hotplug: layout.device_memory.iter().map(on_node_0).collect(),
         ecam: acpi::Ecam {
             base: ECAM.start,
-            last_bus: LAST_BUS,
+            last_bus,
         },
         windows: Windows {
             mmio32: PCI_MMIO32,

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ebbtide_memory::Backing;
+use ebbtide_qmp::types::block::BlockdevOptions;
+use ebbtide_qmp::types::device::DeviceAdd;
 
 use crate::Error;
 use crate::boot::BootSpec;
@@ -34,6 +36,10 @@ pub struct MachineConfig {
     pub memory_devices: Vec<MemoryDeviceConfig>,
     /// virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Block nodes, in order: one may stand on another before it.
+    pub block_nodes: Vec<BlockdevOptions>,
+    /// Devices that are there from the start, in order: one may be plugged into another before it.
+    pub devices: Vec<DeviceAdd>,
     /// Where the first serial port goes.
     pub serial: SerialConfig,
     /// QMP sockets to listen on.
@@ -278,6 +284,8 @@ mod tests {
                 prefault: false,
             }],
             disks: vec![],
+            block_nodes: vec![],
+            devices: vec![],
             serial: SerialConfig::Off,
             qmp: vec![],
             no_reboot: false,

@@ -310,7 +310,8 @@ impl Bus {
         table.enter(table.bridges.iter().find_map(leads_to)?)
     }
 
-    fn free_slot(&self) -> Option<Devfn> {
+    /// The lowest free slot, as its function 0.
+    pub fn free_slot(&self) -> Option<Devfn> {
         let table = self.read();
         let empty = |devfn: &Devfn| {
             table

@@ -145,7 +145,7 @@ async fn live(config: MachineConfig, signals: Signals, local: Local) -> anyhow::
         machine,
         requests,
         memory_events,
-    } = prepared.build(&local)?;
+    } = prepared.build(&local).await?;
     let machine = Rc::new(machine);
     let table = ebbtide_machine::monitor::table(&machine);
     let server = Server::new(&local, Rc::new(table), events.clone());
@@ -197,6 +197,8 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         )
     })?;
     let config = MachineConfig {
+        block_nodes: Vec::new(),
+        devices: Vec::new(),
         boot: BootSpec {
             kernel: args.kernel,
             initrd: args.initrd,

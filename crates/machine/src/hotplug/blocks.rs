@@ -42,6 +42,11 @@ impl BlockNode {
         &self.disk
     }
 
+    /// What has to be closed when the node goes; the node it stands on is free at once.
+    pub(crate) fn into_disk(self) -> Arc<Disk> {
+        self.disk
+    }
+
     /// As `query-named-block-nodes` tells it.
     pub(crate) fn info(&self) -> &BlockDeviceInfo {
         &self.info

@@ -4,14 +4,18 @@
 //! ```text
 //!   device_add ─▶ drivers: make ─▶ attach to bus ─▶ tree ─▶ slot tells the guest
 //!   device_del ─▶ tree: requested ─▶ slot asks the guest
-//!   eject (vCPU) ─▶ Ejector: gates shut ─▶ channel ─▶ ebbtide_device::remove ─▶ slot empty ─▶ DEVICE_DELETED
+//!   eject (vCPU) ─▶ Ejector: gates shut ─▶ wake-up ─▶ ebbtide_device::remove ─▶ slot empty ─▶ DEVICE_DELETED
 //! ```
 
 mod backends;
+pub(crate) mod blocks;
+pub(crate) mod drivers;
 mod ejector;
 mod ending;
 mod pci;
+mod places;
 mod removal;
+mod requests;
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -19,54 +23,63 @@ use std::rc::{Rc, Weak};
 use std::sync::{Arc, Weak as ArcWeak};
 use std::time::Duration;
 
-use ebbtide_bus::pci::{Devfn, HostBridge};
-use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
-use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, channel};
-use ebbtide_qmp::EventSink;
+use ebbtide_bus::irq::MsiController;
+use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port};
+use ebbtide_device::{Eject, GuestEject, Identity, NodeId, PlugError, Tree};
+use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
+use ebbtide_memory::AddressSpace;
+use ebbtide_qmp::{EventSink, QmpError};
 
-pub(crate) use backends::{AnyUse, Shelf, Use};
+pub(crate) use backends::{AnyUse, Shelf};
+pub(crate) use blocks::BlockNode;
+pub(crate) use drivers::{Driver, Made};
 pub(crate) use ejector::{Ejector, SlotKey};
 pub(crate) use pci::{PciModel, Removable};
-
-/// A place that a guest can be asked to give up and told of.
-pub(crate) trait Slot {
-    /// Asks the guest to let go of what is in the slot.
-    ///
-    /// # Errors
-    /// Why it cannot be asked now, for people.
-    fn request(&self) -> Result<(), String>;
-    /// Takes the question back as far as the guest has not heard it.
-    fn cancel(&self);
-    /// Tells the guest that something is in the slot.
-    fn occupied(&self);
-    /// Tells the guest that the slot is empty.
-    fn vacated(&self, notice: GuestNotice);
-}
+pub(crate) use places::Place;
 
 /// What the machine keeps with each device.
 pub(crate) struct Info {
     /// The model's name.
     pub(crate) driver: &'static str,
-    /// Where it is on PCI.
-    pub(crate) at: Option<Devfn>,
+    /// The bus it is on.
+    pub(crate) bus: Arc<Bus>,
+    /// Where it is on that.
+    pub(crate) at: Devfn,
     /// Its function; the model in the tree keeps it alive.
-    pub(crate) function: Option<ArcWeak<dyn Removable>>,
+    pub(crate) function: ArcWeak<dyn Removable>,
+    /// It, where it is a bridge.
+    pub(crate) port: Option<ArcWeak<Port>>,
     /// The slot it is in, where that can change while the guest runs.
-    pub(crate) slot: Option<(SlotKey, Rc<dyn Slot>)>,
+    pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
     /// What it stands on, until it is gone.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
+}
+
+impl Info {
+    fn slot_key(&self) -> Option<SlotKey> {
+        let slot = self.slot.as_ref()?;
+        Some(SlotKey::Pci(slot.address().clone()))
+    }
+}
+
+/// What devices are made of and connected to.
+pub(crate) struct Surface {
+    pub(crate) bridge: Arc<HostBridge>,
+    pub(crate) system: Arc<AddressSpace>,
+    pub(crate) msi: Arc<dyn MsiController>,
+    pub(crate) blocking: Arc<Blocking>,
 }
 
 /// All devices of a machine. Belongs to the control thread.
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
-    bridge: Arc<HostBridge>,
+    blocks: Shelf<BlockNode>,
+    surface: Surface,
     ejector: Arc<Ejector>,
-    /// Ejected devices, until [`Devices::serve`] takes it.
-    ejected: RefCell<Option<Receiver<NodeId>>>,
+    /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
+    ejected: RefCell<Option<Event>>,
     /// Threads that serve queues, by name. They end with the machine.
     threads: RefCell<BTreeMap<String, IoThread>>,
-    blocking: Arc<Blocking>,
     local: Local,
     events: OnceCell<EventSink>,
     drain_timeout: Duration,
@@ -75,26 +88,28 @@ pub(crate) struct Devices {
 
 impl Devices {
     /// No device yet.
+    ///
+    /// # Errors
+    /// The host gives no eventfd.
     pub(crate) fn new(
-        bridge: &Arc<HostBridge>,
+        surface: Surface,
         threads: BTreeMap<String, IoThread>,
-        blocking: &Arc<Blocking>,
         local: &Local,
         drain_timeout: Duration,
-    ) -> Rc<Devices> {
-        let (sender, ejected) = channel();
-        Rc::new_cyclic(|this| Devices {
+    ) -> std::io::Result<Rc<Devices>> {
+        let ejected = Event::new()?;
+        Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
-            bridge: Arc::clone(bridge),
-            ejector: Ejector::new(sender),
+            blocks: Shelf::new("Node"),
+            surface,
+            ejector: Ejector::new(ejected.notifier()),
             ejected: RefCell::new(Some(ejected)),
             threads: RefCell::new(threads),
-            blocking: Arc::clone(blocking),
             local: local.clone(),
             events: OnceCell::new(),
             drain_timeout,
             this: Weak::clone(this),
-        })
+        }))
     }
 
     /// The tree.
@@ -102,88 +117,149 @@ impl Devices {
         &self.tree
     }
 
+    /// The block nodes.
+    pub(crate) fn blocks(&self) -> &Shelf<BlockNode> {
+        &self.blocks
+    }
+
+    /// Threads for what may block.
+    pub(crate) fn blocking(&self) -> &Arc<Blocking> {
+        &self.surface.blocking
+    }
+
     /// What guests eject by.
     pub(crate) fn ejector(&self) -> &Arc<Ejector> {
         &self.ejector
     }
 
+    /// The host bridge.
+    pub(crate) fn bridge(&self) -> &Arc<HostBridge> {
+        &self.surface.bridge
+    }
+
+    /// The memory that devices access.
+    pub(crate) fn system(&self) -> &Arc<AddressSpace> {
+        &self.surface.system
+    }
+
+    /// Where interrupts come from.
+    pub(crate) fn msi(&self) -> &dyn MsiController {
+        &*self.surface.msi
+    }
+
     /// Begins to serve what guests eject; events go to `events`.
     pub(crate) fn serve(&self, events: &EventSink) {
         let _ = self.events.set(events.clone());
-        let (Some(mut ejected), Some(this)) =
-            (self.ejected.borrow_mut().take(), self.this.upgrade())
-        else {
+        let Some(mut ejected) = self.ejected.borrow_mut().take() else {
             return;
         };
-        let this = Rc::downgrade(&this);
+        let (this, local) = (Weak::clone(&self.this), self.local.clone());
         self.local
             .spawn(async move {
-                while let Some(node) = ejected.recv().await {
+                while ejected.wait(&local).await.is_ok() {
                     let Some(devices) = this.upgrade() else {
                         return;
                     };
-                    devices.remove(node);
+                    devices.answer_ejects();
                 }
             })
             .detach();
+    }
+
+    /// Sees to what guests have ejected since the last time.
+    fn answer_ejects(&self) {
+        for occupant in self.ejector.occupants() {
+            let tree = self.tree.borrow();
+            let Some(node) = tree.get(occupant.node) else {
+                continue;
+            };
+            if occupant.take_refused()
+                && let Some(slot) = &node.info.slot
+            {
+                tracing::warn!(
+                    "{}: the guest ejects it uninvited; it stays",
+                    node.identity.path
+                );
+                slot.plugged();
+            }
+            let taken = node.model().is_none();
+            drop(tree);
+            if occupant.eject.is_isolated() && !taken {
+                drop(self.remove(occupant.node));
+            }
+        }
     }
 
     /// The thread of this name, started if there is none yet.
     ///
     /// # Errors
     /// The host gives no thread.
-    pub(crate) fn thread(&self, name: &str) -> Result<Remote, ebbtide_iothread::Error> {
+    pub(crate) fn thread(&self, name: &str) -> Result<Remote, QmpError> {
         let mut threads = self.threads.borrow_mut();
         if let Some(thread) = threads.get(name) {
             return Ok(thread.remote());
         }
-        let thread = IoThread::spawn(name)?;
+        let thread = IoThread::spawn(name).map_err(|e| QmpError::generic(e.to_string()))?;
         let remote = thread.remote();
         threads.insert(name.to_owned(), thread);
         Ok(remote)
     }
 
-    /// Puts a function that is on the bus into the tree. Unless it is `cold` the guest is told.
+    /// Puts what was made at its place and into the tree. Unless it is `cold` the guest is told.
     ///
     /// # Errors
-    /// Its id is taken, or what it is plugged into is going. It has been taken off the bus again.
+    /// The bus does not take it, or what it is plugged into is going; it is taken off again.
     pub(crate) fn plug(
         &self,
         id: Option<&str>,
-        function: Arc<dyn Removable>,
-        at: Devfn,
+        driver: &'static str,
+        made: Made,
+        place: Place,
         policy: GuestEject,
-        info: Info,
         cold: bool,
-    ) -> Result<NodeId, PlugError> {
+    ) -> Result<NodeId, QmpError> {
+        let Made {
+            function,
+            port,
+            uses,
+        } = made;
         let gate = Arc::clone(function.config().gate());
-        let model = PciModel::new(function, &self.bridge, at);
-        let eject = info.slot.is_some().then(|| Eject::new(policy, &gate));
-        let slot = info.slot.clone();
+        place
+            .bus
+            .attach_at(place.at, Arc::clone(&function) as _)
+            .map_err(|e| QmpError::generic(e.to_string()))?;
+        let info = Info {
+            driver,
+            bus: Arc::clone(&place.bus),
+            at: place.at,
+            function: Arc::downgrade(&function),
+            port,
+            slot: place.slot.clone(),
+            uses,
+        };
+        let key = info.slot_key();
+        let eject = key.is_some().then(|| Eject::new(policy, &gate));
         let identity = self.identity(id);
+        let model = Box::new(PciModel::new(function, &place.bus, place.at));
         let plugged = self.tree.borrow_mut().plug(
-            None,
+            place.parent,
             identity.clone(),
-            Box::new(model),
+            model,
             eject.clone(),
             info,
             self.local.now(),
         );
-        match plugged {
-            Ok(node) => {
-                if let (Some((key, slot)), Some(eject)) = (slot, eject) {
-                    self.ejector.occupy(key, &eject, node);
-                    if !cold {
-                        slot.occupied();
-                    }
-                }
-                Ok(node)
-            }
-            Err((error, model)) => {
-                removal::unwind(self, identity, model);
-                Err(error)
-            }
+        let node = plugged.map_err(|(error, model)| {
+            removal::unwind(self, identity, model, &place);
+            plug_error(&error)
+        })?;
+        if let (Some(key), Some(eject)) = (key, eject) {
+            self.ejector.occupy(key, &eject, node);
         }
+        if let Some(slot) = place.slot.filter(|_| !cold) {
+            slot.plugged();
+        }
+        Ok(node)
     }
 
     fn identity(&self, id: Option<&str>) -> Identity {
@@ -205,5 +281,14 @@ impl Devices {
             tree.iter().any(|(_, node)| node.identity.path == path)
         };
         (0..).find(|n| !taken(n)).unwrap_or_default()
+    }
+}
+
+fn plug_error(error: &PlugError) -> QmpError {
+    match error {
+        PlugError::IdTaken(id) => QmpError::duplicate_device_id(id),
+        PlugError::IdLeaving(_) | PlugError::ParentLeaving(_) => {
+            QmpError::generic(error.to_string())
+        }
     }
 }

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use ebbtide_bus::pci::{Devfn, Function, HostBridge};
+use ebbtide_bus::pci::{Bus, Devfn, Function, Port};
 use ebbtide_device::{Draining, Model};
 use ebbtide_gate::Gate;
 use ebbtide_virtio::VirtioPci;
@@ -30,23 +30,30 @@ impl Removable for VirtioPci {
     }
 }
 
-/// A function on the bus.
+/// A port does nothing by itself: once nobody is in its registers, nothing is left.
+impl Removable for Port {
+    fn close(self: Arc<Self>) -> Draining {
+        Box::pin(self.config().gate().drained())
+    }
+
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(std::future::ready(()))
+    }
+}
+
+/// A function on a bus.
 pub(crate) struct PciModel {
     function: Arc<dyn Removable>,
-    bridge: Arc<HostBridge>,
+    bus: Arc<Bus>,
     at: Devfn,
 }
 
 impl PciModel {
-    /// The function at `at`.
-    pub(crate) fn new(
-        function: Arc<dyn Removable>,
-        bridge: &Arc<HostBridge>,
-        at: Devfn,
-    ) -> PciModel {
+    /// The function at `at` of `bus`.
+    pub(crate) fn new(function: Arc<dyn Removable>, bus: &Arc<Bus>, at: Devfn) -> PciModel {
         PciModel {
             function,
-            bridge: Arc::clone(bridge),
+            bus: Arc::clone(bus),
             at,
         }
     }
@@ -59,7 +66,7 @@ impl Model for PciModel {
 
     fn drain(&mut self) -> Draining {
         // Its RAM and ioeventfds go with its BARs; registers that were entered before are waited for below.
-        if let Err(e) = self.bridge.unmap(self.at) {
+        if let Err(e) = self.bus.unmap(self.at) {
             tracing::error!("{}: its BARs stay mapped: {e}", self.gate().name());
         }
         Arc::clone(&self.function).close()

@@ -6,14 +6,16 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ebbtide_bus::pci;
 use ebbtide_device::{
     Bus, Detached, Gone, GuestNotice, Holder, Identity, Model, NodeId, Pending, Phase, Subtree,
     Surroundings, Tree, remove,
 };
 use ebbtide_iothread::oneshot;
+use ebbtide_qmp::types::device::DevicePath;
 use ebbtide_qmp::types::events;
 
-use super::{Devices, Info};
+use super::{Devices, Info, Place};
 
 impl Devices {
     /// Removes a device and what is below it, isolating it where the guest has not. The answer comes when management
@@ -32,18 +34,36 @@ impl Devices {
     }
 }
 
-/// Takes a device back that could not be plugged; nobody has seen it.
-pub(super) fn unwind(devices: &Devices, identity: Identity, model: Box<dyn Model>) {
+/// Takes a device back that could not be plugged: its bridge went while it came. The guest may have seen it.
+pub(super) fn unwind(
+    devices: &Devices,
+    identity: Identity,
+    model: Box<dyn Model>,
+    place: &Place,
+) {
     let subtree = Subtree::new(identity, model, Vec::new()).isolate();
-    let Some(this) = devices.this.upgrade() else {
-        return;
-    };
-    let around = Around(this);
+    let mut bus = Unplugged(place.clone());
+    let blocking = Arc::clone(devices.blocking());
     let undo = async move {
-        let (detached, _) = subtree.drain().await.detach(&mut around.bus());
-        drop(around.destroy(detached).await);
+        let (detached, _) = subtree.drain().await.detach(&mut bus);
+        let _ = detached.destroy(&blocking).await;
     };
     devices.local.spawn(undo).detach();
+}
+
+/// The bus of a device that never came into the tree.
+struct Unplugged(Place);
+
+impl Bus for Unplugged {
+    fn forget(&mut self, identity: &Identity, _device: &dyn Model) {
+        forget(&self.0.bus, self.0.at, identity);
+    }
+}
+
+fn forget(bus: &pci::Bus, at: pci::Devfn, identity: &Identity) {
+    if let Err(e) = bus.detach_at(at) {
+        tracing::error!("{}: stays on its bus: {e}", identity.path);
+    }
 }
 
 struct Around(Rc<Devices>);
@@ -56,18 +76,13 @@ struct Buses {
 impl Bus for Buses {
     fn forget(&mut self, identity: &Identity, _device: &dyn Model) {
         let tree = self.devices.tree.borrow();
-        let mut nodes = tree.iter().map(|(_, node)| node);
-        let Some(node) = nodes.find(|node| node.identity == *identity) else {
+        let Some((id, node)) = tree.iter().find(|(_, node)| node.identity == *identity) else {
             return;
         };
-        if let Some((key, _)) = &node.info.slot {
-            self.devices.ejector.vacate(*key);
+        if let Some(key) = node.info.slot_key() {
+            self.devices.ejector.vacate(&key, id);
         }
-        if let Some(at) = node.info.at
-            && let Err(e) = self.devices.bridge.detach_at(at)
-        {
-            tracing::error!("{}: stays on its bus: {e}", identity.path);
-        }
+        forget(&node.info.bus, node.info.at, identity);
     }
 }
 
@@ -116,13 +131,14 @@ impl Surroundings<Info> for Around {
             .borrow()
             .get(top)
             .and_then(|node| node.info.slot.clone());
-        if let Some((_, slot)) = slot {
-            slot.vacated(notice);
-        }
+        let Some(slot) = slot else { return };
+        // The right to say so is used up here.
+        let GuestNotice { .. } = notice;
+        slot.detached();
     }
 
     fn destroy(&self, subtree: Subtree<Detached>) -> Pending<Vec<Gone>> {
-        let blocking = Arc::clone(&self.0.blocking);
+        let blocking = Arc::clone(self.0.blocking());
         Box::pin(async move { subtree.destroy(&blocking).await })
     }
 
@@ -131,12 +147,10 @@ impl Surroundings<Info> for Around {
         drop(info);
         let identity = gone.identity();
         tracing::info!("{}: removed", identity.path);
-        if let Some(sink) = self.0.events.get() {
-            sink.emit(events::DEVICE_DELETED.with(events::DeviceGone {
-                device: identity.id.clone(),
-                path: identity.path.clone(),
-            }));
-        }
+        self.0.emit(events::DEVICE_DELETED.with(DevicePath {
+            device: identity.id.clone(),
+            path: identity.path.clone(),
+        }));
     }
 }
 

@@ -3,16 +3,36 @@
 
 use std::task::Poll;
 
+use ebbtide_bus::pci::Removal;
 use ebbtide_device::{GuestEject, NodeId, Phase, RemoveError};
 use ebbtide_qmp::schema::Event;
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::ebbtide::WaitPhase;
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::drivers::{self, Made};
-use super::{Asked, Devices};
+use super::{Devices, blocks, drivers};
+use crate::Error;
+use crate::config::MachineConfig;
 
 impl Devices {
+    /// Makes what is there from the start.
+    ///
+    /// # Errors
+    /// Names the one that can't be had.
+    pub(crate) async fn add_cold(&self, config: &MachineConfig) -> Result<(), Error> {
+        for node in &config.block_nodes {
+            let name = node.node_name.clone().unwrap_or_default();
+            let added = blocks::add(&self.blocks, self.blocking(), node.clone()).await;
+            added.map_err(|e| Error::part(format!("--blockdev {name}"), e.desc))?;
+        }
+        for device in &config.devices {
+            let name = device.id.as_ref().unwrap_or(&device.driver).clone();
+            let added = self.device_add(device.clone(), true).await;
+            added.map_err(|e| Error::part(format!("--device {name}"), e.desc))?;
+        }
+        Ok(())
+    }
+
     /// Makes and plugs a device. Unless it is `cold` the guest is told.
     ///
     /// # Errors
@@ -26,7 +46,7 @@ impl Devices {
         if let Some(id) = &args.id {
             drivers::check_id(id)?;
             let free = self.tree.borrow().check_id(id);
-            free.map_err(|e| QmpError::generic(e.to_string()))?;
+            free.map_err(|e| super::plug_error(&e))?;
         }
         let mut properties = args.properties;
         let policy = policy(&mut properties)?;
@@ -34,7 +54,7 @@ impl Devices {
         let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
         let made = (driver.make)(self, &name, &mut properties)?;
         properties.finish_device(driver.name)?;
-        self.plug_at(args.id.as_deref(), driver, made, place, policy, cold)
+        self.plug(args.id.as_deref(), driver.name, made, place, policy, cold)
     }
 
     /// Asks the guest to let go of a device.
@@ -48,19 +68,19 @@ impl Devices {
             let tree = self.tree.borrow();
             tree.get(node).and_then(|node| node.info.slot.clone())
         };
-        let Some((_, slot)) = slot else {
+        let Some(slot) = slot else {
             return Ok(());
         };
-        match slot.request() {
-            Ok(Asked::Guest) => Ok(()),
-            // The guest has let go of it already: there is nobody to wait for.
-            Ok(Asked::Nobody) => {
+        match slot.request_removal() {
+            Ok(Removal::Asked) => Ok(()),
+            // The guest does not use it: there is nobody to wait for.
+            Ok(Removal::Unused) => {
                 drop(self.remove(node));
                 Ok(())
             }
             Err(reason) => {
                 self.tree.borrow_mut().cancel(node, self.local.now());
-                Err(QmpError::generic(reason))
+                Err(QmpError::generic(reason.to_string()))
             }
         }
     }
@@ -70,7 +90,7 @@ impl Devices {
         let cancelled = self.tree.borrow_mut().cancel(node, self.local.now());
         if cancelled {
             let tree = self.tree.borrow();
-            if let Some((_, slot)) = tree.get(node).and_then(|n| n.info.slot.as_ref()) {
+            if let Some(slot) = tree.get(node).and_then(|n| n.info.slot.as_ref()) {
                 slot.cancel();
             }
         }
@@ -154,21 +174,5 @@ fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
         Some(other) => Err(QmpError::generic(format!(
             "Parameter 'guest-eject' does not accept value '{other}': on, off and requested are accepted"
         ))),
-    }
-}
-
-/// What is needed to plug something that was made.
-impl Devices {
-    fn plug_at(
-        &self,
-        id: Option<&str>,
-        driver: &'static drivers::Driver,
-        made: Made,
-        place: super::Place,
-        policy: GuestEject,
-        cold: bool,
-    ) -> Result<NodeId, QmpError> {
-        self.plug(id, driver, made, place, policy, cold)
-            .map_err(|e| QmpError::generic(e.to_string()))
     }
 }

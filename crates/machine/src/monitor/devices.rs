@@ -95,8 +95,13 @@ fn list_properties(type_name: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError>
 }
 
 fn list_types(implements: Option<&str>) -> Vec<ObjectTypeInfo> {
-    let device = |name: &str| ObjectTypeInfo::new(name, "device");
-    let object = |name: &str| ObjectTypeInfo::new(name, "object");
+    let of = |parent: &str, name: &str| ObjectTypeInfo {
+        name: name.to_owned(),
+        is_abstract: None,
+        parent: Some(parent.to_owned()),
+    };
+    let device = |name: &str| of("device", name);
+    let object = |name: &str| of("object", name);
     let devices = drivers::names().map(device);
     let objects = drivers::OBJECTS.iter().map(|name| object(name));
     match implements {

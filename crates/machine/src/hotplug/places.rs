@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Where a device goes: its bus, its slot there, and what tells the guest of it.
+
+use std::sync::Arc;
+
+use ebbtide_bus::pci::{Bus, Devfn, HotplugSlot, PciError};
+use ebbtide_device::{NodeId, Phase};
+use ebbtide_qmp::{Properties, QmpError};
+
+use super::{Devices, Driver};
+
+/// A free place.
+#[derive(Clone)]
+pub(crate) struct Place {
+    /// The bus.
+    pub(crate) bus: Arc<Bus>,
+    /// Where on it.
+    pub(crate) at: Devfn,
+    /// The bridge the bus is behind; None for bus 0.
+    pub(crate) parent: Option<NodeId>,
+    /// Its slot, where what is in it can come and go.
+    pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
+}
+
+impl Devices {
+    /// The place that `bus` and the property `addr` name; the first free one where they leave it open.
+    ///
+    /// # Errors
+    /// No such bus, it is going, it does not take hot-plug (unless the device is `cold`), the slot is occupied.
+    pub(crate) fn place(
+        &self,
+        driver: &Driver,
+        bus: Option<&str>,
+        properties: &mut Properties,
+        cold: bool,
+    ) -> Result<Place, QmpError> {
+        if !cold && !driver.hotpluggable {
+            return Err(QmpError::not_hotpluggable(driver.name));
+        }
+        let address = properties.take_pci_address("addr")?;
+        let (bus, parent) = self.find_bus(bus)?;
+        let at = match address {
+            Some(address) if address.function != 0 => {
+                return Err(QmpError::generic(format!(
+                    "PCI: function {} of slot {:#x}: devices of several functions are not supported",
+                    address.function, address.slot
+                )));
+            }
+            Some(address) => Devfn::new(address.slot, 0)
+                .ok_or_else(|| pci_error(&PciError::NoSuchSlot(address.slot)))?,
+            None => bus
+                .free_slot()
+                .ok_or_else(|| QmpError::generic(format!("PCI: no slot available on bus '{}'", bus.name())))?,
+        };
+        self.check_empty(&bus, at)?;
+        let slot = self.hotplug_slot(&bus, parent, at);
+        if slot.is_none() && !cold {
+            return Err(QmpError::bus_not_hotpluggable(bus.name()));
+        }
+        Ok(Place {
+            bus,
+            at,
+            parent,
+            slot,
+        })
+    }
+
+    /// The bus of this name with the bridge it is behind.
+    fn find_bus(&self, name: Option<&str>) -> Result<(Arc<Bus>, Option<NodeId>), QmpError> {
+        let root = self.bridge().bus();
+        let Some(name) = name.filter(|name| *name != &**root.name()) else {
+            return Ok((Arc::clone(root), None));
+        };
+        let tree = self.tree.borrow();
+        for (id, node) in tree.iter() {
+            let port = node.info.port.as_ref().and_then(|port| port.upgrade());
+            let Some(port) = port.filter(|port| &**port.bus().name() == name) else {
+                continue;
+            };
+            if node.phase() >= Phase::Draining {
+                return Err(QmpError::generic(format!(
+                    "Bus '{name}': its bridge is being removed"
+                )));
+            }
+            return Ok((Arc::clone(port.bus()), Some(id)));
+        }
+        Err(QmpError::bus_not_found(name))
+    }
+
+    /// What is in a slot has to be gone, not only unreachable.
+    fn check_empty(&self, bus: &Arc<Bus>, at: Devfn) -> Result<(), QmpError> {
+        if bus.function(at).is_none() {
+            return Ok(());
+        }
+        let tree = self.tree.borrow();
+        let mut nodes = tree.iter().map(|(_, node)| node);
+        let owner = nodes.find(|node| Arc::ptr_eq(&node.info.bus, bus) && node.info.at == at);
+        let owner = owner.map_or("the host bridge".to_owned(), |node| {
+            let leaving = if node.phase() >= Phase::Draining {
+                ", which is being removed"
+            } else {
+                ""
+            };
+            let name = node.identity.id.as_ref().unwrap_or(&node.identity.path);
+            format!("'{name}'{leaving}")
+        });
+        Err(QmpError::generic(format!(
+            "PCI: slot {:#x} of bus '{}' is in use by {owner}",
+            at.slot(),
+            bus.name()
+        )))
+    }
+
+    /// The hot-plug slot at a place, if there is one.
+    fn hotplug_slot(
+        &self,
+        bus: &Arc<Bus>,
+        parent: Option<NodeId>,
+        _at: Devfn,
+    ) -> Option<Arc<dyn HotplugSlot>> {
+        let tree = self.tree.borrow();
+        let port = tree.get(parent?)?.info.port.as_ref()?.upgrade()?;
+        debug_assert!(Arc::ptr_eq(port.bus(), bus));
+        port.slot()
+    }
+
+    /// The lowest physical slot number no port has.
+    pub(crate) fn free_slot_number(&self) -> u16 {
+        let tree = self.tree.borrow();
+        let ports = tree.iter().filter(|(_, node)| node.info.port.is_some());
+        u16::try_from(ports.count() + 1).unwrap_or(0)
+    }
+}
+
+fn pci_error(error: &PciError) -> QmpError {
+    QmpError::generic(format!("PCI: {error}"))
+}
