@@ -379,6 +379,7 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
         },
+        pci_hotplug: false,
         serial: Some(acpi::SerialPort {
             port: ebbtide_devices::serial::SerialPort::COM1,
             gsi: SERIAL_GSI,
