@@ -30,6 +30,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             mmio32: 0xc000_0000..0xe000_0000,
             mmio64: 12 << 30..524 << 30,
         },
+        pci_hotplug: true,
         serial: Some(SerialPort {
             port: 0x3f8,
             gsi: 4,

@@ -430,6 +430,7 @@ fn tables(
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
         },
+        pci_hotplug: false,
         serial: Some(acpi::SerialPort {
             port: ebbtide_devices::serial::SerialPort::COM1,
             gsi: SERIAL_GSI,

@@ -5,21 +5,24 @@
 //! timers. Events arrive through a Generic Event Device, sleep states are entered through the sleep control register.
 //!
 //! ```text
-//! RSDP ─ XSDT ─┬─ FACP ─ DSDT   \_S5, \_SB: PCI0, MBRD (what no driver may claim), COM1, PWRB, GED, one device per CPU
+//! RSDP ─ XSDT ─┬─ FACP ─ DSDT   \_S5, \_SB: PCI0 with its slots, MBRD (what no driver may claim), COM1, PWRB, GED, one device per CPU
 //!              ├─ APIC          local APICs, I/O APIC
 //!              ├─ MCFG          configuration space in memory
 //!              └─ SRAT          which node CPUs and memory belong to, where memory may appear later
 //! ```
 //!
-//! [`Description::build`] writes them; [`SleepRegisters`] and [`EventDevice`] are the registers behind them.
+//! [`Description::build`] writes them; [`SleepRegisters`], [`EventDevice`] and [`PciHotplug`] are the registers behind them.
 
 mod affinity;
 mod apics;
 mod dsdt;
 mod event_device;
+mod pci_hotplug;
 mod platform;
 mod sleep;
 
+#[cfg(test)]
+mod interpreter;
 #[cfg(test)]
 mod parser;
 #[cfg(test)]
@@ -35,6 +38,7 @@ use acpi_tables::xsdt::XSDT;
 
 pub use apics::{IO_APIC_BASE, LOCAL_APIC_BASE};
 pub use event_device::{Event, EventDevice};
+pub use pci_hotplug::{PCI_HOTPLUG_PORTS, PciHotplug};
 pub use sleep::{SLEEP_TYPE_S5, SleepRegisters};
 
 use crate::pci::Windows;
@@ -113,6 +117,8 @@ pub struct Description {
     pub ecam: Ecam,
     /// What the PCI host bridge decodes.
     pub windows: Windows,
+    /// Whether the slots of bus 0 can be hot-plugged: [`PciHotplug`] is there.
+    pub pci_hotplug: bool,
     /// The serial port, if there is one.
     pub serial: Option<SerialPort>,
     /// The event device's interrupt: level-triggered, active high.

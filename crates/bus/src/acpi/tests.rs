@@ -8,7 +8,7 @@ use super::*;
 
 const RSDP: u64 = 0xe_0000;
 
-fn description() -> Description {
+pub(super) fn description() -> Description {
     Description {
         cpus: (0..4)
             .map(|apic_id| Cpu {
@@ -38,6 +38,7 @@ fn description() -> Description {
             mmio32: 0xc000_0000..0xe000_0000,
             mmio64: 16 << 30..528 << 30,
         },
+        pci_hotplug: false,
         serial: Some(SerialPort {
             port: 0x3f8,
             gsi: 4,
@@ -47,7 +48,7 @@ fn description() -> Description {
 }
 
 /// The DSDT's namespace.
-fn dsdt(description: &Description) -> std::collections::BTreeMap<String, Object> {
+pub(super) fn dsdt(description: &Description) -> std::collections::BTreeMap<String, Object> {
     let image = description.build(RSDP).unwrap();
     namespace(&tables(image.address, &image.bytes)["DSDT"].bytes[36..])
 }
