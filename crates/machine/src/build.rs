@@ -371,6 +371,7 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error
             .collect(),
         ram: layout.ram().iter().map(on_node_0).collect(),
         hotplug: layout.device_memory.iter().map(on_node_0).collect(),
+        dimms: None,
         ecam: acpi::Ecam {
             base: ECAM.start,
             last_bus: LAST_BUS,

@@ -10,7 +10,9 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Cpu, Description, Event, REGISTER_PORTS, SLEEP_TYPE_S5, SerialPort, sdt};
+use super::{
+    Cpu, Description, Event, REGISTER_PORTS, SLEEP_TYPE_S5, SerialPort, memory_hotplug, sdt,
+};
 use crate::acpi::EVENT_PORT;
 
 /// 2: integers have 64 bits.
@@ -24,7 +26,10 @@ pub(super) fn table(description: &Description) -> Sdt {
         serial_port(serial, &mut devices);
     }
     power_button(&mut devices);
-    event_device(description.event_gsi, &mut devices);
+    if let Some(dimms) = &description.dimms {
+        memory_hotplug::devices(dimms.slots, &mut devices);
+    }
+    event_device(description, &mut devices);
     for (index, cpu) in description.cpus.iter().enumerate() {
         processor(index, cpu, &mut devices);
     }
@@ -99,7 +104,15 @@ const OSC_UNRECOGNIZED_REVISION: u8 = 1 << 3;
 const OSC_CAPABILITIES_MASKED: u8 = 1 << 4;
 
 /// AML that is written already.
-struct Written(Vec<u8>);
+pub(super) struct Written(Vec<u8>);
+
+impl Written {
+    pub(super) fn from(aml: &dyn Aml) -> Self {
+        let mut bytes = Vec::new();
+        aml.to_aml_bytes(&mut bytes);
+        Self(bytes)
+    }
+}
 
 impl Aml for Written {
     fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
@@ -203,10 +216,25 @@ fn power_button(out: &mut Vec<u8>) {
 /// `Notify` values: "status changed" of a power button (ACPI 6.5, table 5.161).
 const BUTTON_PRESSED: u8 = 0x80;
 
+/// What is done about each event.
+fn reactions(description: &Description) -> Vec<(Event, Written)> {
+    let button = Written::from(&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED));
+    let mut reactions = vec![(Event::PowerButton, button)];
+    if description.dimms.is_some() {
+        reactions.push((Event::Memory, memory_hotplug::scan()));
+    }
+    reactions
+}
+
 /// The Generic Event Device (ACPI 6.5, 5.6.9). `_EVT` reads the events, which clears them and lowers the line, and then
-/// reacts to each: a further event is a further test in the same method.
-fn event_device(gsi: u32, out: &mut Vec<u8>) {
+/// reacts to each.
+fn event_device(description: &Description, out: &mut Vec<u8>) {
     let events = Local(0);
+    let mut evt = Vec::new();
+    Store::new(&events, &Path::new("ESTS")).to_aml_bytes(&mut evt);
+    for (event, reaction) in reactions(description) {
+        If::new(&And::new(&ZERO, &events, &event.mask()), vec![&reaction]).to_aml_bytes(&mut evt);
+    }
     Device::new(
         "GED_".into(),
         vec![
@@ -214,7 +242,13 @@ fn event_device(gsi: u32, out: &mut Vec<u8>) {
             &Name::new("_UID".into(), &0u8),
             &Name::new(
                 "_CRS".into(),
-                &ResourceTemplate::new(vec![&Interrupt::new(true, false, false, false, gsi)]),
+                &ResourceTemplate::new(vec![&Interrupt::new(
+                    true,
+                    false,
+                    false,
+                    false,
+                    description.event_gsi,
+                )]),
             ),
             &OpRegion::new("EREG".into(), OpRegionSpace::SystemIO, &EVENT_PORT, &4u8),
             &Field::new(
@@ -224,18 +258,7 @@ fn event_device(gsi: u32, out: &mut Vec<u8>) {
                 FieldUpdateRule::WriteAsZeroes,
                 vec![FieldEntry::Named(*b"ESTS", 32)],
             ),
-            &Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![
-                    &Store::new(&events, &Path::new("ESTS")),
-                    &If::new(
-                        &And::new(&ZERO, &events, &Event::PowerButton.mask()),
-                        vec![&Notify::new(&Path::new("\\_SB_.PWRB"), &BUTTON_PRESSED)],
-                    ),
-                ],
-            ),
+            &Method::new("_EVT".into(), 1, true, vec![&Written(evt)]),
         ],
     )
     .to_aml_bytes(out);

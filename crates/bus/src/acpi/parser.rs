@@ -113,8 +113,11 @@ pub enum Object {
         offset: u64,
         length: u64,
     },
-    /// The fields of an operation region: names and widths in bits.
+    /// The fields of an operation region: names and widths in bits. What is skipped has no name.
     Fields(Vec<(String, usize)>),
+    /// Of a list of fields, the byte that says how they are accessed (20.2.5.2).
+    FieldFlags(u8),
+    Mutex,
 }
 
 /// Parses definitions as a DSDT may have them outside of methods.
@@ -124,23 +127,23 @@ pub fn namespace(aml: &[u8]) -> BTreeMap<String, Object> {
     objects
 }
 
-struct Reader<'a> {
-    aml: &'a [u8],
+pub(super) struct Reader<'a> {
+    pub(super) aml: &'a [u8],
 }
 
 impl<'a> Reader<'a> {
-    fn take(&mut self, count: usize) -> &'a [u8] {
+    pub(super) fn take(&mut self, count: usize) -> &'a [u8] {
         let (taken, rest) = self.aml.split_at(count);
         self.aml = rest;
         taken
     }
 
-    fn byte(&mut self) -> u8 {
+    pub(super) fn byte(&mut self) -> u8 {
         self.take(1)[0]
     }
 
     /// A package: its length covers the length's own encoding (20.2.4).
-    fn package(&mut self) -> Reader<'a> {
+    pub(super) fn package(&mut self) -> Reader<'a> {
         let before = self.aml.len();
         let length = self.length();
         Reader {
@@ -165,7 +168,7 @@ impl<'a> Reader<'a> {
     }
 
     /// A name string relative to `scope`, made absolute.
-    fn name(&mut self, scope: &str) -> String {
+    pub(super) fn name(&mut self, scope: &str) -> String {
         let absolute = self.aml[0] == b'\\';
         if absolute {
             self.byte();
@@ -201,7 +204,7 @@ impl<'a> Reader<'a> {
         String::from_utf8(name.to_vec()).unwrap()
     }
 
-    fn value(&mut self) -> Value {
+    pub(super) fn value(&mut self) -> Value {
         match self.byte() {
             0x00 => Value::Integer(0),
             0x01 => Value::Integer(1),
@@ -295,14 +298,32 @@ impl<'a> Reader<'a> {
             }
             0x81 => {
                 let mut inner = self.package();
-                let path = inner.name(scope) + " fields";
-                inner.byte();
+                // Further lists of the same region are told apart by a number.
+                let first = inner.name(scope) + " fields";
+                let numbered = (2..).map(|n| format!("{first} {n}"));
+                let path = std::iter::once(first.clone())
+                    .chain(numbered)
+                    .find(|path| !objects.contains_key(path))
+                    .unwrap();
+                let flags = Object::FieldFlags(inner.byte());
+                objects.insert(format!("{path}, flags"), flags);
                 let mut fields = Vec::new();
                 while !inner.aml.is_empty() {
-                    let name = inner.segment();
+                    let name = match inner.aml[0] {
+                        0 => {
+                            inner.byte();
+                            String::new()
+                        }
+                        _ => inner.segment(),
+                    };
                     fields.push((name, inner.length()));
                 }
                 (path, Object::Fields(fields))
+            }
+            0x01 => {
+                let path = self.name(scope);
+                assert_eq!(self.byte() & 0xf0, 0, "sync level");
+                (path, Object::Mutex)
             }
             0x82 => {
                 let mut inner = self.package();
