@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use ebbtide_bus::acpi::{Cpu, Description, Ecam, MemoryRange, SerialPort};
+use ebbtide_bus::acpi::{Cpu, Description, Dimms, Ecam, MAX_DIMM_SLOTS, MemoryRange, SerialPort};
 use ebbtide_bus::pci::Windows;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,13 +22,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             range: 4 << 30..12 << 30,
             node: 0,
         }],
+        dimms: Some(Dimms {
+            slots: MAX_DIMM_SLOTS,
+            area: MemoryRange {
+                range: 12 << 30..16 << 30,
+                node: 0,
+            },
+        }),
         ecam: Ecam {
             base: 0xe000_0000,
             last_bus: 255,
         },
         windows: Windows {
             mmio32: 0xc000_0000..0xe000_0000,
-            mmio64: 12 << 30..524 << 30,
+            mmio64: 16 << 30..528 << 30,
         },
         pci_hotplug: true,
         serial: Some(SerialPort {

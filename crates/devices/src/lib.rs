@@ -13,6 +13,7 @@
 )]
 
 pub mod chardev;
+pub mod dimm;
 mod error;
 pub mod legacy;
 pub mod reset;

@@ -19,6 +19,7 @@ mod kick;
 pub mod kvm;
 #[cfg(not(loom))]
 pub mod probe;
+mod ring;
 #[cfg(not(loom))]
 pub mod sim;
 mod sync;
@@ -41,4 +42,5 @@ pub use vm::{ChipState, Limits, Vm};
 #[doc(hidden)]
 pub mod models {
     pub use crate::kick::{after_interruption, before_entry, kick, without_guest};
+    pub use crate::ring::{Crossing, Entry, Resets, Ring, Written, harvest};
 }

@@ -20,9 +20,9 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
+use crate::hotplug::{Devices, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
-use crate::hotplug::{Devices, Made, Place, Surface};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
 use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
 use crate::{Error, host};
@@ -193,7 +193,14 @@ impl ColdFunction {
             uses: Vec::new(),
         };
         devices
-            .plug(Some(&self.id), self.driver, made, place, GuestEject::Off, true)
+            .plug(
+                Some(&self.id),
+                self.driver,
+                made,
+                place,
+                GuestEject::Off,
+                true,
+            )
             .map_err(|e| Error::part(&self.id, e.desc))?;
         Ok(())
     }
@@ -407,11 +414,7 @@ fn add_ram(
         .map_err(failed)
 }
 
-fn tables(
-    config: &MachineConfig,
-    layout: &Layout,
-    last_bus: u8,
-) -> Result<acpi::Tables, Error> {
+fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi::Tables, Error> {
     let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
         range: range.clone(),
         node: 0,
@@ -422,6 +425,7 @@ fn tables(
             .collect(),
         ram: layout.ram().iter().map(on_node_0).collect(),
         hotplug: layout.device_memory.iter().map(on_node_0).collect(),
+        dimms: None,
         ecam: acpi::Ecam {
             base: ECAM.start,
             last_bus,

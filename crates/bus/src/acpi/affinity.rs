@@ -22,7 +22,8 @@ pub(super) fn srat(description: &Description) -> Sdt {
     for memory in &description.ram {
         append(&mut srat, affinity(memory).enabled());
     }
-    for memory in &description.hotplug {
+    let dimms = description.dimms.iter().map(|dimms| &dimms.area);
+    for memory in description.hotplug.iter().chain(dimms) {
         append(&mut srat, affinity(memory).enabled().hotpluggable());
     }
     srat

@@ -10,7 +10,10 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Cpu, Description, Event, REGISTER_PORTS, SLEEP_TYPE_S5, SerialPort, pci_hotplug, sdt};
+use super::{
+    Cpu, Description, Event, REGISTER_PORTS, SLEEP_TYPE_S5, SerialPort, memory_hotplug,
+    pci_hotplug, sdt,
+};
 use crate::acpi::EVENT_PORT;
 
 /// 2: integers have 64 bits.
@@ -26,6 +29,9 @@ pub(super) fn table(description: &Description) -> Sdt {
     power_button(&mut devices);
     if description.pci_hotplug {
         pci_hotplug::slots(&mut devices);
+    }
+    if let Some(dimms) = &description.dimms {
+        memory_hotplug::devices(dimms.slots, &mut devices);
     }
     event_device(description, &mut devices);
     for (index, cpu) in description.cpus.iter().enumerate() {
@@ -220,6 +226,9 @@ fn reactions(description: &Description) -> Vec<(Event, Written)> {
     let mut reactions = vec![(Event::PowerButton, button)];
     if description.pci_hotplug {
         reactions.push((Event::Pci, pci_hotplug::scan()));
+    }
+    if description.dimms.is_some() {
+        reactions.push((Event::Memory, memory_hotplug::scan()));
     }
     reactions
 }

@@ -5,18 +5,21 @@
 //! timers. Events arrive through a Generic Event Device, sleep states are entered through the sleep control register.
 //!
 //! ```text
-//! RSDP ─ XSDT ─┬─ FACP ─ DSDT   \_S5, \_SB: PCI0 with its slots, MBRD (what no driver may claim), COM1, PWRB, GED, one device per CPU
+//! RSDP ─ XSDT ─┬─ FACP ─ DSDT   \_S5, \_SB: PCI0 with its slots, MBRD (what no driver may claim), COM1, PWRB, GED, one
+//!              │                 device per CPU, MHPC with one device per DIMM slot
 //!              ├─ APIC          local APICs, I/O APIC
 //!              ├─ MCFG          configuration space in memory
 //!              └─ SRAT          which node CPUs and memory belong to, where memory may appear later
 //! ```
 //!
-//! [`Description::build`] writes them; [`SleepRegisters`], [`EventDevice`] and [`PciHotplug`] are the registers behind them.
+//! [`Description::build`] writes them; [`SleepRegisters`], [`EventDevice`], [`PciHotplug`] and [`MemoryHotplug`] are the
+//! registers behind them.
 
 mod affinity;
 mod apics;
 mod dsdt;
 mod event_device;
+mod memory_hotplug;
 mod pci_hotplug;
 mod platform;
 mod sleep;
@@ -38,6 +41,10 @@ use acpi_tables::xsdt::XSDT;
 
 pub use apics::{IO_APIC_BASE, LOCAL_APIC_BASE};
 pub use event_device::{Event, EventDevice};
+pub use memory_hotplug::{
+    Arrival, DimmEjectSink, DimmPlace, GuestEject, MAX_DIMM_SLOTS, MEMORY_HOTPLUG_PORTS,
+    MemoryHotplug, SlotError, SlotState,
+};
 pub use pci_hotplug::{PCI_HOTPLUG_PORTS, PciHotplug};
 pub use sleep::{SLEEP_TYPE_S5, SleepRegisters};
 
@@ -79,6 +86,15 @@ pub struct MemoryRange {
     pub node: u32,
 }
 
+/// DIMM slots and where their modules appear.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dimms {
+    /// How many slots, at most [`MAX_DIMM_SLOTS`].
+    pub slots: u16,
+    /// The addresses modules are placed in, and the node of a guest that asks before there is one.
+    pub area: MemoryRange,
+}
+
 /// Memory-mapped configuration space: 1 MiB for each bus from 0 on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ecam {
@@ -113,6 +129,8 @@ pub struct Description {
     pub ram: Vec<MemoryRange>,
     /// Where memory may appear while the guest runs.
     pub hotplug: Vec<MemoryRange>,
+    /// DIMM slots, if there are any.
+    pub dimms: Option<Dimms>,
     /// Configuration space.
     pub ecam: Ecam,
     /// What the PCI host bridge decodes.
@@ -154,6 +172,9 @@ pub enum AcpiError {
         /// The range.
         range: Range<u64>,
     },
+    /// No slots, or more than there can be.
+    #[error("{0} dimm slots: there can be 1 to {MAX_DIMM_SLOTS}")]
+    DimmSlots(u16),
     /// The 32-bit window must end at or below 4 GiB.
     #[error("32-bit pci window {0:#x?} reaches past 4 GiB")]
     Window(Range<u64>),
@@ -217,10 +238,16 @@ impl Description {
         if let Some(cpu) = self.cpus.iter().find(|cpu| cpu.apic_id == u8::MAX) {
             return Err(AcpiError::ApicId(cpu.apic_id));
         }
+        if let Some(Dimms { slots, .. }) = self.dimms
+            && !(1..=MAX_DIMM_SLOTS).contains(&slots)
+        {
+            return Err(AcpiError::DimmSlots(slots));
+        }
         let memory = self
             .ram
             .iter()
             .chain(&self.hotplug)
+            .chain(self.dimms.iter().map(|dimms| &dimms.area))
             .map(|memory| ("memory range", &memory.range));
         let windows = [
             ("pci window", &self.windows.mmio32),

@@ -30,6 +30,7 @@ pub(super) fn description() -> Description {
             range: 6 << 30..14 << 30,
             node: 0x0102_0304,
         }],
+        dimms: None,
         ecam: Ecam {
             base: 0xe000_0000,
             last_bus: 255,
@@ -182,6 +183,28 @@ fn srat_tells_nodes_and_where_memory_may_appear() {
     ];
     assert_eq!(memory, expected);
     assert_eq!(entries.len(), 7);
+}
+
+#[test]
+fn srat_covers_where_dimms_appear() {
+    let dimms = Dimms {
+        slots: 1,
+        area: MemoryRange {
+            range: 14 << 30..16 << 30,
+            node: 3,
+        },
+    };
+    let image = Description {
+        dimms: Some(dimms),
+        ..description()
+    }
+    .build(RSDP)
+    .unwrap();
+    let found = tables(image.address, &image.bytes);
+    let entries = structures(found["SRAT"].bytes, 48);
+    let (kind, bytes) = entries[7];
+    assert_eq!((kind, u32_at(bytes, 2), u32_at(bytes, 28)), (1, 3, 3));
+    assert_eq!((u64_at(bytes, 8), u64_at(bytes, 16)), (14 << 30, 2 << 30));
 }
 
 #[test]
@@ -379,6 +402,16 @@ fn contradictions_are_refused() {
         },
         AcpiError::Serial(0xfffe),
     );
+    for slots in [0, 257] {
+        let area = description().hotplug.remove(0);
+        let dimms = Some(Dimms { slots, area });
+        let error = Description {
+            dimms,
+            ..description()
+        }
+        .build(RSDP);
+        assert_eq!(error.unwrap_err(), AcpiError::DimmSlots(slots));
+    }
     assert_eq!(description().build(8).unwrap_err(), AcpiError::Address(8));
     assert_eq!(
         description().build(!15).unwrap_err(),

@@ -7,6 +7,7 @@ mod cpuid;
 mod interrupts;
 mod ioeventfds;
 mod msrs;
+mod rings;
 mod run_area;
 mod signal;
 mod slots;
@@ -72,6 +73,15 @@ pub fn open(path: impl AsRef<Path>) -> Result<Kvm, Error> {
     })
 }
 
+/// How a machine is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VmOptions {
+    /// Have KVM note what the guest writes in a ring of so many entries for each vCPU, instead of a bitmap for each slot:
+    /// a sync then costs what was written and not what there is. A power of two, from 1024 to (usually) 65536. A KVM
+    /// without rings keeps bitmaps and a warning says so; [`KvmVm::dirty_ring_entries`] tells.
+    pub dirty_ring_entries: Option<u32>,
+}
+
 /// An open KVM device node.
 #[derive(Debug)]
 pub struct Kvm {
@@ -85,7 +95,15 @@ impl Kvm {
     /// # Errors
     /// The host is out of resources or its KVM refuses a guest.
     pub fn create_vm(&self) -> Result<Arc<KvmVm>, Error> {
-        KvmVm::new(&self.system)
+        self.create_vm_with(&VmOptions::default())
+    }
+
+    /// As [`create_vm`](Self::create_vm), otherwise than usual.
+    ///
+    /// # Errors
+    /// As there; and what an option asks for is refused.
+    pub fn create_vm_with(&self, options: &VmOptions) -> Result<Arc<KvmVm>, Error> {
+        KvmVm::new(&self.system, options)
     }
 
     /// What a machine of this KVM can have.

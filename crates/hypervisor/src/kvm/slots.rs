@@ -7,7 +7,7 @@
 //!
 //! While a block is logged, KVM notes which pages of its slots the guest writes; that is merged into the block's dirty log
 //! on demand. A slot that goes while it is logged leaves all its pages dirty: between asking KVM what it knows and deleting
-//! the slot, vcpus would write unseen.
+//! the slot, vcpus would write unseen. KVM notes in a bitmap for each slot, or in a ring for each vcpu (`rings`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -137,6 +137,8 @@ pub(super) struct SlotListener {
     slots: BTreeMap<u64, Slot>,
     /// Slots whose deletion KVM refused: what they hold is never given back.
     stuck: Vec<Slot>,
+    /// Dirty rings could not be reset: what is logged counts as written from then on.
+    rings_failed: bool,
 }
 
 impl SlotListener {
@@ -148,6 +150,7 @@ impl SlotListener {
             bus,
             slots: BTreeMap::new(),
             stuck: Vec::new(),
+            rings_failed: false,
         }
     }
 
@@ -209,7 +212,15 @@ impl SlotListener {
             logged: !readonly && block.is_logged(),
             _hold: hold,
         };
+        // Before KVM can name the slot in a ring.
+        let rings = self.machine.rings.as_deref().filter(|_| !readonly);
+        if let Some(rings) = rings {
+            rings.add_slot(number, block, slot.block_offset, extent.size_bytes);
+        }
         if let Err(error) = self.set(&slot, extent.size_bytes) {
+            if let Some(rings) = rings {
+                rings.remove_slot(number);
+            }
             self.numbers.give_back(number);
             return Err(refused(error.to_string()));
         }
@@ -255,8 +266,26 @@ impl SlotListener {
         result
     }
 
+    /// Merges what KVM has noted in rings, for all slots.
+    fn sync_rings(&mut self) {
+        let logged = self.slots.values().any(|slot| slot.logged);
+        let Some(rings) = self.machine.rings.as_ref().filter(|_| logged) else {
+            return;
+        };
+        if let Err(error) = rings.sync(&self.machine.fd) {
+            tracing::error!(%error, "kvm does not reset its dirty rings; all that is logged counts as written");
+            self.rings_failed = true;
+        }
+    }
+
     /// Merges what KVM has noted into the block. KVM then watches the pages anew.
     fn sync(&self, slot: &Slot) {
+        if self.machine.rings.is_some() {
+            if self.rings_failed {
+                slot.mark_all();
+            }
+            return;
+        }
         let size_bytes = slot.extent.size_bytes as usize;
         match self.machine.fd.get_dirty_log(slot.number, size_bytes) {
             Ok(words) => slot.block.merge_dirty(slot.block_offset, &words),
@@ -279,6 +308,10 @@ impl SlotListener {
             self.stuck.push(slot);
             return;
         }
+        if let Some(rings) = &self.machine.rings {
+            rings.remove_slot(slot.number);
+        }
+        // After that: what a ring still says of the slot is ignored.
         if slot.logged {
             slot.mark_all();
         }
@@ -315,6 +348,10 @@ impl Listener for SlotListener {
             // Costs the guest time, nothing else.
             tracing::error!(%error, gpa = section.range.start, "kvm goes on with a dirty log");
         }
+    }
+
+    fn log_sync_begin(&mut self) {
+        self.sync_rings();
     }
 
     fn log_sync(&mut self, section: &FlatSection) {

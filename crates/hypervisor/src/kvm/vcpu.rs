@@ -7,13 +7,14 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Arc, Weak};
 
 use kvm_bindings::{
-    KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR, KVM_EXIT_IO,
-    KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT,
-    KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_DIRTY_RING_FULL, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR,
+    KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_IO_IN, KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN,
+    KVM_EXIT_SYSTEM_EVENT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_CRASH,
+    KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
+use super::rings::VcpuRing;
 use super::run_area::RunArea;
 use super::vm::Machine;
 use super::{boot, msrs, signal, state};
@@ -22,12 +23,16 @@ use crate::{BootState, Error, Exit, Kicker, SystemEventKind, Vcpu, VcpuState};
 
 /// An instruction that spans pages or uses many units comes back in parts; this is more than any has.
 const MAX_PARTS: usize = 1 << 16;
+/// So often in a row may a dirty ring be full with nothing to take: somebody else just took it.
+const MAX_FULL_RINGS: u32 = 1000;
 
 pub(super) struct KvmVcpu {
     index: u8,
     fd: VcpuFd,
     machine: Arc<Machine>,
     shared: Arc<Shared>,
+    /// Where KVM notes what this processor writes, if it does so in rings.
+    ring: Option<Arc<VcpuRing>>,
     ran: bool,
     /// The last exit asked for something whose answer KVM takes at the next entry.
     answer_due: bool,
@@ -81,14 +86,20 @@ impl KvmVcpu {
         if let Ok(khz) = fd.get_tsc_khz() {
             machine.tsc_khz.get_or_init(|| khz);
         }
+        let shared = Arc::new(Shared {
+            area,
+            thread: AtomicI32::new(0),
+        });
+        let ring = match &machine.rings {
+            Some(rings) => Some(rings.add_vcpu(index, &fd, kick_of(&shared))?),
+            None => None,
+        };
         Ok(Self {
             index,
             fd,
             machine: Arc::clone(machine),
-            shared: Arc::new(Shared {
-                area,
-                thread: AtomicI32::new(0),
-            }),
+            shared,
+            ring,
             ran: false,
             answer_due: false,
         })
@@ -98,8 +109,16 @@ impl KvmVcpu {
     fn enter(&mut self) -> Outcome {
         kick::before_entry(self.shared.area.immediate_exit());
         self.ran = true;
+        let crossing = self.ring.as_deref().map(VcpuRing::crossing);
+        if let Some(crossing) = crossing {
+            crossing.enter();
+        }
+        let result = self.fd.run();
+        if let Some(crossing) = crossing {
+            crossing.leave();
+        }
         // kvm-ioctls forgets how wide an exit's units are; what it decodes is left and decoded here from the area.
-        match self.fd.run() {
+        match result {
             Ok(VcpuExit::MemoryFault { gpa, .. }) => Outcome::MemoryFault(Some(gpa)),
             Ok(VcpuExit::Intr) => Outcome::Interrupted,
             Ok(_) => Outcome::Exit,
@@ -130,6 +149,22 @@ impl KvmVcpu {
             }
             Err(self.refused("KVM_RUN", io::Error::other("an instruction does not end")))
         })
+    }
+
+    /// Whether the last exit was for a dirty ring without room.
+    fn is_ring_full(&self) -> bool {
+        // SAFETY: KVM_RUN has returned, and only this thread calls it: nobody writes the area.
+        let reason = unsafe { (*self.shared.area.run()).exit_reason };
+        self.ring.is_some() && reason == KVM_EXIT_DIRTY_RING_FULL
+    }
+
+    /// Empties this processor's dirty ring. Others go on.
+    fn make_room(&self) -> Result<usize, Error> {
+        let (Some(rings), Some(ring)) = (&self.machine.rings, &self.ring) else {
+            return Ok(0);
+        };
+        let made = rings.make_room(ring, &self.machine.fd);
+        made.map_err(|source| self.refused("KVM_RESET_DIRTY_RINGS", source))
     }
 
     fn refused(&self, operation: &'static str, source: impl Into<io::Error>) -> Error {
@@ -264,6 +299,24 @@ impl Shared {
     }
 }
 
+/// What kicks a processor. Weak: a kicker somebody kept must not keep the machine in the kernel.
+fn kick_of(shared: &Arc<Shared>) -> impl Fn() + Send + Sync + 'static {
+    let shared: Weak<Shared> = Arc::downgrade(shared);
+    move || {
+        if let Some(shared) = shared.upgrade() {
+            shared.kick();
+        }
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        if let Some(rings) = &self.machine.rings {
+            rings.remove_vcpu(self.index, &self.machine.fd);
+        }
+    }
+}
+
 impl Vcpu for KvmVcpu {
     fn index(&self) -> u8 {
         self.index
@@ -278,9 +331,20 @@ impl Vcpu for KvmVcpu {
     }
 
     fn run(&mut self) -> Result<Exit<'_>, Error> {
+        let mut full = 0;
         let outcome = loop {
             match self.enter() {
                 Outcome::Retry => {}
+                Outcome::Exit if self.is_ring_full() => {
+                    full = match self.make_room()? {
+                        0 => full + 1,
+                        _ => 0,
+                    };
+                    if full > MAX_FULL_RINGS {
+                        let source = io::Error::other("a dirty ring stays full");
+                        return Err(self.refused("KVM_RUN", source));
+                    }
+                }
                 outcome => break outcome,
             }
         };
@@ -300,13 +364,7 @@ impl Vcpu for KvmVcpu {
     }
 
     fn kicker(&self) -> Kicker {
-        // Weak: a kicker somebody kept must not keep the machine in the kernel.
-        let shared: Weak<Shared> = Arc::downgrade(&self.shared);
-        Kicker::new(move || {
-            if let Some(shared) = shared.upgrade() {
-                shared.kick();
-            }
-        })
+        Kicker::new(kick_of(&self.shared))
     }
 
     fn set_boot_state(&mut self, boot: &BootState) -> Result<(), Error> {

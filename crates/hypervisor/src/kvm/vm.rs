@@ -13,9 +13,11 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VmFd;
 
+use super::VmOptions;
 use super::cpuid::{self, Supported};
 use super::interrupts::{Interrupts, Routes};
 use super::ioeventfds::{Bus, PortListener};
+use super::rings::DirtyRings;
 use super::slots::{SlotListener, SlotNumbers};
 use super::vcpu::KvmVcpu;
 use super::{chips, msrs};
@@ -44,6 +46,8 @@ pub(super) struct Machine {
     /// What a vCPU's state has besides its architectural registers.
     pub(super) msrs: Vec<u32>,
     pub(super) tsc_khz: OnceLock<u32>,
+    /// What the guest writes is noted in rings; without them, in bitmaps.
+    pub(super) rings: Option<Arc<DirtyRings>>,
     limits: Limits,
 }
 
@@ -55,7 +59,10 @@ impl Machine {
 }
 
 impl KvmVm {
-    pub(super) fn new(system: &Arc<kvm_ioctls::Kvm>) -> Result<Arc<Self>, Error> {
+    pub(super) fn new(
+        system: &Arc<kvm_ioctls::Kvm>,
+        options: &VmOptions,
+    ) -> Result<Arc<Self>, Error> {
         let cpuid = cpuid::supported(system)?;
         let limits = limits(system, cpuid.phys_bits())?;
         let fd = create(system)?;
@@ -66,6 +73,7 @@ impl KvmVm {
         fd.create_irq_chip()
             .map_err(|errno| Machine::refused("KVM_CREATE_IRQCHIP", errno))?;
         keep_mappings_of_other_slots(&fd);
+        let rings = dirty_rings(&fd, options)?;
         let msrs = msrs::to_save(system)?;
         let machine = Arc::new(Machine {
             fd,
@@ -73,6 +81,7 @@ impl KvmVm {
             cpuid,
             msrs,
             tsc_khz: OnceLock::new(),
+            rings,
             limits,
         });
         let routes = Routes::new(Arc::clone(&machine))?;
@@ -110,6 +119,11 @@ impl KvmVm {
     /// Watches an address of guest memory, for good.
     pub(crate) fn add_doorbell(&self, ioeventfd: &FlatIoeventfd) -> Result<(), ListenerError> {
         Bus::memory(Arc::clone(&self.machine)).add(ioeventfd)
+    }
+
+    /// Entries of each vCPU's dirty ring; `None` when KVM keeps bitmaps.
+    pub fn dirty_ring_entries(&self) -> Option<u32> {
+        self.machine.rings.as_ref().map(|rings| rings.entries())
     }
 
     /// Memory slots in use.
@@ -169,6 +183,18 @@ impl Vm for KvmVm {
             ..self.machine.limits
         }
     }
+}
+
+/// Dirty rings, where they are wanted and KVM has them.
+fn dirty_rings(fd: &VmFd, options: &VmOptions) -> Result<Option<Arc<DirtyRings>>, Error> {
+    let Some(entries) = options.dirty_ring_entries else {
+        return Ok(None);
+    };
+    let rings = DirtyRings::enable(fd, entries)?;
+    if rings.is_none() {
+        tracing::warn!("this kvm has no dirty rings (KVM_CAP_DIRTY_LOG_RING): bitmaps are used");
+    }
+    Ok(rings)
 }
 
 /// KVM_CREATE_VM; the kernel gives up when a signal arrives in the middle, so it is asked again.

@@ -72,7 +72,13 @@ fn describe(
         no_flush: false,
     };
     let zeroes = BlockdevDetectZeroes::Off;
-    BlockDeviceInfo::new(name.map(str::to_owned), image, disk.readonly(), cache, zeroes)
+    BlockDeviceInfo::new(
+        name.map(str::to_owned),
+        image,
+        disk.readonly(),
+        cache,
+        zeroes,
+    )
 }
 
 /// Opens the node that `options` describe and puts it on the shelf.
@@ -212,7 +218,11 @@ async fn open_file(
     }
     let spec = DiskSpec {
         readonly,
-        cache: if direct { Cache::None } else { Cache::Writeback },
+        cache: if direct {
+            Cache::None
+        } else {
+            Cache::Writeback
+        },
         discard: match options.discard.unwrap_or_default() {
             BlockdevDiscard::Ignore => Discard::Ignore,
             BlockdevDiscard::Unmap => Discard::Unmap,

@@ -63,7 +63,10 @@ impl Ejector {
     /// `node` is in `slot` no more. On the control thread.
     pub(crate) fn vacate(&self, slot: &SlotKey, node: NodeId) {
         self.change(|table| {
-            if table.get(slot).is_some_and(|occupant| occupant.node == node) {
+            if table
+                .get(slot)
+                .is_some_and(|occupant| occupant.node == node)
+            {
                 table.remove(slot);
             }
         });

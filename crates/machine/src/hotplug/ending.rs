@@ -22,7 +22,10 @@ impl Devices {
             let asked = nodes.filter(|(_, n)| n.eject().is_some_and(|e| e.is_requested()));
             asked.map(|(id, _)| id).collect()
         };
-        let removals: Vec<_> = requested.into_iter().map(|node| self.remove(node)).collect();
+        let removals: Vec<_> = requested
+            .into_iter()
+            .map(|node| self.remove(node))
+            .collect();
         let all = async {
             for removal in removals {
                 removal.await;

@@ -48,9 +48,9 @@ impl Devices {
             }
             Some(address) => Devfn::new(address.slot, 0)
                 .ok_or_else(|| pci_error(&PciError::NoSuchSlot(address.slot)))?,
-            None => bus
-                .free_slot()
-                .ok_or_else(|| QmpError::generic(format!("PCI: no slot available on bus '{}'", bus.name())))?,
+            None => bus.free_slot().ok_or_else(|| {
+                QmpError::generic(format!("PCI: no slot available on bus '{}'", bus.name()))
+            })?,
         };
         self.check_empty(&bus, at)?;
         let slot = self.hotplug_slot(&bus, parent, at);

@@ -35,12 +35,7 @@ impl Devices {
 }
 
 /// Takes a device back that could not be plugged: its bridge went while it came. The guest may have seen it.
-pub(super) fn unwind(
-    devices: &Devices,
-    identity: Identity,
-    model: Box<dyn Model>,
-    place: &Place,
-) {
+pub(super) fn unwind(devices: &Devices, identity: Identity, model: Box<dyn Model>, place: &Place) {
     let subtree = Subtree::new(identity, model, Vec::new()).isolate();
     let mut bus = Unplugged(place.clone());
     let blocking = Arc::clone(devices.blocking());

@@ -37,11 +37,7 @@ impl Devices {
     ///
     /// # Errors
     /// What is wrong with the arguments, or why the host can't; nothing has changed.
-    pub(crate) async fn device_add(
-        &self,
-        args: DeviceAdd,
-        cold: bool,
-    ) -> Result<NodeId, QmpError> {
+    pub(crate) async fn device_add(&self, args: DeviceAdd, cold: bool) -> Result<NodeId, QmpError> {
         let driver = drivers::find(&args.driver)?;
         if let Some(id) = &args.id {
             drivers::check_id(id)?;
@@ -103,7 +99,11 @@ impl Devices {
     /// # Errors
     /// No removal was asked for, or nothing is left that could be forced.
     pub(crate) fn force(&self, node: NodeId) -> Result<(), QmpError> {
-        let phase = self.tree.borrow().get(node).map(|n| (n.phase(), n.identity.path.clone()));
+        let phase = self
+            .tree
+            .borrow()
+            .get(node)
+            .map(|n| (n.phase(), n.identity.path.clone()));
         match phase {
             None => Ok(()),
             Some((Phase::Plugged, path)) => Err(QmpError::generic(format!(

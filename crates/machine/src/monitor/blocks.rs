@@ -36,5 +36,8 @@ async fn remove(machine: &Machine, name: &str) -> Result<Empty, QmpError> {
 
 fn nodes(machine: &Machine) -> Vec<BlockDeviceInfo> {
     let nodes = machine.devices.blocks().list();
-    nodes.iter().map(|(_, node, _)| node.info().clone()).collect()
+    nodes
+        .iter()
+        .map(|(_, node, _)| node.info().clone())
+        .collect()
 }

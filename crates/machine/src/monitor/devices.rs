@@ -229,11 +229,9 @@ impl crate::hotplug::Devices {
     pub(crate) fn refused(&self, node: NodeId) {
         let tree = self.tree().borrow();
         let Some(node) = tree.get(node) else { return };
-        self.emit(
-            events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath {
-                device: node.identity.id.clone(),
-                path: node.identity.path.clone(),
-            }),
-        );
+        self.emit(events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath {
+            device: node.identity.id.clone(),
+            path: node.identity.path.clone(),
+        }));
     }
 }

@@ -45,6 +45,11 @@ impl Tree {
     /// Has all listeners merge what they know of the logged blocks that are `wanted`.
     pub(crate) fn log_sync(&mut self, wanted: &dyn Fn(&Arc<RamBlock>) -> bool) {
         let wanted = |block: &Arc<RamBlock>| wanted(block) && block.is_logged();
+        for space in &mut self.spaces {
+            for (_, _, listener) in &mut space.listeners {
+                listener.log_sync_begin();
+            }
+        }
         let _ = self.each_of(&wanted, |_, listener, flat| {
             listener.log_sync(&flat.section);
             Ok(())

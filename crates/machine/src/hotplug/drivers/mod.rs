@@ -54,8 +54,14 @@ pub(crate) const OBJECTS: &[&str] = &[];
 
 /// Models that exist elsewhere and not here, each with the reason.
 const REFUSED: &[(&str, &str)] = &[
-    ("virtio-blk-device", "there is no virtio-mmio bus: use virtio-blk-pci"),
-    ("pci-assign", "KVM's device assignment is gone from Linux: it was superseded by VFIO"),
+    (
+        "virtio-blk-device",
+        "there is no virtio-mmio bus: use virtio-blk-pci",
+    ),
+    (
+        "pci-assign",
+        "KVM's device assignment is gone from Linux: it was superseded by VFIO",
+    ),
     ("xen-pci-passthrough", "it needs a Xen host"),
 ];
 
