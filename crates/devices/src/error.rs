@@ -32,6 +32,17 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// A PCI function could not be made.
+    #[error(transparent)]
+    Pci(#[from] ebbtide_bus::pci::PciError),
+    /// An eventfd could not be made.
+    #[error("{name}: eventfd: {source}")]
+    Eventfd {
+        /// The device.
+        name: String,
+        /// The host's answer.
+        source: io::Error,
+    },
     /// Standard input or output could not be used.
     #[error("standard input and output: {0}")]
     Stdio(io::Error),

@@ -18,5 +18,6 @@ mod error;
 pub mod legacy;
 pub mod reset;
 pub mod serial;
+pub mod testdev;
 
 pub use error::Error;

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The dirty log of what guests write, on this machine's KVM.
+//! The dirty log of what guests write, on this machine's KVM: with its bitmaps, and with its rings.
 
 mod flat;
 
 use std::sync::Arc;
 
+use ebbtide_hypervisor::kvm::{Kvm, VmOptions};
 use ebbtide_memory::DirtyClient::{Display, Migration};
 use ebbtide_memory::{DirtyClient, RamBlock, Region};
-use flat::{Guest, MIB, kvm};
+use flat::{Guest, MIB, kvm, skipped};
 
 /// Where the guests write.
 const PLACE: u64 = 0x1000_0000;
@@ -27,9 +28,24 @@ program!(
     "jmp 2b",
 );
 
+/// Bitmaps, and rings where this KVM has them.
+fn each_tracking(test: impl Fn(&Kvm, &VmOptions)) {
+    let Some(kvm) = kvm() else { return };
+    test(&kvm, &VmOptions::default());
+    let rings = VmOptions {
+        dirty_ring_entries: Some(1024),
+    };
+    let vm = kvm.create_vm_with(&rings).unwrap();
+    if vm.dirty_ring_entries().is_none() {
+        return skipped("this kvm has no dirty rings");
+    }
+    test(&kvm, &rings);
+}
+
 /// A guest with 1 MiB of a block at `PLACE`.
-fn guest(kvm: &ebbtide_hypervisor::kvm::Kvm) -> (Guest, Arc<RamBlock>, Arc<Region>) {
-    let guest = Guest::new(kvm, writes_one_page_for_each_report());
+fn guest(kvm: &Kvm, options: &VmOptions) -> (Guest, Arc<RamBlock>, Arc<Region>) {
+    let guest = Guest::with_options(kvm, writes_one_page_for_each_report(), 1, options);
+    assert_eq!(guest.vm.dirty_ring_entries(), options.dirty_ring_entries);
     let block = guest.block("dimm", 2 * MIB, None);
     let part = Region::alias("part", &Region::ram("dimm", &block), SKIP * PAGE, MIB);
     guest.map(&part, PLACE);
@@ -46,8 +62,11 @@ fn written(guest: &Guest, block: &RamBlock, client: DirtyClient) -> Vec<u64> {
 
 #[test]
 fn what_a_guest_writes_is_known_after_a_sync() {
-    let Some(kvm) = kvm() else { return };
-    let (mut guest, block, _part) = guest(&kvm);
+    each_tracking(known_after_a_sync);
+}
+
+fn known_after_a_sync(kvm: &Kvm, options: &VmOptions) {
+    let (mut guest, block, _part) = guest(kvm, options);
     let log = |guest: &Guest| Arc::clone(&guest.memory);
     assert_eq!(guest.report(), 1);
     log(&guest).dirty_log().start(Migration).unwrap();
@@ -83,8 +102,11 @@ fn what_a_guest_writes_is_known_after_a_sync() {
 
 #[test]
 fn a_slot_that_goes_leaves_its_pages_dirty_and_one_that_comes_is_logged() {
-    let Some(kvm) = kvm() else { return };
-    let (mut guest, block, part) = guest(&kvm);
+    each_tracking(slots_come_and_go);
+}
+
+fn slots_come_and_go(kvm: &Kvm, options: &VmOptions) {
+    let (mut guest, block, part) = guest(kvm, options);
     let memory = Arc::clone(&guest.memory);
     memory.dirty_log().start(Migration).unwrap();
     written(&guest, &block, Migration);
@@ -102,8 +124,11 @@ fn a_slot_that_goes_leaves_its_pages_dirty_and_one_that_comes_is_logged() {
 
 #[test]
 fn rom_is_not_logged_and_does_not_stand_in_the_way() {
-    let Some(kvm) = kvm() else { return };
-    let (mut guest, block, _part) = guest(&kvm);
+    each_tracking(rom_is_not_logged);
+}
+
+fn rom_is_not_logged(kvm: &Kvm, options: &VmOptions) {
+    let (mut guest, block, _part) = guest(kvm, options);
     let rom = guest.block("rom", MIB, None);
     guest.map(&Region::rom("rom", &rom), 2 * PLACE);
     let memory = Arc::clone(&guest.memory);

@@ -53,8 +53,8 @@ pub trait Listener: Send {
     }
     /// Nobody wants to know any more. Also called to take back a `log_start`.
     fn log_stop(&mut self, _section: &FlatSection) {}
-    /// Somebody is about to ask for some of the sections by `log_sync`. A tracker that has all it
-    /// knows in one place merges it here, once.
+    /// Somebody is about to ask by `log_sync` for some of the sections, or for none. A tracker
+    /// that has all it knows in one place merges it here, once.
     fn log_sync_begin(&mut self) {}
     /// Merge what is known of a section into its block ([`crate::RamBlock::merge_dirty`]), and
     /// forget it. What cannot be told must be taken for dirty.

@@ -383,6 +383,9 @@ impl Listener for Tracker {
     fn log_stop(&mut self, section: &FlatSection) {
         self.note("stop", section);
     }
+    fn log_sync_begin(&mut self) {
+        self.0.lock().unwrap().calls.push("begin".to_owned());
+    }
     fn log_sync(&mut self, section: &FlatSection) {
         self.note("sync", section);
         if let SectionKind::Ram {
@@ -412,12 +415,13 @@ fn trackers_follow_from_the_first_client_to_the_last() {
     assert_eq!(calls(&told), ["add 0x0", "add 0x1000000"]);
 
     log.sync().unwrap();
+    assert_eq!(calls(&told), ["begin"], "nothing is logged");
     log.start_block(Display, &high).unwrap();
     log.sync().unwrap();
     log.start(Migration).unwrap();
     assert_eq!(
         calls(&told),
-        ["start 0x1000000", "sync 0x1000000", "start 0x0"]
+        ["start 0x1000000", "begin", "sync 0x1000000", "start 0x0"]
     );
     let late = world.block("late", MIB, MIB, None);
     world.show(&late, 32 * MIB);
@@ -429,6 +433,7 @@ fn trackers_follow_from_the_first_client_to_the_last() {
     log.stop(Migration).unwrap();
     let expected = [
         "add logged 0x2000000",
+        "begin",
         "sync 0x2000000",
         "stop 0x0",
         "stop 0x2000000",

@@ -118,9 +118,17 @@ impl Board {
     pub fn attach(&self, function: Arc<dyn Function>) -> anyhow::Result<PciDevice> {
         let slot = self.bridge.attach(None, function)?;
         self.bridge.assign_bars()?;
-        let devfn = Devfn::new(slot, 0).expect("the bus said so");
-        let device = PciDevice::new(&self.space, ECAM, devfn);
+        let device = self.device(slot);
         device.enable();
         Ok(device)
+    }
+
+    /// Function 0 of a slot of bus 0, whether there is one or not.
+    ///
+    /// # Panics
+    /// When there is no such slot.
+    pub fn device(&self, slot: u8) -> PciDevice {
+        let devfn = Devfn::new(slot, 0).expect("slots are 0 to 31");
+        PciDevice::new(&self.space, ECAM, devfn)
     }
 }

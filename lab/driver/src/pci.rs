@@ -25,28 +25,48 @@ pub struct Capability {
     pub at: u16,
 }
 
-/// A function on the bus.
+/// A function on a bus.
 #[derive(Clone)]
 pub struct PciDevice {
     space: Arc<AddressSpace>,
-    config: u64,
+    ecam: u64,
+    bus: u8,
     devfn: Devfn,
 }
 
 impl PciDevice {
-    /// The function at `devfn` of the bus whose configuration space is at `ecam`.
+    /// The function at `devfn` of bus 0 of the hierarchy whose configuration space is at `ecam`.
     pub fn new(space: &Arc<AddressSpace>, ecam: u64, devfn: Devfn) -> Self {
-        let config = ecam + (u64::from(devfn.slot()) << 15 | u64::from(devfn.function()) << 12);
         Self {
             space: Arc::clone(space),
-            config,
+            ecam,
+            bus: 0,
             devfn,
         }
     }
 
-    /// Where it is.
+    /// The function at `devfn` of bus `bus` of the same hierarchy.
+    pub fn other(&self, bus: u8, devfn: Devfn) -> Self {
+        Self {
+            bus,
+            devfn,
+            ..self.clone()
+        }
+    }
+
+    /// The number of its bus.
+    pub fn bus(&self) -> u8 {
+        self.bus
+    }
+
+    /// Where it is on its bus.
     pub fn devfn(&self) -> Devfn {
         self.devfn
+    }
+
+    /// Whether something answers.
+    pub fn is_there(&self) -> bool {
+        self.read_config(0, 4) != u32::MAX
     }
 
     /// Turns memory decoding and bus mastering on.
@@ -69,12 +89,17 @@ impl PciDevice {
     /// Reads configuration space.
     pub fn read_config(&self, offset: u16, size: u8) -> u32 {
         // Sizes are at most 4.
-        self.load(self.config + u64::from(offset), size) as u32
+        self.load(self.config(offset), size) as u32
     }
 
     /// Writes configuration space.
     pub fn write_config(&self, offset: u16, size: u8, value: u32) {
-        self.store(self.config + u64::from(offset), size, value.into());
+        self.store(self.config(offset), size, value.into());
+    }
+
+    fn config(&self, offset: u16) -> u64 {
+        let function = u64::from(self.bus) << 8 | u64::from(self.devfn.bits());
+        self.ecam + (function << 12) + u64::from(offset)
     }
 
     /// The capabilities in their order.
@@ -139,21 +164,25 @@ impl PciDevice {
         (self.read_config(self.msix() + 2, 2) & 0x7ff) as u16 + 1
     }
 
-    /// The message [`enable_msix`](Self::enable_msix) gives to `vector`: another one for each vector on the bus.
+    /// The message [`enable_msix`](Self::enable_msix) gives to `vector`: another one for each vector of the hierarchy, of
+    /// the first 256 of a function.
     pub fn message(&self, vector: u16) -> MsiMessage {
-        let function = u32::from(self.devfn.slot()) << 3 | u32::from(self.devfn.function());
+        let function = u32::from(self.bus) << 8 | u32::from(self.devfn.bits());
         MsiMessage {
             address: APIC,
-            data: function << 16 | u32::from(vector),
+            data: function << 8 | u32::from(vector),
         }
     }
 
+    /// Where the capability with ID `id` is, if there is one.
+    pub fn capability(&self, id: u8) -> Option<u16> {
+        let mut list = self.capabilities().into_iter();
+        Some(list.find(|capability| capability.id == id)?.at)
+    }
+
     fn msix(&self) -> u16 {
-        let found = self
-            .capabilities()
-            .into_iter()
-            .find(|capability| capability.id == CAPABILITY_MSIX);
-        found.expect("the function has MSI-X").at
+        let found = self.capability(CAPABILITY_MSIX);
+        found.expect("the function has MSI-X")
     }
 
     fn msix_table(&self) -> u64 {

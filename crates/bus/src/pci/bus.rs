@@ -290,6 +290,9 @@ impl Bus {
         }
         let entered = self.enter_bridge_to(number)?;
         let bridge = entered.function.config().bridge()?;
+        if bridge.secondary() == number {
+            entered.function.reach_behind();
+        }
         bridge.bus().with(bridge.secondary(), target, register, f)
     }
 

@@ -129,6 +129,9 @@ pub trait Function: Send + Sync {
         kind != BusKind::Switch
     }
 
+    /// A configuration request passes the function, a bridge, to the bus right behind it.
+    fn reach_behind(&self) {}
+
     /// The function sends an error message. Returns whether it goes towards the root.
     fn receive_own_error(&self, _severity: ErrorSeverity, _requester: u16) -> bool {
         true

@@ -364,6 +364,15 @@ impl Function for Port {
         self.power_on();
     }
 
+    fn reach_behind(&self) {
+        if let Some(slot) = &self.slot {
+            let mut controller = slot.controller();
+            if controller.reach() {
+                slot.show(&controller, &self.config);
+            }
+        }
+    }
+
     fn fits(&self, kind: BusKind) -> bool {
         self.model.fits(kind)
     }

@@ -16,6 +16,11 @@
 //! Link and presence changes within that second are dropped by it. After it, a change while presence or link is still
 //! there means *something new* to it, so between eject and detach the link goes down without an event; that event comes
 //! with the detach, when both are gone.
+//!
+//! As long as no driver listens (hot-plug interrupts are off), the slot takes the part of firmware: what is plugged stays
+//! off until somebody looks behind the port, which is an operating system's scan of the buses and turns it on. A driver
+//! that starts later finds on what the scan has found, as it expects, and off what came after the scan, which it then turns
+//! on itself.
 
 use super::hotplug::{HotplugError, Indicator, Removal, SlotState};
 
@@ -54,6 +59,18 @@ const ON: u16 = 1;
 const BLINK: u16 = 2;
 const OFF: u16 = 3;
 
+/// What is on or off with the slot.
+const POWER: u16 = control::POWER_OFF | control::POWER_INDICATOR;
+
+/// These bits of a slot that is on, or off.
+fn power(on: bool) -> u16 {
+    if on {
+        ON << 8
+    } else {
+        OFF << 8 | control::POWER_OFF
+    }
+}
+
 /// What a step makes the port do.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[must_use]
@@ -90,13 +107,8 @@ pub(super) struct Controller {
 impl Controller {
     /// At power-on, with or without something in the slot.
     pub(super) fn new(present: bool) -> Self {
-        let power = if present {
-            ON << 8
-        } else {
-            OFF << 8 | control::POWER_OFF
-        };
         Self {
-            control: OFF << 6 | power,
+            control: OFF << 6 | power(present),
             events: 0,
             present,
             link: present,
@@ -151,9 +163,13 @@ impl Controller {
 
     /// Something is in the slot, or the guest's eject of it is not wanted.
     pub(super) fn plug(&mut self) -> Effects {
+        let is_new = !self.present || self.ejected;
+        if is_new && !self.has_driver() {
+            self.control = self.control & !POWER | power(false);
+        }
         self.requested = false;
         self.events &= !status::BUTTON_PRESSED;
-        if !self.present || self.ejected {
+        if is_new {
             self.events |= status::PRESENCE_CHANGED;
             if !self.link {
                 self.events |= status::LINK_CHANGED;
@@ -161,6 +177,15 @@ impl Controller {
         }
         (self.present, self.link, self.ejected) = (true, true, false);
         self.settle(false)
+    }
+
+    /// A configuration request goes through the port to what is in the slot. Returns whether that changed anything.
+    pub(super) fn reach(&mut self) -> bool {
+        let turn_on = self.present && !self.ejected && !self.has_driver() && self.is_off();
+        if turn_on {
+            self.control = self.control & !POWER | power(true);
+        }
+        turn_on
     }
 
     /// Presses the attention button, unless that would say something else than "remove".
@@ -222,6 +247,11 @@ impl Controller {
             BLINK => Indicator::Blinking,
             _ => Indicator::Off,
         }
+    }
+
+    /// Whether the guest has a driver that listens.
+    fn has_driver(&self) -> bool {
+        self.control & control::HOTPLUG_INTERRUPT != 0
     }
 
     /// Power and power indicator are off: the guest does not use what is in the slot.

@@ -15,6 +15,17 @@ pub const SECTION_BYTES: u64 = 128 << 20;
 /// No page that maps guest memory is larger.
 const LARGEST_PAGE: u64 = 1 << 30;
 
+/// Where DIMMs may be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DimmArea {
+    /// Guest-physical addresses, which the guest is told of at boot.
+    pub range: Range<u64>,
+    /// What a guest adds and removes at once, in bytes: [`SECTION_BYTES`] for most. A power of two.
+    pub unit_bytes: u64,
+    /// Priority in the map: that of the machine's other RAM, so that the map refuses overlaps, and above that of BARs.
+    pub priority: i32,
+}
+
 /// The machine's DIMM slots, and the addresses DIMMs are placed in.
 ///
 /// A DIMM goes to the lowest free address that is a multiple of the largest power of two in its size, at most 1 GiB:
@@ -24,8 +35,7 @@ pub struct DimmBank {
     pub(super) memory: Arc<Memory>,
     pub(super) root: Arc<Region>,
     pub(super) registers: Arc<MemoryHotplug>,
-    area: Range<u64>,
-    unit_bytes: u64,
+    pub(super) area: DimmArea,
     places: Mutex<Vec<Place>>,
 }
 
@@ -39,7 +49,7 @@ struct Place {
 
 impl DimmBank {
     /// A bank without DIMMs. They are mapped into `root`, the region of guest-physical addresses from 0 on, and announced
-    /// by `registers`. `unit_bytes` is what a guest adds and removes at once, [`SECTION_BYTES`] for most.
+    /// by `registers`.
     ///
     /// # Errors
     /// [`DimmError::Area`].
@@ -47,21 +57,21 @@ impl DimmBank {
         memory: &Arc<Memory>,
         root: &Arc<Region>,
         registers: &Arc<MemoryHotplug>,
-        area: Range<u64>,
-        unit_bytes: u64,
+        area: DimmArea,
     ) -> Result<Arc<DimmBank>, DimmError> {
+        let (range, unit_bytes) = (&area.range, area.unit_bytes);
         let reason = if !unit_bytes.is_power_of_two() {
             Some("the unit is no power of two")
-        } else if area.is_empty() {
+        } else if range.is_empty() {
             Some("it is empty")
-        } else if !area.start.is_multiple_of(unit_bytes) {
+        } else if !range.start.is_multiple_of(unit_bytes) {
             Some("it does not start at a whole unit")
         } else {
             None
         };
         if let Some(reason) = reason {
             return Err(DimmError::Area {
-                area,
+                area: area.range,
                 unit_bytes,
                 reason,
             });
@@ -71,7 +81,6 @@ impl DimmBank {
             root: Arc::clone(root),
             registers: Arc::clone(registers),
             area,
-            unit_bytes,
             places: Mutex::default(),
         }))
     }
@@ -82,8 +91,8 @@ impl DimmBank {
     }
 
     /// Where DIMMs may be.
-    pub fn area(&self) -> Range<u64> {
-        self.area.clone()
+    pub fn area(&self) -> &DimmArea {
+        &self.area
     }
 
     /// Keeps DIMMs out of the addresses of another memory device, until [`release`](Self::release).
@@ -123,7 +132,7 @@ impl DimmBank {
         size_bytes: u64,
         page_bytes: u64,
     ) -> Result<(u16, Range<u64>), DimmError> {
-        let align = self.unit_bytes.max(page_bytes);
+        let align = self.area.unit_bytes.max(page_bytes);
         self.check_size(spec, size_bytes, align)?;
         let mut places = self.lock();
         check_id(&places, &spec.id)?;
@@ -192,11 +201,11 @@ impl DimmBank {
             return Err(misaligned(spec, "address", addr, align));
         }
         let range = addr..addr.saturating_add(size_bytes);
-        if range.start < self.area.start || range.end > self.area.end {
+        if range.start < self.area.range.start || range.end > self.area.range.end {
             return Err(DimmError::OutsideArea {
                 id: spec.id.clone(),
                 range,
-                area: self.area(),
+                area: self.area.range.clone(),
             });
         }
         check_free(places, &spec.id, &range)?;
@@ -237,17 +246,18 @@ impl DimmBank {
 
     /// What is free of the area, by address.
     fn gaps(&self, places: &[Place]) -> Vec<Range<u64>> {
+        let area = &self.area.range;
         let mut gaps = Vec::new();
-        let mut next = self.area.start;
+        let mut next = area.start;
         for place in places {
-            let end = place.range.start.min(self.area.end);
+            let end = place.range.start.min(area.end);
             if next < end {
                 gaps.push(next..end);
             }
             next = next.max(place.range.end);
         }
-        if next < self.area.end {
-            gaps.push(next..self.area.end);
+        if next < area.end {
+            gaps.push(next..area.end);
         }
         gaps
     }

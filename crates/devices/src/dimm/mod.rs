@@ -35,7 +35,7 @@ use std::sync::Arc;
 use ebbtide_bus::acpi::{Arrival, DimmPlace, GuestEject, MemoryHotplug, SlotError, SlotState};
 use ebbtide_memory::{Holder, Phase, RamBlock, Region, Ticket};
 
-pub use bank::{DimmBank, SECTION_BYTES};
+pub use bank::{DimmArea, DimmBank, SECTION_BYTES};
 pub use error::DimmError;
 
 /// What a DIMM is to be.
@@ -135,7 +135,7 @@ impl Dimm {
     fn enter(&self, spec: &DimmSpec) -> Result<(), DimmError> {
         let (memory, root) = (&self.bank.memory, &self.bank.root);
         memory
-            .update(|t| t.add(root, &self.region, self.info.addr, 0))
+            .update(|t| t.add(root, &self.region, self.info.addr, self.bank.area.priority))
             .map_err(|source| self.memory_error(source))?;
         let place = DimmPlace {
             base: self.info.addr,

@@ -20,6 +20,15 @@ const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 const AREA: Range<u64> = 4 * GIB..12 * GIB;
 const SLOTS: u16 = 4;
+const PRIORITY: i32 = 10;
+
+fn area(range: Range<u64>, unit_bytes: u64) -> DimmArea {
+    DimmArea {
+        range,
+        unit_bytes,
+        priority: PRIORITY,
+    }
+}
 
 struct Unpark(Thread);
 
@@ -82,7 +91,7 @@ impl Machine {
         let events = Arc::new(EventDevice::new(Arc::new(NoLine)));
         let ejected = Arc::new(Ejected::default());
         let registers = Arc::new(MemoryHotplug::new(SLOTS, events, ejected.clone()).unwrap());
-        let bank = DimmBank::new(&memory, &root, &registers, AREA, SECTION_BYTES).unwrap();
+        let bank = DimmBank::new(&memory, &root, &registers, area(AREA, SECTION_BYTES)).unwrap();
         let reader = memory.register();
         Machine {
             memory,
@@ -309,7 +318,7 @@ fn one_that_cannot_be_plugged_leaves_nothing_behind() {
     let in_the_way = Region::ram("vmem0", &machine.block("vmem0", 128 * MIB));
     machine
         .memory
-        .update(|t| t.add(&machine.root, &in_the_way, AREA.start, 0))
+        .update(|t| t.add(&machine.root, &in_the_way, AREA.start, PRIORITY))
         .unwrap();
     let block = machine.block("dimm0", 128 * MIB);
     let error = Dimm::plug(&machine.bank, &spec("dimm0"), &block).unwrap_err();
@@ -465,11 +474,11 @@ fn wishes_that_cannot_be_met_are_refused_by_name() {
     );
     let overlap = machine.bank.reserve("vmem1", 7 * GIB..9 * GIB);
     assert!(matches!(overlap, Err(DimmError::Overlap { .. })));
-    for (area, unit) in [(AREA, 3 * MIB), (5..5, MIB), (1..GIB, MIB)] {
+    for (range, unit) in [(AREA, 3 * MIB), (5..5, MIB), (1..GIB, MIB)] {
         let Machine {
             memory, root, bank, ..
         } = &machine;
-        let made = DimmBank::new(memory, root, bank.registers(), area, unit);
+        let made = DimmBank::new(memory, root, bank.registers(), area(range, unit));
         assert!(matches!(made.map(drop), Err(DimmError::Area { .. })));
     }
 }

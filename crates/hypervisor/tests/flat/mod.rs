@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use ebbtide_hypervisor::kvm::{self, Kvm, KvmVm};
+use ebbtide_hypervisor::kvm::{self, Kvm, KvmVm, VmOptions};
 use ebbtide_hypervisor::{BootState, Exit, FLAT_GDT, Vcpu, Vm};
 use ebbtide_memory::{
     AddressSpace, Backing, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Reader, Region,
@@ -99,6 +99,10 @@ impl Guest {
     }
 
     pub fn with_cpus(kvm: &Kvm, program: &[u8], cpus: u8) -> Self {
+        Self::with_options(kvm, program, cpus, &VmOptions::default())
+    }
+
+    pub fn with_options(kvm: &Kvm, program: &[u8], cpus: u8, options: &VmOptions) -> Self {
         let memory = Memory::new(MemoryConfig {
             arena_bytes: 1 << 34,
         })
@@ -107,7 +111,7 @@ impl Guest {
         let ports = Region::container("ports", 1 << 16);
         let system_space = memory.address_space("system", &system).unwrap();
         let ports_space = memory.address_space("ports", &ports).unwrap();
-        let vm = kvm.create_vm().unwrap();
+        let vm = kvm.create_vm_with(options).unwrap();
         system_space.add_listener(vm.memory_listener(), 0).unwrap();
         ports_space.add_listener(vm.port_listener(), 0).unwrap();
         let reader = memory.register();

@@ -190,6 +190,33 @@ fn what_was_never_turned_on_needs_no_asking() {
     assert!(!slot.write_control(slot.control()).eject);
 }
 
+/// Before a driver listens. Linux's takes for on what its scan has found, and only turns on what is off.
+#[test]
+fn a_scan_turns_on_what_it_finds_and_a_driver_the_rest() {
+    let mut slot = Controller::new(false);
+    assert!(!slot.reach(), "empty");
+    let _ = slot.plug();
+    assert!(!slot.state().powered);
+    assert!(slot.reach() && !slot.reach(), "once");
+    assert_eq!(slot.control(), Controller::new(true).control());
+    assert_eq!(slot.request().0, Ok(Removal::Asked));
+    // It goes, and something else comes before there is a driver.
+    let _ = slot.detach();
+    let _ = slot.plug();
+    assert!(!slot.state().powered);
+    let mut driver = Driver::new(false);
+    let _ = driver.slot.plug();
+    assert!(!driver.slot.reach(), "the driver will");
+    driver.power_on();
+    driver.power_off();
+    assert!(!driver.slot.reach());
+    // A surprise while a driver listens is for the driver to clean up.
+    let mut driver = Driver::new(true);
+    let _ = driver.slot.detach();
+    let _ = driver.slot.plug();
+    assert!(driver.slot.state().powered);
+}
+
 #[test]
 fn a_surprise_is_seen() {
     let mut driver = Driver::new(true);
@@ -239,6 +266,7 @@ enum Step {
     Request,
     Cancel,
     Detach,
+    Reach,
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -251,6 +279,7 @@ fn step() -> impl Strategy<Value = Step> {
         2 => Just(Step::Request),
         1 => Just(Step::Cancel),
         1 => Just(Step::Detach),
+        1 => Just(Step::Reach),
     ]
 }
 
@@ -269,6 +298,10 @@ proptest! {
                 Step::Plug => { may_eject = true; slot.plug() }
                 Step::Request => slot.request().1,
                 Step::Cancel => slot.cancel(),
+                Step::Reach => {
+                    slot.reach();
+                    Effects::default()
+                }
                 Step::Detach => { may_eject = false; slot.detach() }
             };
             let after = slot.state();

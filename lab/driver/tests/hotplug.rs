@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Virtio devices behind root ports: they work there as on bus 0, come while the driver is running, and go while requests
+//! are in flight.
+
+mod support;
+
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use ebbtide_block::{Disk, DiskSpec};
+use ebbtide_bus::pci::{
+    Devfn, EjectSink, Function, HotplugError, HotplugSlot, Port, PortModel, PortSpec, Removal,
+    SlotAddress,
+};
+use ebbtide_gate::Gate;
+use ebbtide_lab_driver::{
+    Board, DriverQueue, LIMIT, Layout, Part, PciDevice, PortDriver, SlotEvents, VirtioDriver, blk,
+    block_on, poll,
+};
+use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
+use ebbtide_virtio::{VirtioPci, features};
+use support::{Echo, lock};
+
+/// The BAR of a virtio device's registers.
+const BAR: u8 = 0;
+
+/// Closes the gate of what is in the slot, as whoever owns it would.
+#[derive(Default)]
+struct Owner {
+    inside: Mutex<Option<Arc<Gate>>>,
+    ejected: Mutex<Vec<SlotAddress>>,
+}
+
+impl EjectSink for Owner {
+    fn eject(&self, slot: &SlotAddress) {
+        if let Some(gate) = lock(&self.inside).as_ref() {
+            gate.close();
+        }
+        lock(&self.ejected).push(slot.clone());
+    }
+}
+
+/// A board with a root port in slot 1, empty, its driver ready.
+struct Rig {
+    board: Board,
+    port: Arc<Port>,
+    slot: Arc<dyn HotplugSlot>,
+    owner: Arc<Owner>,
+    driver: PortDriver,
+}
+
+impl Rig {
+    fn new() -> Rig {
+        let board = Board::new(32 << 20).expect("a board");
+        let owner = Arc::new(Owner::default());
+        let port = root_port(&board, &owner);
+        board.attach(Arc::clone(&port) as _).expect("a slot");
+        let driver = PortDriver::new(board.device(1)).expect("a port");
+        Rig {
+            slot: port.slot().expect("a hot-plug slot"),
+            board,
+            port,
+            owner,
+            driver,
+        }
+    }
+
+    /// Puts `function` into the slot and tells the guest.
+    fn plug(&self, function: &Arc<VirtioPci>) {
+        *lock(&self.owner.inside) = Some(Arc::clone(function.gate()));
+        let function = Arc::clone(function) as Arc<dyn Function>;
+        self.port.bus().attach(None, function).expect("it is empty");
+        self.slot.plugged();
+    }
+
+    /// What the guest does about something new.
+    fn find(&self) -> PciDevice {
+        let events = self.driver.events();
+        assert!(
+            events.presence && events.link && !events.button,
+            "{events:?}"
+        );
+        let device = self.driver.turn_on().expect("a function");
+        device.enable_msix();
+        device
+    }
+
+    fn interrupts(&self) -> u64 {
+        self.board.interrupts().count(self.driver.message())
+    }
+
+    /// The end of a removal, after the guest's eject.
+    fn detach(&self, function: &Arc<VirtioPci>) {
+        let zero = Devfn::from_bits(0);
+        let closed = function.close();
+        self.port.bus().unmap(zero).expect("it is there");
+        block_on(closed, LIMIT).expect("it drains");
+        drop(self.port.bus().detach_at(zero).expect("it has drained"));
+        self.slot.detached();
+    }
+}
+
+fn root_port(board: &Board, owner: &Arc<Owner>) -> Arc<Port> {
+    let spec = PortSpec {
+        name: "rp0".into(),
+        model: PortModel::RootPort,
+        slot_number: 1,
+        hotplug: Some(Arc::clone(owner) as _),
+        reservation: None,
+    };
+    Port::new(board.bridge(), spec, board.interrupts()).expect("a port")
+}
+
+fn echo(board: &Board) -> (Arc<Echo>, Arc<VirtioPci>) {
+    let echo = Echo::new(board.remote());
+    let device = Arc::clone(&echo) as _;
+    let function = VirtioPci::new(
+        "echo0",
+        device,
+        board.space(),
+        board.interrupts(),
+        &board.remote(),
+    );
+    (echo, function.expect("a function"))
+}
+
+fn start(driver: &mut VirtioDriver) -> DriverQueue {
+    driver.negotiate(features::TRANSPORT).expect("features");
+    let queue = driver.add_queue(0, 16);
+    driver.driver_ok().expect("activation");
+    queue
+}
+
+fn disk(board: &Board, image: &tempfile::NamedTempFile) -> Arc<VirtioPci> {
+    let disk = Disk::open(&DiskSpec::new(image.path())).unwrap();
+    let blk = VirtioBlk::new(BlkSpec::new("disk0"), Arc::new(disk), board.remote());
+    VirtioPci::new(
+        "disk0",
+        blk as _,
+        board.space(),
+        board.interrupts(),
+        &board.remote(),
+    )
+    .unwrap()
+}
+
+fn image() -> tempfile::NamedTempFile {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    let bytes: Vec<u8> = (0..1 << 20).map(|at| (at >> 9) as u8 ^ at as u8).collect();
+    image.as_file().write_all_at(&bytes, 0).unwrap();
+    image
+}
+
+fn check_disk(board: &Board, device: PciDevice) {
+    let mut driver = VirtioDriver::new(board, device).unwrap();
+    let mut queue = start(&mut driver);
+    let request = blk::Request::read(board.ram(), 8, 4096);
+    let before = driver.interrupts(driver.queue_message(0));
+    driver
+        .roundtrip(0, &mut queue, &request.parts(), Layout::Direct)
+        .unwrap();
+    assert_eq!(request.status(), blk::status::OK);
+    let expected: Vec<u8> = (4096..8192)
+        .map(|at: i32| (at >> 9) as u8 ^ at as u8)
+        .collect();
+    assert_eq!(request.data(), expected);
+    assert!(driver.wait_interrupt(driver.queue_message(0), before + 1));
+    driver.reset().unwrap();
+}
+
+#[test]
+fn a_disk_behind_a_port_is_there_from_the_beginning() {
+    let board = Board::new(32 << 20).unwrap();
+    let owner = Arc::new(Owner::default());
+    let port = root_port(&board, &owner);
+    let image = image();
+    port.bus().attach(None, disk(&board, &image) as _).unwrap();
+    board.attach(Arc::clone(&port) as _).unwrap();
+    let driver = PortDriver::new(board.device(1)).unwrap();
+    assert_eq!(driver.events(), SlotEvents::default());
+    assert!(driver.is_present() && driver.link_is_active());
+    let device = driver.behind();
+    assert_eq!(device.bus(), 1);
+    device.enable();
+    device.enable_msix();
+    check_disk(&board, device);
+}
+
+#[test]
+fn a_disk_comes_goes_and_another_comes() {
+    let rig = Rig::new();
+    let mut addresses = Vec::new();
+    for round in 0..3 {
+        let (image, before) = (image(), rig.interrupts());
+        let function = disk(&rig.board, &image);
+        rig.plug(&function);
+        assert_eq!(rig.interrupts(), before + 1);
+        let device = rig.find();
+        addresses.push(device.bar(BAR));
+        check_disk(&rig.board, device.clone());
+
+        assert_eq!(rig.slot.request_removal(), Ok(Removal::Asked));
+        assert!(rig.driver.events().button);
+        rig.driver.blink().unwrap();
+        assert_eq!(rig.slot.request_removal(), Err(HotplugError::GuestBusy));
+        rig.driver.turn_off().unwrap();
+        assert_eq!(lock(&rig.owner.ejected).len(), round + 1);
+        assert!(!device.is_there());
+        assert_eq!(device.load(addresses[round], 4), 0xffff_ffff);
+        assert_eq!(rig.driver.events(), SlotEvents::default(), "not yet");
+        rig.detach(&function);
+        let events = rig.driver.events();
+        assert!(events.presence && events.link && !rig.driver.is_present());
+        assert_eq!(Arc::strong_count(&function), 1);
+    }
+    assert!(
+        addresses.iter().all(|it| *it == addresses[0]),
+        "{addresses:#x?}"
+    );
+    assert!(rig.driver.windows()[1].contains(&addresses[0]));
+}
+
+/// The guest ejects while a request is in flight that takes its time: its write returns at once, and it sees the slot
+/// empty only when the request has ended.
+#[test]
+fn an_eject_does_not_wait_for_requests_and_the_guest_does_not_see_it_early() {
+    let rig = Rig::new();
+    let (echo, function) = echo(&rig.board);
+    rig.plug(&function);
+    let mut driver = VirtioDriver::new(&rig.board, rig.find()).unwrap();
+    let mut queue = start(&mut driver);
+    echo.hold.store(true, Ordering::SeqCst);
+    let gpa = rig.board.ram().alloc(2, 1);
+    let parts = [Part::readable(gpa, 1), Part::writable(gpa, 1)];
+    queue.add(&parts, Layout::Direct).unwrap();
+    driver.kick(0);
+    assert!(poll(|| echo.held() == 1));
+    let begun = Instant::now();
+    rig.driver.turn_off().unwrap();
+    assert!(
+        begun.elapsed() < Duration::from_millis(500),
+        "{:?}",
+        begun.elapsed()
+    );
+    assert!(!driver.pci().is_there());
+    let zero = Devfn::from_bits(0);
+    let mut closed = Box::pin(function.close());
+    rig.port.bus().unmap(zero).unwrap();
+    assert!(
+        block_on(&mut closed, Duration::from_millis(50)).is_none(),
+        "in flight"
+    );
+    assert!(rig.driver.is_present());
+    assert_eq!(rig.driver.events(), SlotEvents::default());
+    echo.release();
+    block_on(closed, LIMIT).expect("nothing is in flight any more");
+    drop(rig.port.bus().detach_at(zero).unwrap());
+    rig.slot.detached();
+    assert!(rig.driver.events().presence && !rig.driver.is_present());
+    queue.free();
+}
