@@ -106,15 +106,6 @@ impl Prepared {
         } = self;
         let (sender, requests) = channel();
         let sender = Requests::new(sender);
-        let platform = Platform::new(
-            &config.serial,
-            &*vm,
-            &parts.memory,
-            &parts.port_root,
-            &parts.bridge,
-            &sender,
-            local,
-        )?;
         let surface = Surface {
             bridge: Arc::clone(&parts.bridge),
             system: Arc::clone(&parts.system),
@@ -124,6 +115,17 @@ impl Prepared {
         let threads = std::mem::take(&mut parts.threads);
         let devices = Devices::new(surface, threads, local, config.drain_timeout)
             .map_err(|e| Error::part("devices", e))?;
+        let platform = Platform::new(
+            &config.serial,
+            &*vm,
+            &parts.memory,
+            &parts.port_root,
+            &parts.bridge,
+            &sender,
+            Arc::clone(devices.ejector()) as _,
+            local,
+        )?;
+        devices.set_root_slots(platform.pci_hotplug());
         for cold in parts.functions.drain(..) {
             cold.plug(&devices)?;
         }
@@ -169,23 +171,28 @@ impl Prepared {
     }
 }
 
+/// Memory devices stay: their size is what comes and goes.
+const MEM: &str = "virtio-mem-pci";
+
 /// A function that is there from the start.
 struct ColdFunction {
     id: String,
     driver: &'static str,
+    removable: bool,
     function: Arc<VirtioPci>,
 }
 
 impl ColdFunction {
     fn plug(self, devices: &Devices) -> Result<(), Error> {
         let bus = Arc::clone(devices.bridge().bus());
+        let at = bus
+            .free_slot()
+            .ok_or_else(|| Error::part(&self.id, PciError::Full))?;
         let place = Place {
-            at: bus
-                .free_slot()
-                .ok_or_else(|| Error::part(&self.id, PciError::Full))?,
+            slot: devices.slot_at(&bus, None, at, self.removable),
             bus,
+            at,
             parent: None,
-            slot: None,
         };
         let made = Made {
             function: self.function,
@@ -288,6 +295,7 @@ impl Parts {
         self.functions.push(ColdFunction {
             id: id.to_owned(),
             driver,
+            removable: driver != MEM,
             function,
         });
         Ok(())
@@ -317,7 +325,7 @@ impl Parts {
                 .map_err(|e| Error::part(&device.id, e))?;
             self.plug(
                 &device.id,
-                "virtio-mem-pci",
+                MEM,
                 Arc::clone(&virtio) as _,
                 vm,
                 &remote,
@@ -434,7 +442,7 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
         },
-        pci_hotplug: false,
+        pci_hotplug: true,
         serial: Some(acpi::SerialPort {
             port: ebbtide_devices::serial::SerialPort::COM1,
             gsi: SERIAL_GSI,

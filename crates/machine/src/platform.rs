@@ -6,9 +6,12 @@ use std::cell::RefCell;
 use std::sync::Arc;
 use std::time::Duration;
 
-use ebbtide_bus::acpi::{EVENT_PORT, EventDevice, REGISTER_PORTS, SLEEP_PORT, SleepRegisters};
+use ebbtide_bus::acpi::{
+    EVENT_PORT, EventDevice, PCI_HOTPLUG_PORTS, PciHotplug, REGISTER_PORTS, SLEEP_PORT,
+    SleepRegisters,
+};
 use ebbtide_bus::gated;
-use ebbtide_bus::pci::HostBridge;
+use ebbtide_bus::pci::{EjectSink, HostBridge};
 use ebbtide_devices::chardev::{Chardev, ChardevSpec, Wire};
 use ebbtide_devices::legacy::Sink;
 use ebbtide_devices::reset::{KeyboardController, ResetControl};
@@ -39,6 +42,7 @@ pub struct Platform {
     /// Carries serial output to the host; ends when the wire is closed.
     output: RefCell<Option<Task<()>>>,
     events: Arc<EventDevice>,
+    pci_hotplug: Arc<PciHotplug>,
 }
 
 impl Platform {
@@ -53,6 +57,7 @@ impl Platform {
         ports: &Arc<Region>,
         bridge: &Arc<HostBridge>,
         requests: &Requests,
+        ejects: Arc<dyn EjectSink>,
         local: &Local,
     ) -> Result<Platform, Error> {
         let wire = Wire::new();
@@ -64,11 +69,13 @@ impl Platform {
         };
         let serial = SerialPort::new("serial0", line(SERIAL_GSI)?, &wire);
         let events = Arc::new(EventDevice::new(line(EVENT_GSI)?));
+        let pci_hotplug = PciHotplug::new(bridge, ejects, Arc::clone(&events));
         let platform = Platform {
             serial,
             wire,
             output: RefCell::new(Some(output)),
             events,
+            pci_hotplug,
         };
         platform
             .map(memory, ports, bridge, requests)
@@ -92,7 +99,7 @@ impl Platform {
         let config = bridge.ports_with_reset(Arc::new(ResetControl::new(reset())));
         let event_bytes = u64::from(REGISTER_PORTS.end - EVENT_PORT);
         let sleep_bytes = u64::from(EVENT_PORT - SLEEP_PORT);
-        let devices: [(&str, u64, u64, Arc<dyn Mmio>); 6] = [
+        let devices: [(&str, u64, u64, Arc<dyn Mmio>); 7] = [
             (
                 "serial0",
                 u64::from(SerialPort::COM1),
@@ -111,6 +118,12 @@ impl Platform {
                 event_bytes,
                 Arc::clone(&self.events) as _,
             ),
+            (
+                "acpi-pci-hotplug",
+                u64::from(PCI_HOTPLUG_PORTS.start),
+                PciHotplug::SIZE_BYTES,
+                Arc::clone(&self.pci_hotplug) as _,
+            ),
             ("pci-config", CONFIG_PORTS, HostBridge::PORTS_BYTES, config),
             (
                 "keyboard-controller",
@@ -128,6 +141,11 @@ impl Platform {
         })
     }
 
+    /// The slots of bus 0.
+    pub fn pci_hotplug(&self) -> &Arc<PciHotplug> {
+        &self.pci_hotplug
+    }
+
     /// Tells the guest that the power button was pressed.
     pub fn press_power_button(&self) {
         self.events.press_power_button();
@@ -136,6 +154,7 @@ impl Platform {
     /// Power-on state.
     pub fn reset(&self) {
         self.events.reset();
+        self.pci_hotplug.reset();
         if let Some(serial) = self.serial.handle().enter(Entry::Io) {
             serial.reset();
         }

@@ -137,7 +137,11 @@ fn run(request: Request, state: &State, messages: &Messages) -> Result<Value> {
         Command::DiskStatus { path } => to_value(started(&mut lock(&state.disks), &path)?.status()),
         Command::DiskVerify { path } => to_value(started(&mut lock(&state.disks), &path)?.verify()),
         Command::DiskStop { path, verify } => {
-            to_value(started(&mut lock(&state.disks), &path)?.stop(verify))
+            let mut disks = lock(&state.disks);
+            let status = started(&mut disks, &path)?.stop(verify);
+            // The disk is closed: its name is free when it goes.
+            disks.remove(&path);
+            to_value(status)
         }
         Command::DiskOnce { path, bytes, seed } => to_value(disk::once(&path, bytes, seed)?),
         Command::Dmesg { deny, tail } => to_value(kernel_log::search(&deny, tail)?),

@@ -3,6 +3,7 @@
 
 mod boot;
 mod endings;
+mod hotplug;
 mod mistakes;
 mod monitor;
 mod reset;
@@ -57,7 +58,12 @@ impl Ground {
 
     /// Starts such a guest and waits for its agent.
     pub(crate) fn boot(&self, cpus: u32, max_bytes: u64) -> Result<Vmm> {
-        let mut vmm = Vmm::start(&self.machine(cpus, max_bytes))?;
+        self.start(&self.machine(cpus, max_bytes))
+    }
+
+    /// Starts a guest and waits for its agent.
+    pub(crate) fn start(&self, machine: &Machine) -> Result<Vmm> {
+        let mut vmm = Vmm::start(machine)?;
         vmm.wait_ready(BOOT_LIMIT).context("boot")?;
         Ok(vmm)
     }
@@ -81,6 +87,10 @@ const SCENARIOS: &[Scenario] = &[
     scenario("targets at random", resize::random_targets),
     scenario("reboot, reset, stop and continue", reset::in_mid_resize),
     scenario("a triple fault ends with --no-reboot", reset::no_reboot),
+    scenario("devices come and go", hotplug::cycles),
+    scenario("devices come and go behind a port", hotplug::native),
+    scenario("an id, a slot and a node are used again", hotplug::reuse),
+    scenario("mistakes with devices", hotplug::mistakes),
     scenario("signals end the VM in order", endings::signals),
     scenario("quit ends the VM in order", endings::quit),
     scenario("a monitor client is killed", monitor::killed_client),

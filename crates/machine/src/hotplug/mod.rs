@@ -23,6 +23,7 @@ use std::rc::{Rc, Weak};
 use std::sync::{Arc, Weak as ArcWeak};
 use std::time::Duration;
 
+use ebbtide_bus::acpi::PciHotplug;
 use ebbtide_bus::irq::MsiController;
 use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port};
 use ebbtide_device::{Eject, GuestEject, Identity, NodeId, PlugError, Tree};
@@ -76,6 +77,7 @@ pub(crate) struct Devices {
     blocks: Shelf<BlockNode>,
     surface: Surface,
     ejector: Arc<Ejector>,
+    root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
     ejected: RefCell<Option<Event>>,
     /// Threads that serve queues, by name. They end with the machine.
@@ -103,6 +105,7 @@ impl Devices {
             blocks: Shelf::new("Node"),
             surface,
             ejector: Ejector::new(ejected.notifier()),
+            root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
             threads: RefCell::new(threads),
             local: local.clone(),
@@ -130,6 +133,11 @@ impl Devices {
     /// What guests eject by.
     pub(crate) fn ejector(&self) -> &Arc<Ejector> {
         &self.ejector
+    }
+
+    /// The slots of bus 0. Set once, before anything is plugged.
+    pub(crate) fn set_root_slots(&self, slots: &Arc<PciHotplug>) {
+        let _ = self.root_slots.set(Arc::clone(slots));
     }
 
     /// The host bridge.

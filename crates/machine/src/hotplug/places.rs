@@ -53,7 +53,7 @@ impl Devices {
             })?,
         };
         self.check_empty(&bus, at)?;
-        let slot = self.hotplug_slot(&bus, parent, at);
+        let slot = self.slot_at(&bus, parent, at, driver.hotpluggable);
         if slot.is_none() && !cold {
             return Err(QmpError::bus_not_hotpluggable(bus.name()));
         }
@@ -111,17 +111,23 @@ impl Devices {
         )))
     }
 
-    /// The hot-plug slot at a place, if there is one.
-    fn hotplug_slot(
+    /// The hot-plug slot at a place, if there is one and what comes there is `removable`.
+    pub(crate) fn slot_at(
         &self,
         bus: &Arc<Bus>,
         parent: Option<NodeId>,
-        _at: Devfn,
+        at: Devfn,
+        removable: bool,
     ) -> Option<Arc<dyn HotplugSlot>> {
+        let Some(parent) = parent else {
+            let slots = self.root_slots.get()?;
+            slots.set_removable(at.slot(), removable);
+            return slots.slot(at.slot()).filter(|_| removable);
+        };
         let tree = self.tree.borrow();
-        let port = tree.get(parent?)?.info.port.as_ref()?.upgrade()?;
+        let port = tree.get(parent)?.info.port.as_ref()?.upgrade()?;
         debug_assert!(Arc::ptr_eq(port.bus(), bus));
-        port.slot()
+        port.slot().filter(|_| removable)
     }
 
     /// The lowest physical slot number no port has.

@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Devices come and go while the guest uses them. Nothing hangs, nothing is lost, nothing is left behind.
+
+mod models;
+mod residue;
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use ebbtide_agent::protocol::{Command, KernelLog};
+use serde_json::{Value, json};
+
+use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
+use crate::vmm::Vmm;
+use models::Model;
+use residue::Residue;
+
+/// A guest notices a device, or lets go of it, within this.
+const GUEST: Duration = Duration::from_secs(30);
+/// How often the guest is looked at meanwhile.
+const LOOK: Duration = Duration::from_millis(20);
+/// Cycles of the short form and of the long one.
+const CYCLES: (u32, u32) = (3, 200);
+/// What is left behind is looked for from here on: the first cycles fill caches.
+const SETTLED: u32 = 2;
+
+/// Each model, by ACPI on bus 0: plugged, used, unplugged while it is used, over and over.
+pub fn cycles(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
+    for model in models::ALL {
+        let cycles = if ground.long { CYCLES.1 } else { CYCLES.0 };
+        come_and_go(&mut vmm, model, None, cycles).with_context(|| model.driver.to_owned())?;
+        clean_kernel_log(&mut vmm).with_context(|| model.driver.to_owned())?;
+    }
+    finish(vmm)
+}
+
+/// The same behind a root port, with its own hot-plug hardware. The guest takes 5 s for each removal.
+pub fn native(ground: &Ground) -> Result<()> {
+    let mut machine = ground.machine(USUAL_CPUS, BOOT);
+    machine
+        .more
+        .extend(["--device".into(), "pcie-root-port,id=rp1".into()]);
+    let mut vmm = ground.start(&machine)?;
+    let cycles = if ground.long { 20 } else { 1 };
+    let models: &[Model] = if ground.long {
+        models::ALL
+    } else {
+        &models::ALL[..1]
+    };
+    for model in models {
+        come_and_go(&mut vmm, model, Some("rp1"), cycles)
+            .with_context(|| model.driver.to_owned())?;
+    }
+    finish(vmm)
+}
+
+fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> Result<()> {
+    let ground = tempfile::tempdir()?;
+    (model.prepare)(vmm, ground.path()).context("prepare")?;
+    let mut settled = None;
+    for cycle in 0..cycles.max(SETTLED + 1) {
+        one_cycle(vmm, model, bus).with_context(|| format!("cycle {cycle}"))?;
+        if cycle == SETTLED {
+            settled = Some(Residue::of(vmm)?);
+        }
+    }
+    let settled = settled.context("too few cycles")?;
+    settled.compare(&Residue::of(vmm)?)?;
+    (model.clean_up)(vmm).context("clean up")
+}
+
+fn one_cycle(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
+    let mut arguments = (model.arguments)();
+    arguments["driver"] = json!(model.driver);
+    arguments["id"] = json!("dev0");
+    if let Some(bus) = bus {
+        arguments["bus"] = json!(bus);
+    }
+    vmm.qmp().execute("device_add", arguments.clone())?;
+    wait_for(vmm, model.present, true)?;
+    (model.start)(vmm).context("use")?;
+    vmm.qmp().execute("device_del", json!({"id": "dev0"}))?;
+    deleted(vmm, "dev0")?;
+    wait_for(vmm, model.present, false)?;
+    (model.stop)(vmm).context("after the end")?;
+    Ok(())
+}
+
+/// Waits for DEVICE_DELETED of `id`; it must come once.
+pub(super) fn deleted(vmm: &mut Vmm, id: &str) -> Result<()> {
+    let event = vmm.qmp().wait_event("DEVICE_DELETED", GUEST);
+    let event = event.with_context(|| removals(vmm))?;
+    ensure!(
+        event.data["device"] == json!(id),
+        "DEVICE_DELETED of {}, not of {id}",
+        event.data
+    );
+    Ok(())
+}
+
+/// What is known of the removals under way, for errors.
+fn removals(vmm: &mut Vmm) -> String {
+    match vmm.qmp().execute("x-ebbtide-query-removals", Value::Null) {
+        Ok(removals) => format!("removals: {removals}"),
+        Err(e) => format!("removals: {e:#}"),
+    }
+}
+
+/// The end of the guest's kernel log, for errors.
+fn kernel_log(vmm: &mut Vmm) -> Result<String> {
+    let log: KernelLog = vmm.guest().call(
+        Command::Dmesg {
+            deny: Vec::new(),
+            tail: 20,
+        },
+        GUEST,
+    )?;
+    Ok(log.tail.join("\n"))
+}
+
+/// Waits until the path, which may hold `*`, is there in the guest, or is not.
+pub(super) fn wait_for(vmm: &mut Vmm, path: &str, there: bool) -> Result<()> {
+    let begun = Instant::now();
+    let script = format!("for f in {path}; do [ -e $f ] && exit 0; done; exit 1");
+    loop {
+        let test = vmm
+            .guest()
+            .exec(&["/bin/busybox", "sh", "-c", &script], GUEST)?;
+        if (test.code == Some(0)) == there {
+            return Ok(());
+        }
+        if begun.elapsed() > GUEST {
+            let what = if there { "does not come" } else { "stays" };
+            bail!("{path} {what}; {}\n{}", removals(vmm), kernel_log(vmm)?);
+        }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// A device that is added again and again at every moment of another's way out.
+pub fn reuse(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
+    let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 3_000_000_000u64});
+    vmm.qmp().execute("blockdev-add", node)?;
+    let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0", "addr": "7"});
+    vmm.qmp().execute("device_add", disk.clone())?;
+    wait_for(&mut vmm, "/dev/vda", true)?;
+    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+    let mut refused = 0;
+    loop {
+        let events = vmm.qmp().take_events()?;
+        let gone = events.iter().any(|e| e.name == "DEVICE_DELETED");
+        let again = vmm.qmp().execute("device_add", disk.clone());
+        let node_gone = vmm
+            .qmp()
+            .execute("blockdev-del", json!({"node-name": "n0"}));
+        if gone {
+            again.context("the id, the slot and the node are free after DEVICE_DELETED")?;
+            break;
+        }
+        if again.is_ok() {
+            // It went between the look at the events and the command.
+            vmm.qmp().wait_event("DEVICE_DELETED", GUEST)?;
+            break;
+        }
+        ensure!(node_gone.is_err(), "the node went under the device");
+        refused += 1;
+        std::thread::sleep(LOOK);
+    }
+    ensure!(refused > 0, "the removal was over before it was looked at");
+    wait_for(&mut vmm, "/dev/vda", true)?;
+    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+    deleted(&mut vmm, "d0")?;
+    vmm.qmp()
+        .execute("blockdev-del", json!({"node-name": "n0"}))?;
+    finish(vmm)
+}
+
+/// What is asked for wrongly is refused by name, and nothing changes.
+pub fn mistakes(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(1, BOOT)?;
+    let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20});
+    vmm.qmp().execute("blockdev-add", node.clone())?;
+    let before = vmm.qmp().execute(
+        "human-monitor-command",
+        json!({"command-line": "info mtree"}),
+    )?;
+    let disk = |more: Value| {
+        let mut disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0"});
+        for (key, value) in more.as_object().into_iter().flatten() {
+            disk[key] = value.clone();
+        }
+        disk
+    };
+    for (command, arguments, class, part) in [
+        (
+            "device_add",
+            json!({"driver": "nope", "id": "x"}),
+            "GenericError",
+            "'nope' is not a valid device model name",
+        ),
+        ("device_add", json!({"id": "x"}), "GenericError", "'driver'"),
+        (
+            "device_add",
+            disk(json!({"nope": 1})),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "device_add",
+            disk(json!({"bus": "nope"})),
+            "GenericError",
+            "Bus 'nope' not found",
+        ),
+        (
+            "device_add",
+            disk(json!({"addr": "0"})),
+            "GenericError",
+            "in use",
+        ),
+        (
+            "device_add",
+            disk(json!({"addr": "20"})),
+            "GenericError",
+            "addr",
+        ),
+        (
+            "device_add",
+            disk(json!({"addr": "3.1"})),
+            "GenericError",
+            "function",
+        ),
+        (
+            "device_add",
+            disk(json!({"drive": "nope"})),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "device_add",
+            disk(json!({"id": "0x"})),
+            "GenericError",
+            "id",
+        ),
+        (
+            "device_add",
+            disk(json!({"num-queues": 0})),
+            "GenericError",
+            "num-queues",
+        ),
+        (
+            "device_add",
+            disk(json!({"queue-size": 3})),
+            "GenericError",
+            "queue-size",
+        ),
+        (
+            "device_add",
+            disk(json!({"guest-eject": "maybe"})),
+            "GenericError",
+            "maybe",
+        ),
+        (
+            "device_add",
+            disk(json!({"serial": "123456789012345678901"})),
+            "GenericError",
+            "serial",
+        ),
+        (
+            "device_del",
+            json!({"id": "nope"}),
+            "DeviceNotFound",
+            "nope",
+        ),
+        ("blockdev-add", node, "GenericError", "n0"),
+        (
+            "blockdev-add",
+            json!({"driver": "file", "node-name": "n1", "filename": "/"}),
+            "GenericError",
+            "/",
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "file", "node-name": "n1", "filename": "/nope/x"}),
+            "GenericError",
+            "/nope/x",
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "raw", "node-name": "n1", "file": "nope"}),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "qcow2", "node-name": "n1"}),
+            "GenericError",
+            "qcow2",
+        ),
+        (
+            "blockdev-del",
+            json!({"node-name": "nope"}),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "x-ebbtide-device-cancel",
+            json!({"id": "nope"}),
+            "DeviceNotFound",
+            "nope",
+        ),
+    ] {
+        let refused = vmm.qmp().execute(command, arguments.clone());
+        let error = match refused {
+            Ok(answer) => bail!("{command} {arguments} is answered with {answer}"),
+            Err(error) => error,
+        };
+        let error = error.downcast::<crate::qmp::QmpError>()?;
+        ensure!(
+            error.class == class && error.desc.contains(part),
+            "{command} {arguments}: {error}: {class} and {part:?} are missed"
+        );
+    }
+    let after = vmm.qmp().execute(
+        "human-monitor-command",
+        json!({"command-line": "info mtree"}),
+    )?;
+    ensure!(before == after, "the map has changed:\n{before}\n{after}");
+    vmm.qmp().execute("device_add", disk(json!({})))?;
+    wait_for(&mut vmm, "/dev/vda", true)?;
+    for (command, arguments, part) in [
+        ("device_add", disk(json!({})), "d0"),
+        ("device_add", disk(json!({"id": "d1"})), "n0"),
+        ("blockdev-del", json!({"node-name": "n0"}), "n0"),
+        ("x-ebbtide-device-cancel", json!({"id": "d0"}), "d0"),
+        ("x-ebbtide-device-force", json!({"id": "d0"}), "d0"),
+    ] {
+        let Err(error) = vmm.qmp().execute(command, arguments.clone()) else {
+            bail!("{command} {arguments} is not refused");
+        };
+        ensure!(format!("{error:#}").contains(part), "{command}: {error:#}");
+    }
+    finish(vmm)
+}

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What a VMM holds: the same before and after devices have come and gone.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use serde_json::json;
+
+use crate::vmm::Vmm;
+
+/// What can be counted from outside.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Residue {
+    /// Open files: each is listed by what it is.
+    files: Vec<String>,
+    threads: Vec<String>,
+    /// Lines of /proc/PID/maps that are not the heap of an allocator.
+    maps: usize,
+    /// The memory maps, flat: RAM slots, registers, ioeventfds.
+    regions: String,
+    blocks: String,
+}
+
+impl Residue {
+    /// Of a VMM, now.
+    ///
+    /// # Errors
+    /// Its process or its monitor can't be read.
+    pub fn of(vmm: &mut Vmm) -> Result<Residue> {
+        let process = format!("/proc/{}", vmm.process().pid());
+        let mut hmp = |line: &str| -> Result<String> {
+            let answer = vmm
+                .qmp()
+                .execute("human-monitor-command", json!({"command-line": line}))?;
+            Ok(answer.as_str().unwrap_or_default().to_owned())
+        };
+        let (regions, blocks) = (hmp("info mtree -f")?, hmp("info ramblock")?);
+        let maps = fs::read_to_string(format!("{process}/maps")).context("maps")?;
+        // Arenas of the allocator come with threads and stay; they are no device's.
+        let maps = maps.lines().filter(|line| line.contains('/')).count();
+        Ok(Residue {
+            files: links(&format!("{process}/fd"))?,
+            threads: names(&format!("{process}/task"))?,
+            maps,
+            regions,
+            blocks,
+        })
+    }
+
+    /// Compares with a later one.
+    ///
+    /// # Errors
+    /// Names what is different.
+    pub fn compare(&self, later: &Residue) -> Result<()> {
+        let Residue {
+            files,
+            threads,
+            maps,
+            regions,
+            blocks,
+        } = self;
+        ensure!(
+            *files == later.files,
+            "open files: {files:?}, then {:?}",
+            later.files
+        );
+        ensure!(
+            *threads == later.threads,
+            "threads: {threads:?}, then {:?}",
+            later.threads
+        );
+        ensure!(*maps == later.maps, "mappings: {maps}, then {}", later.maps);
+        ensure!(
+            *regions == later.regions,
+            "memory map:\n{regions}\nthen\n{}",
+            later.regions
+        );
+        ensure!(
+            *blocks == later.blocks,
+            "RAM blocks:\n{blocks}\nthen\n{}",
+            later.blocks
+        );
+        Ok(())
+    }
+}
+
+/// What the descriptors of a process are, numbers of sockets and pipes left out.
+fn links(directory: &str) -> Result<Vec<String>> {
+    let mut kinds = Vec::new();
+    for entry in fs::read_dir(directory).context("fd")? {
+        // One that is closed meanwhile was none that stays.
+        if let Ok(target) = fs::read_link(entry?.path()) {
+            let target = target.to_string_lossy().into_owned();
+            let kind = target.split(":[").next().unwrap_or_default().to_owned();
+            kinds.push(kind);
+        }
+    }
+    kinds.sort();
+    Ok(kinds)
+}
+
+fn names(directory: &str) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).context("task")? {
+        let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
+        names.push(name.trim().to_owned());
+    }
+    names.sort();
+    Ok(names)
+}
