@@ -99,9 +99,10 @@ Examples:
 }
 
 const UNPLUG_HELP: &str = "\
-Without --wait the removal is only asked for. With it, the guest's refusal and its reason are told (exit code 3), and
-when the device is gone, its backend is closed: the object mem-ID of a memory device, a disk's block node, a network
-device's network. Ctrl-C and --timeout (exit code 4) end the wait and not the removal; repeat the command to wait again.";
+Without --wait the removal is only asked for. With it, the guest's refusal and its reason are told \
+(exit code 3), and when the device is gone, its backend is closed: the object mem-ID of a memory device, \
+a disk's block node, a network device's network. Ctrl-C and --timeout (exit code 4) end the wait and not \
+the removal; repeat the command to wait again.";
 
 /// What to do about disks.
 #[derive(Subcommand)]

@@ -13,7 +13,7 @@ use super::{Plan, carry_out, choose_id};
 /// The options of `ctl net add`.
 #[derive(Args)]
 pub(in crate::ctl) struct NetAddArgs {
-    /// KIND[,name=value]...: what is at the other end, such as tap,ifname=tap0
+    /// KIND[,name=value]...: what is at the other end, such as tap,ifname=tap0; or JSON
     #[arg(value_name = "NETWORK", value_parser = network)]
     network: Network,
     /// The device's id; by default the first free one of nic0, nic1, ...
@@ -33,7 +33,7 @@ struct Network {
 
 fn network(text: &str) -> Result<Network, String> {
     let read = || {
-        let mut properties = Properties::parse(text, "type")?;
+        let mut properties = Properties::parse(text, "type")?.nested()?;
         if properties.contains("id") {
             return Err(ebbtide_qmp::QmpError::generic(
                 "the backend is named after the device: use --id",

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Which backend a device has.
+//! Which backend a device has. Of the server's answers only that is read: other servers tell more, or less, of the rest.
 
+use ebbtide_qmp::Error;
 use ebbtide_qmp::commands::{QOM_GET, QUERY_BLOCK, QUERY_MEMORY_DEVICES};
-use ebbtide_qmp::schema::{Command, Empty, Qapi};
-use ebbtide_qmp::types::memory::MemoryDeviceInfo;
-use ebbtide_qmp::types::qom::QomGet;
-use ebbtide_qmp::{Error, ErrorClass};
+use serde_json::{Value, json};
 
 use super::super::backend::Backend;
 use super::super::{Failure, Session};
@@ -31,13 +29,11 @@ impl Behind {
 pub(super) fn of_memory(session: &mut Session<'_>, id: &str) -> Result<Behind, Failure> {
     let named = Backend::memory(id);
     let path = format!("/objects/{}", named.name());
-    let devices = ask(session, &QUERY_MEMORY_DEVICES, Empty {})?.unwrap_or_default();
-    let has = devices.iter().any(|device| {
-        let (found, memdev) = match device {
-            MemoryDeviceInfo::Dimm(dimm) => (&dimm.id, &dimm.memdev),
-            MemoryDeviceInfo::VirtioMem(device) => (&device.id, &device.memdev),
-        };
-        found.as_deref() == Some(id) && *memdev == path
+    let devices = ask(session, QUERY_MEMORY_DEVICES.name(), Value::Null)?;
+    let has = items(&devices).any(|device| {
+        let data = device.get("data");
+        let text = |name| data.and_then(|data| text(data, name));
+        text("id") == Some(id) && text("memdev") == Some(&path)
     });
     Ok(match has {
         true => Behind::Known(named),
@@ -50,11 +46,12 @@ pub(super) fn of_disk(session: &mut Session<'_>, id: &str) -> Result<Behind, Fai
     let path = format!("/machine/peripheral/{id}");
     // QEMU names the part of the device that does the work.
     let below = format!("{path}/");
-    let disks = ask(session, &QUERY_BLOCK, Empty {})?.unwrap_or_default();
-    let node = disks.into_iter().find_map(|disk| {
-        let qdev = disk.qdev?;
+    let disks = ask(session, QUERY_BLOCK.name(), Value::Null)?;
+    let node = items(&disks).find_map(|disk| {
+        let qdev = text(disk, "qdev")?;
         let same = qdev == id || qdev == path || qdev.starts_with(&below);
-        disk.inserted.filter(|_| same)?.node_name
+        let inserted = disk.get("inserted").filter(|_| same)?;
+        text(inserted, "node-name").map(str::to_owned)
     });
     Ok(match node {
         Some(node) => Behind::Known(Backend::Node(node)),
@@ -64,33 +61,28 @@ pub(super) fn of_disk(session: &mut Session<'_>, id: &str) -> Result<Behind, Fai
 
 /// Of a network device: what its property says.
 pub(super) fn of_net(session: &mut Session<'_>, id: &str) -> Result<Behind, Failure> {
-    let arguments = QomGet {
-        path: format!("/machine/peripheral/{id}"),
-        property: "netdev".to_owned(),
-    };
-    let netdev = ask(session, &QOM_GET, arguments)?;
-    Ok(match netdev.as_ref().and_then(|value| value.as_str()) {
+    let path = format!("/machine/peripheral/{id}");
+    let arguments = json!({"path": path, "property": "netdev"});
+    let netdev = ask(session, QOM_GET.name(), arguments)?;
+    Ok(match netdev.as_str() {
         Some(netdev) if !netdev.is_empty() => Behind::Known(Backend::Network(netdev.to_owned())),
         _ => Behind::Guessed(Backend::network(id)),
     })
 }
 
 /// A question whose refusal means that there is nothing to know.
-fn ask<A: Qapi, R: Qapi>(
-    session: &mut Session<'_>,
-    command: &Command<A, R>,
-    arguments: A,
-) -> Result<Option<R>, Failure> {
-    match session.client.call(command, arguments) {
-        Ok(answer) => Ok(Some(answer)),
-        Err(Error::Command { error, .. })
-            if matches!(
-                error.class,
-                ErrorClass::CommandNotFound | ErrorClass::DeviceNotFound | ErrorClass::GenericError
-            ) =>
-        {
-            Ok(None)
-        }
+fn ask(session: &mut Session<'_>, command: &str, arguments: Value) -> Result<Value, Failure> {
+    match session.client.execute(command, arguments) {
+        Ok(answer) => Ok(answer),
+        Err(Error::Command { .. }) => Ok(Value::Null),
         Err(error) => Err(error.into()),
     }
+}
+
+fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    list.as_array().into_iter().flatten()
+}
+
+fn text<'v>(value: &'v Value, name: &str) -> Option<&'v str> {
+    value.get(name)?.as_str()
 }

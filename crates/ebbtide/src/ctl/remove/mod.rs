@@ -13,7 +13,7 @@ use ebbtide_qmp::commands::{DEVICE_DEL, EBBTIDE_DEVICE_FORCE};
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::device::DeviceDel;
 use ebbtide_qmp::types::ebbtide::DeviceId;
-use ebbtide_qmp::{Error, ErrorClass};
+use ebbtide_qmp::{Error, ErrorClass, QmpError};
 use serde::Serialize;
 
 use super::backend::Backend;
@@ -141,11 +141,12 @@ fn request<'b>(
                 };
             }
             Err(error) => {
-                // Somebody else may have asked a moment before.
+                // Somebody else may have asked before.
                 watch.look(session)?;
-                if !watch.is_pending() {
+                if !watch.is_pending() && !is_under_way(&error, &args.id) {
                     return Err(error.into());
                 }
+                watch.requested();
             }
         }
     }
@@ -163,6 +164,11 @@ fn request<'b>(
 
 fn is_not_found(error: &Error) -> bool {
     matches!(error, Error::Command { error, .. } if error.class == ErrorClass::DeviceNotFound)
+}
+
+/// What a server says that keeps no list of removals to look at.
+fn is_under_way(error: &Error, id: &str) -> bool {
+    matches!(error, Error::Command { error, .. } if *error == QmpError::unplug_pending(id))
 }
 
 /// The device was gone when this began, and its backend was left.
@@ -217,12 +223,17 @@ fn print(session: &mut Session<'_>, report: &Report, behind: &Behind) -> Result<
         .unwrap_or_default();
     match report.result {
         None => {
-            let phase = report.phase.unwrap_or("requested");
+            let phase = match report.phase {
+                None | Some("requested") => String::new(),
+                Some(phase) => format!(", {phase}"),
+            };
             let left = match behind {
-                Behind::Known(backend) => format!("; {backend} stays until that is waited for"),
+                Behind::Known(backend) => {
+                    format!("; {backend} stays until somebody waits for it (--wait)")
+                }
                 Behind::Guessed(_) => String::new(),
             };
-            writeln!(session.out, "removal of {id} requested: {phase}{left}")
+            writeln!(session.out, "removal of {id} requested{phase}{left}")
         }
         Some(End::Deleted) => {
             let too = match (&report.backend, behind) {

@@ -301,6 +301,10 @@ fn a_machine_that_ends_meanwhile_is_an_error() {
 fn a_server_without_a_list_of_removals_will_do() {
     let toy = ToyConfig {
         without_removals: true,
+        guest: Guest::LetsGo {
+            after: Duration::from_millis(500),
+            drain: Duration::ZERO,
+        },
         ..ToyConfig::default()
     };
     let server = ToyServer::start(Setup {
@@ -308,7 +312,14 @@ fn a_server_without_a_list_of_removals_will_do() {
         ..Setup::default()
     });
     run(&server, &["plug-dimm", "1G"]).unwrap();
-    let (outcome, report) = run_json(&server, &["unplug", "dimm0", "--wait"]);
+    let (outcome, text) = run(&server, &["unplug", "dimm0"]).unwrap();
+    assert_eq!(outcome, Outcome::Done);
+    assert_eq!(
+        text,
+        "removal of dimm0 requested; memory mem-dimm0 stays until somebody waits for it (--wait)\n"
+    );
+    let words = ["unplug", "dimm0", "--wait", "--timeout", "20"];
+    let (outcome, report) = run_json(&server, &words);
     assert_eq!(
         (outcome, &report["result"], &report["backend"]),
         (Outcome::Done, &json!("deleted"), &json!("mem-dimm0"))
