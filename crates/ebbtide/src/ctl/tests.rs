@@ -11,6 +11,8 @@ use super::*;
 #[allow(missing_docs, dead_code)]
 mod toy;
 
+mod plug;
+
 use toy::server::{Setup, ToyServer};
 use toy::{ToyConfig, ToyDevice};
 
@@ -58,6 +60,7 @@ fn machine(devices: &[(&str, u64, u64)]) -> ToyServer {
         boot_bytes: G,
         devices: devices.iter().map(device).collect(),
         step_bytes: G,
+        ..ToyConfig::default()
     };
     ToyServer::start(Setup {
         toy,

@@ -8,7 +8,9 @@ use ebbtide_machine::config::{
     DiskConfig, MEMORY_GRANULE, MemoryDeviceConfig, RamConfig, SerialConfig,
 };
 
-use ebbtide_qmp::SocketSpec;
+use ebbtide_qmp::types::device::DeviceAdd;
+use ebbtide_qmp::types::qom::ObjectAdd;
+use ebbtide_qmp::{Properties, QmpError, SocketSpec};
 
 use super::options::{KeyValues, OptionError, unknown};
 
@@ -181,35 +183,56 @@ impl MemoryObject {
     }
 }
 
-/// One `--object`.
-pub fn object(text: &str) -> Result<MemoryObject, OptionError> {
-    let mut kv = KeyValues::parse("--object", text, Some("qom-type"))?;
-    let kind = kv.need("qom-type")?;
-    let id = kv.need("id")?;
-    let size_bytes = kv
-        .size("size")?
-        .ok_or_else(|| kv.error(format!("{id}: size= is missing")))?;
-    let backing = match kind.as_str() {
-        "memory-backend-ram" => Backing::Anon { thp: true },
-        "memory-backend-memfd" if kv.switch("hugetlb", false)? => Backing::Hugetlb {
-            page_size_bytes: 2 << 20,
-        },
-        "memory-backend-memfd" => Backing::Memfd { thp: true },
-        "memory-backend-file" => Backing::File {
-            path: PathBuf::from(kv.need("mem-path")?),
-            share: kv.switch("share", false)?,
-            readonly: false,
-        },
-        other => return Err(kv.error(unknown("object type", other, OBJECT_TYPES))),
-    };
-    let prefault = kv.switch("prealloc", false)?;
-    kv.finish(OBJECT_KEYS)?;
+/// One `--object`, which has to be a memory backend.
+pub fn object(object: ObjectAdd) -> Result<MemoryObject, OptionError> {
+    let ObjectAdd {
+        qom_type,
+        id,
+        mut properties,
+    } = object;
+    let wrong = |error: QmpError| OptionError::new("--object", format!("{id}: {}", error.desc));
+    let size_bytes = properties.need_size("size").map_err(wrong)?;
+    let backing = object_backing(&qom_type, &mut properties).map_err(wrong)?;
+    let backing = backing.ok_or_else(|| {
+        OptionError::new("--object", unknown("object type", &qom_type, OBJECT_TYPES))
+    })?;
+    let prefault = properties.take_bool("prealloc").map_err(wrong)?;
+    finish("--object", properties, OBJECT_KEYS)?;
     Ok(MemoryObject {
         id,
         size_bytes,
         backing,
-        prefault,
+        prefault: prefault.unwrap_or(false),
     })
+}
+
+/// `None` when there is no such type.
+fn object_backing(
+    qom_type: &str,
+    properties: &mut Properties,
+) -> Result<Option<Backing>, QmpError> {
+    Ok(Some(match qom_type {
+        // What other processes are to see change has to be a file, with or without a name.
+        "memory-backend-ram" if properties.take_bool("share")? == Some(true) => {
+            Backing::Memfd { thp: true }
+        }
+        "memory-backend-ram" => Backing::Anon { thp: true },
+        "memory-backend-memfd" if properties.take_bool("share")? == Some(false) => {
+            return Err(QmpError::property_value(qom_type, "share", "off"));
+        }
+        "memory-backend-memfd" if properties.take_bool("hugetlb")? == Some(true) => {
+            Backing::Hugetlb {
+                page_size_bytes: 2 << 20,
+            }
+        }
+        "memory-backend-memfd" => Backing::Memfd { thp: true },
+        "memory-backend-file" => Backing::File {
+            path: PathBuf::from(properties.need_string("mem-path")?),
+            share: properties.take_bool("share")?.unwrap_or(false),
+            readonly: false,
+        },
+        _ => return Ok(None),
+    }))
 }
 
 const DEVICE_TYPES: &[&str] = &["virtio-mem-pci"];
@@ -224,51 +247,67 @@ const MEM_KEYS: &[&str] = &[
 
 /// One `--device`; takes its backend out of `objects`, for a backend serves one device.
 pub fn device(
-    text: &str,
+    device: DeviceAdd,
     index: usize,
     objects: &mut Vec<MemoryObject>,
 ) -> Result<MemoryDeviceConfig, OptionError> {
-    let mut kv = KeyValues::parse("--device", text, Some("driver"))?;
-    let driver = kv.need("driver")?;
+    let DeviceAdd {
+        driver,
+        bus,
+        id,
+        mut properties,
+    } = device;
+    let error = |text: String| OptionError::new("--device", text);
+    let wrong = |wrong: QmpError| error(wrong.desc);
     if driver != "virtio-mem-pci" && driver != "virtio-mem" {
-        return Err(kv.error(unknown("driver", &driver, DEVICE_TYPES)));
+        return Err(error(unknown("driver", &driver, DEVICE_TYPES)));
     }
-    let memdev = kv.need("memdev")?;
-    let id = kv.take("id").unwrap_or_else(|| format!("vmem{index}"));
+    if bus.is_some() {
+        return Err(error(unknown("property", "bus", MEM_KEYS)));
+    }
+    let memdev = properties.need_string("memdev").map_err(wrong)?;
+    let id = id.unwrap_or_else(|| format!("vmem{index}"));
     let at = objects.iter().position(|o| o.id == memdev).ok_or_else(|| {
-        kv.error(format!(
+        error(format!(
             "memdev={memdev}: there is no such --object, or another device has it"
         ))
     })?;
-    let node = match kv.take("node") {
-        None => 0,
-        Some(text) => text
-            .parse()
-            .ok()
-            .filter(|n| *n == 0u16)
-            .ok_or_else(|| kv.error(format!("node={text}: this machine has node 0 only")))?,
+    let node = match properties.take_uint::<u16>("node").map_err(wrong)? {
+        None | Some(0) => 0,
+        Some(node) => return Err(error(format!("node={node}: this machine has node 0 only"))),
     };
-    let requested_bytes = kv.size("requested-size")?.unwrap_or(0);
-    let block_size_bytes = kv.size("block-size")?.unwrap_or(DEFAULT_BLOCK);
-    let prefault = kv.switch("prealloc", false)?;
-    kv.finish(MEM_KEYS)?;
+    let requested = properties.take_size("requested-size").map_err(wrong)?;
+    let block_size = properties.take_size("block-size").map_err(wrong)?;
+    let prefault = properties.take_bool("prealloc").map_err(wrong)?;
+    finish("--device", properties, MEM_KEYS)?;
     let object = objects.remove(at);
     if object.prefault {
-        return Err(OptionError::new(
-            "--device",
-            format!("memdev={memdev}: its object has prealloc=on; use prealloc=on of the device"),
-        ));
+        return Err(error(format!(
+            "memdev={memdev}: its object has prealloc=on; use prealloc=on of the device"
+        )));
     }
     Ok(MemoryDeviceConfig {
         id,
         memdev,
         size_bytes: object.size_bytes,
-        requested_bytes,
-        block_size_bytes,
+        requested_bytes: requested.unwrap_or(0),
+        block_size_bytes: block_size.unwrap_or(DEFAULT_BLOCK),
         node,
         backing: object.backing,
-        prefault,
+        prefault: prefault.unwrap_or(false),
     })
+}
+
+/// Ends the reading: what is left over is unknown, or of no meaning here.
+fn finish(option: &str, properties: Properties, known: &[&str]) -> Result<(), OptionError> {
+    match properties.into_members().keys().next() {
+        None => Ok(()),
+        Some(name) if known.contains(&name.as_str()) => Err(OptionError::new(
+            option,
+            format!("{name} has no meaning for this type"),
+        )),
+        Some(name) => Err(OptionError::new(option, unknown("property", name, known))),
+    }
 }
 
 #[cfg(test)]
@@ -310,19 +349,79 @@ mod tests {
         assert!(qmp("/q").is_err());
     }
 
+    fn named(driver: &str, id: Option<&str>, text: &str) -> DeviceAdd {
+        DeviceAdd {
+            driver: driver.into(),
+            bus: None,
+            id: id.map(str::to_owned),
+            properties: Properties::parse(text, "").unwrap(),
+        }
+    }
+
+    fn backend(qom_type: &str, text: &str) -> Result<MemoryObject, OptionError> {
+        object(ObjectAdd {
+            qom_type: qom_type.into(),
+            id: "m0".into(),
+            properties: Properties::parse(text, "").unwrap(),
+        })
+    }
+
     #[test]
     fn qemu_spelling_of_a_memory_device() {
-        let mut objects = vec![object("memory-backend-ram,id=m0,size=1G").unwrap()];
-        let dev = device(
-            "virtio-mem-pci,id=v1,memdev=m0,requested-size=256M",
-            0,
-            &mut objects,
-        )
-        .unwrap();
+        let mut objects = vec![backend("memory-backend-ram", "size=1G").unwrap()];
+        let v1 = named(
+            "virtio-mem-pci",
+            Some("v1"),
+            "memdev=m0,requested-size=256M",
+        );
+        let dev = device(v1, 0, &mut objects).unwrap();
         assert_eq!((dev.id.as_str(), dev.requested_bytes), ("v1", 256 << 20));
-        let again = device("virtio-mem-pci,memdev=m0", 1, &mut objects).unwrap_err();
+        let plain = |driver| named(driver, None, "memdev=m0");
+        let again = device(plain("virtio-mem-pci"), 1, &mut objects).unwrap_err();
         assert!(again.to_string().contains("memdev=m0"));
-        let e = device("virtio-men-pci,memdev=m0", 1, &mut objects).unwrap_err();
+        let e = device(plain("virtio-men-pci"), 1, &mut objects).unwrap_err();
         assert!(e.to_string().contains("is \"virtio-mem-pci\" meant?"));
+    }
+
+    #[test]
+    fn mistakes_of_memory_devices() {
+        let mistake = |text: &str| {
+            let mut objects = vec![backend("memory-backend-ram", "size=1G").unwrap()];
+            let v1 = named("virtio-mem-pci", Some("v1"), text);
+            device(v1, 0, &mut objects).unwrap_err().to_string()
+        };
+        assert!(mistake("memdev=m0,requsted-size=1G").contains("is \"requested-size\" meant?"));
+        assert!(mistake("memdev=m0,node=1").contains("node=1"));
+        assert!(mistake("memdev=m0,block-size=x").contains("'x' is not a size"));
+        assert_eq!(mistake("node=0"), "--device: Parameter 'memdev' is missing");
+        let object = |kind: &str, text: &str| backend(kind, text).unwrap_err().to_string();
+        assert_eq!(
+            object("memory-backend-ram", "size=1G,mem-path=/x"),
+            "--object: mem-path has no meaning for this type"
+        );
+        assert_eq!(
+            object("memory-backend-file", "size=1G"),
+            "--object: m0: Parameter 'mem-path' is missing"
+        );
+        assert!(
+            object("memory-backend-rom", "size=1").contains("is \"memory-backend-ram\" meant?")
+        );
+        assert_eq!(
+            object("memory-backend-memfd", "size=1G,share=off"),
+            "--object: m0: Property 'memory-backend-memfd.share' doesn't take value 'off'"
+        );
+        let backing = |kind: &str, text: &str| backend(kind, text).unwrap().backing;
+        assert!(matches!(
+            backing("memory-backend-memfd", "size=1G,hugetlb,share=on"),
+            Backing::Hugetlb { .. }
+        ));
+        assert!(matches!(
+            backing("memory-backend-ram", "size=1G,share=on"),
+            Backing::Memfd { .. }
+        ));
+        assert!(matches!(
+            backing("memory-backend-ram", "size=1G,share=off"),
+            Backing::Anon { .. }
+        ));
     }
 }

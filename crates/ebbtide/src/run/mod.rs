@@ -3,6 +3,7 @@
 
 mod devices;
 mod options;
+mod parts;
 mod signals;
 
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use ebbtide_machine::{Built, Prepared};
 use ebbtide_qmp::{EventSink, Server, SocketSpec};
 
 use options::OptionError;
+use parts::{PartArgs, Parts};
 use signals::Signals;
 
 /// Exit code for a command line that can't be understood, as clap uses it.
@@ -68,13 +70,8 @@ pub struct RunArgs {
     /// unix:PATH: listen for QMP clients
     #[arg(long, value_name = "unix:PATH")]
     qmp: Vec<String>,
-    /// A memory backend, in QEMU's spelling: memory-backend-ram,id=ID,size=SIZE
-    #[arg(long = "object", value_name = "OPTIONS")]
-    objects: Vec<String>,
-    /// A device, in QEMU's spelling: virtio-mem-pci,memdev=ID[,id=ID][,requested-size=SIZE]
-    /// [,block-size=SIZE]
-    #[arg(long = "device", value_name = "OPTIONS")]
-    devices: Vec<String>,
+    #[command(flatten)]
+    parts: PartArgs,
     /// End the VM when the guest resets
     #[arg(long)]
     no_reboot: bool,
@@ -169,22 +166,7 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         .zip(&args.disks)
         .map(|(index, text)| devices::disk(text, index))
         .collect::<Result<_, _>>()?;
-    let mut objects = args
-        .objects
-        .iter()
-        .map(|text| devices::object(text))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut memory_devices: Vec<MemoryDeviceConfig> = auto.into_iter().collect();
-    for text in &args.devices {
-        memory_devices.push(devices::device(text, memory_devices.len(), &mut objects)?);
-    }
-    if let Some(object) = objects.first() {
-        return Err(OptionError::new(
-            "--object",
-            format!("id={}: no --device uses it", object.id()),
-        ));
-    }
-    memory_devices.sort_by(|a, b| a.id.cmp(&b.id));
+    let memory_devices = memory_devices(&args.parts, auto)?;
     let qmp = args
         .qmp
         .iter()
@@ -217,6 +199,28 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         .validate()
         .map_err(|e| OptionError::new("command line", e))?;
     Ok(config)
+}
+
+/// The memory devices: that of `--memory`, and those put together from `--object` and `--device`.
+fn memory_devices(
+    args: &PartArgs,
+    auto: Option<MemoryDeviceConfig>,
+) -> Result<Vec<MemoryDeviceConfig>, OptionError> {
+    let mut parts = Parts::parse(args)?;
+    let objects = std::mem::take(&mut parts.objects).into_iter();
+    let mut objects = objects
+        .map(devices::object)
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut configs: Vec<MemoryDeviceConfig> = auto.into_iter().collect();
+    for device in std::mem::take(&mut parts.devices) {
+        configs.push(devices::device(device, configs.len(), &mut objects)?);
+    }
+    if let Some(object) = objects.first() {
+        return Err(parts::unused("--object", "id", object.id()));
+    }
+    parts.finish()?;
+    configs.sort_by(|a, b| a.id.cmp(&b.id));
+    Ok(configs)
 }
 
 /// Adds what a growing guest needs, unless the user has decided it.

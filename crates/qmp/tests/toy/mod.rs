@@ -2,6 +2,7 @@
 //! A machine without a guest: boot memory and virtio-mem devices whose "driver" follows the requested size
 //! at a set pace, as far as it is let. It answers every command, so clients can be tried on it.
 
+pub mod plug;
 pub mod server;
 
 use std::cell::{Cell, RefCell};
@@ -56,6 +57,10 @@ pub struct ToyConfig {
     pub devices: Vec<ToyDevice>,
     /// How much each driver plugs or unplugs every 10 ms.
     pub step_bytes: u64,
+    /// What the guest does when it is asked to let go of a device.
+    pub guest: plug::Guest,
+    /// Whether it is like QEMU and keeps no list of removals.
+    pub without_removals: bool,
 }
 
 #[derive(Debug, Clone)]
@@ -77,6 +82,8 @@ impl Default for ToyConfig {
             boot_bytes: 512 << 20,
             devices: vec![device],
             step_bytes: 64 << 20,
+            guest: plug::Guest::default(),
+            without_removals: false,
         }
     }
 }
@@ -99,6 +106,7 @@ pub struct Toy {
     events: EventSink,
     state: Cell<RunState>,
     devices: Vec<Device>,
+    plugged: plug::Plugged,
     /// Why it is to end, once it is.
     pub quit: RefCell<Option<ShutdownCause>>,
 }
@@ -120,6 +128,7 @@ impl Toy {
         let toy = Rc::new(Toy {
             devices: devices.collect(),
             config: config.clone(),
+            plugged: plug::Plugged::default(),
             local: local.clone(),
             events,
             state: Cell::new(RunState::Running),
@@ -177,6 +186,9 @@ impl Toy {
     }
 
     fn get(&self, path: &str, property: &str) -> Result<Value, QmpError> {
+        if let Some(value) = self.plugged.get(path, property) {
+            return value;
+        }
         let device = self.device(path)?;
         match property {
             "type" => Ok("virtio-mem-pci".into()),
@@ -212,8 +224,13 @@ impl Toy {
                 let children = self.devices.iter().map(|d| {
                     ObjectPropertyInfo::new(d.config.id.as_str(), "child<virtio-mem-pci>")
                 });
-                Ok(std::iter::once(own()).chain(children).collect())
+                let plugged = self.plugged.children();
+                Ok(std::iter::once(own())
+                    .chain(children)
+                    .chain(plugged)
+                    .collect())
             }
+            _ if self.plugged.has(path) => Ok(vec![own()]),
             _ => {
                 self.device(path)?;
                 let sizes = ["requested-size", "size", "block-size"]
@@ -236,7 +253,8 @@ impl Toy {
                 memdev: format!("/objects/mem-{}", device.config.id),
             })
         };
-        self.devices.iter().map(info).collect()
+        let dimms = self.plugged.dimms();
+        self.devices.iter().map(info).chain(dimms).collect()
     }
 
     fn summary(&self) -> MemorySizeSummary {
@@ -374,7 +392,7 @@ impl Toy {
 
 /// The commands the toy carries out.
 pub fn commands(toy: Rc<Toy>) -> CommandTable<Toy> {
-    CommandTable::new(toy)
+    plug::add(CommandTable::new(toy))
         .on(QUERY_STATUS, async |toy, _, Empty {}| {
             Ok(StatusInfo::new(toy.state.get()))
         })
