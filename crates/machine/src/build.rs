@@ -20,7 +20,7 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::hotplug::{Devices, Made, Place, Surface};
+use crate::hotplug::{AnyUse, BlockNode, Devices, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
@@ -173,6 +173,7 @@ impl Prepared {
 
 /// Memory devices stay: their size is what comes and goes.
 const MEM: &str = "virtio-mem-pci";
+const BLK: &str = "virtio-blk-pci";
 
 /// A function that is there from the start.
 struct ColdFunction {
@@ -180,6 +181,8 @@ struct ColdFunction {
     driver: &'static str,
     removable: bool,
     function: Arc<VirtioPci>,
+    /// The node of a disk.
+    node: Option<BlockNode>,
 }
 
 impl ColdFunction {
@@ -194,10 +197,17 @@ impl ColdFunction {
             at,
             parent: None,
         };
+        let mut uses: Vec<Box<dyn AnyUse>> = Vec::new();
+        if let Some(node) = self.node {
+            // Named like its device, as its user has named only that.
+            let taken = devices.blocks().add(&self.id, node);
+            let node = taken.and_then(|()| devices.blocks().take(&self.id, &self.id));
+            uses.push(Box::new(node.map_err(|e| Error::part(&self.id, e.desc))?));
+        }
         let made = Made {
             function: self.function,
             port: None,
-            uses: Vec::new(),
+            uses,
         };
         devices
             .plug(
@@ -289,6 +299,7 @@ impl Parts {
         device: Arc<dyn VirtioDevice>,
         vm: &dyn Vm,
         remote: &Remote,
+        node: Option<BlockNode>,
     ) -> Result<(), Error> {
         let function = VirtioPci::new(id, device, &self.system, &*vm.msi(), remote)
             .map_err(|e| Error::part(id, e))?;
@@ -297,6 +308,7 @@ impl Parts {
             driver,
             removable: driver != MEM,
             function,
+            node,
         });
         Ok(())
     }
@@ -323,13 +335,7 @@ impl Parts {
             let blocking = Arc::clone(&self.blocking);
             let virtio = VirtioMem::new(spec, remote.clone(), blocking, events.clone())
                 .map_err(|e| Error::part(&device.id, e))?;
-            self.plug(
-                &device.id,
-                MEM,
-                Arc::clone(&virtio) as _,
-                vm,
-                &remote,
-            )?;
+            self.plug(&device.id, MEM, Arc::clone(&virtio) as _, vm, &remote, None)?;
             slots.push(MemorySlot::new(device.clone(), range.clone(), virtio));
         }
         Ok(slots)
@@ -368,8 +374,10 @@ impl Parts {
                 serial: disk.serial.clone(),
                 ..BlkSpec::new(&disk.id)
             };
+            let path = disk.path.to_string_lossy();
+            let node = BlockNode::opened(&disk.id, &opened, &path, disk.direct);
             let device = VirtioBlk::new(spec, opened, remote.clone());
-            self.plug(&disk.id, "virtio-blk-pci", device as _, vm, &remote)?;
+            self.plug(&disk.id, BLK, device as _, vm, &remote, Some(node))?;
         }
         Ok(())
     }

@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use ebbtide_memory::Backing;
 use ebbtide_qmp::types::block::BlockdevOptions;
+use ebbtide_qmp::types::chardev::ChardevAdd;
 use ebbtide_qmp::types::device::DeviceAdd;
+use ebbtide_qmp::types::net::NetdevAdd;
+use ebbtide_qmp::types::qom::ObjectAdd;
 
 use crate::Error;
 use crate::boot::BootSpec;
@@ -36,6 +39,12 @@ pub struct MachineConfig {
     pub memory_devices: Vec<MemoryDeviceConfig>,
     /// virtio-blk devices.
     pub disks: Vec<DiskConfig>,
+    /// Memory backends of devices, iothreads.
+    pub objects: Vec<ObjectAdd>,
+    /// Character devices.
+    pub chardevs: Vec<ChardevAdd>,
+    /// Network backends.
+    pub netdevs: Vec<NetdevAdd>,
     /// Block nodes, in order: one may stand on another before it.
     pub block_nodes: Vec<BlockdevOptions>,
     /// Devices that are there from the start, in order: one may be plugged into another before it.
@@ -284,6 +293,9 @@ mod tests {
                 prefault: false,
             }],
             disks: vec![],
+            objects: vec![],
+            chardevs: vec![],
+            netdevs: vec![],
             block_nodes: vec![],
             devices: vec![],
             serial: SerialConfig::Off,

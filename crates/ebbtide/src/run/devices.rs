@@ -176,13 +176,6 @@ const OBJECT_TYPES: &[&str] = &[
 ];
 const OBJECT_KEYS: &[&str] = &["id", "size", "prealloc", "mem-path", "share", "hugetlb"];
 
-impl MemoryObject {
-    /// Its id.
-    pub fn id(&self) -> &str {
-        &self.id
-    }
-}
-
 /// One `--object`, which has to be a memory backend.
 pub fn object(object: ObjectAdd) -> Result<MemoryObject, OptionError> {
     let ObjectAdd {
@@ -235,7 +228,8 @@ fn object_backing(
     }))
 }
 
-const DEVICE_TYPES: &[&str] = &["virtio-mem-pci"];
+/// The drivers of virtio-mem devices.
+pub const MEMORY_DRIVERS: &[&str] = &["virtio-mem-pci", "virtio-mem"];
 const MEM_KEYS: &[&str] = &[
     "id",
     "memdev",
@@ -259,8 +253,8 @@ pub fn device(
     } = device;
     let error = |text: String| OptionError::new("--device", text);
     let wrong = |wrong: QmpError| error(wrong.desc);
-    if driver != "virtio-mem-pci" && driver != "virtio-mem" {
-        return Err(error(unknown("driver", &driver, DEVICE_TYPES)));
+    if !MEMORY_DRIVERS.contains(&&*driver) {
+        return Err(error(unknown("driver", &driver, MEMORY_DRIVERS)));
     }
     if bus.is_some() {
         return Err(error(unknown("property", "bus", MEM_KEYS)));

@@ -17,7 +17,10 @@ use ebbtide_machine::boot::BootSpec;
 use ebbtide_machine::config::{MAX_CPUS, MachineConfig, MemoryDeviceConfig};
 use ebbtide_machine::lifecycle::Ending;
 use ebbtide_machine::{Built, Prepared};
+use ebbtide_qmp::types::device::DeviceAdd;
+use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{EventSink, Server, SocketSpec};
+use serde_json::json;
 
 use options::OptionError;
 use parts::{PartArgs, Parts};
@@ -166,7 +169,8 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         .zip(&args.disks)
         .map(|(index, text)| devices::disk(text, index))
         .collect::<Result<_, _>>()?;
-    let memory_devices = memory_devices(&args.parts, auto)?;
+    let mut parts = Parts::parse(&args.parts)?;
+    let memory_devices = memory_devices(&mut parts, auto)?;
     let qmp = args
         .qmp
         .iter()
@@ -179,8 +183,11 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         )
     })?;
     let config = MachineConfig {
-        block_nodes: Vec::new(),
-        devices: Vec::new(),
+        objects: parts.objects,
+        chardevs: parts.chardevs,
+        netdevs: parts.netdevs,
+        block_nodes: parts.blockdevs,
+        devices: parts.devices,
         boot: BootSpec {
             kernel: args.kernel,
             initrd: args.initrd,
@@ -201,24 +208,34 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
     Ok(config)
 }
 
-/// The memory devices: that of `--memory`, and those put together from `--object` and `--device`.
+/// The virtio-mem devices: that of `--memory`, and those put together from `--object` and `--device`. All others are left
+/// in `parts`.
 fn memory_devices(
-    args: &PartArgs,
+    parts: &mut Parts,
     auto: Option<MemoryDeviceConfig>,
 ) -> Result<Vec<MemoryDeviceConfig>, OptionError> {
-    let mut parts = Parts::parse(args)?;
-    let objects = std::mem::take(&mut parts.objects).into_iter();
+    let mut configs: Vec<MemoryDeviceConfig> = auto.into_iter().collect();
+    let is_memory = |device: &DeviceAdd| devices::MEMORY_DRIVERS.contains(&&*device.driver);
+    let (memory, others): (Vec<_>, Vec<_>) = std::mem::take(&mut parts.devices)
+        .into_iter()
+        .partition(is_memory);
+    parts.devices = others;
+    let used = |object: &ObjectAdd| {
+        let memdev =
+            |device: &DeviceAdd| device.properties.get("memdev") == Some(&json!(object.id));
+        memory.iter().any(memdev)
+    };
+    let (objects, others) = std::mem::take(&mut parts.objects)
+        .into_iter()
+        .partition::<Vec<_>, _>(used);
+    parts.objects = others;
     let mut objects = objects
+        .into_iter()
         .map(devices::object)
         .collect::<Result<Vec<_>, _>>()?;
-    let mut configs: Vec<MemoryDeviceConfig> = auto.into_iter().collect();
-    for device in std::mem::take(&mut parts.devices) {
+    for device in memory {
         configs.push(devices::device(device, configs.len(), &mut objects)?);
     }
-    if let Some(object) = objects.first() {
-        return Err(parts::unused("--object", "id", object.id()));
-    }
-    parts.finish()?;
     configs.sort_by(|a, b| a.id.cmp(&b.id));
     Ok(configs)
 }

@@ -19,19 +19,17 @@ pub struct PartArgs {
     /// A memory backend, in QEMU's spelling: memory-backend-ram,id=ID,size=SIZE
     #[arg(long = "object", value_name = "OPTIONS")]
     objects: Vec<String>,
-    /// A device, in QEMU's spelling: virtio-mem-pci,memdev=ID[,id=ID][,requested-size=SIZE]
-    /// [,block-size=SIZE]
+    /// A device, in QEMU's spelling: virtio-blk-pci,drive=NODE[,id=ID][,bus=BUS][,addr=SLOT]
     #[arg(long = "device", value_name = "OPTIONS")]
     devices: Vec<String>,
-    // No device that is made at the start takes one of these: all are refused, so none is offered.
     /// A block node, in QEMU's spelling: file,node-name=NAME,filename=FILE
-    #[arg(long = "blockdev", value_name = "OPTIONS", hide = true)]
+    #[arg(long = "blockdev", value_name = "OPTIONS")]
     blockdevs: Vec<String>,
     /// A network backend, in QEMU's spelling: tap,id=ID,ifname=NAME
-    #[arg(long = "netdev", value_name = "OPTIONS", hide = true)]
+    #[arg(long = "netdev", value_name = "OPTIONS")]
     netdevs: Vec<String>,
     /// A character device, in QEMU's spelling: socket,id=ID,path=PATH,server=on,wait=off
-    #[arg(long = "chardev", value_name = "OPTIONS", hide = true)]
+    #[arg(long = "chardev", value_name = "OPTIONS")]
     chardevs: Vec<String>,
 }
 
@@ -72,45 +70,6 @@ impl Parts {
         unique("--device", "id", devices)?;
         Ok(parts)
     }
-
-    /// Ends the taking.
-    ///
-    /// # Errors
-    /// Names a part that nobody took: what is not used was not meant, or its user is misspelt.
-    pub fn finish(self) -> Result<(), OptionError> {
-        let Parts {
-            objects,
-            chardevs,
-            netdevs,
-            blockdevs,
-            devices,
-        } = &self;
-        if let Some(object) = objects.first() {
-            return Err(unused("--object", "id", &object.id));
-        }
-        if let Some(chardev) = chardevs.first() {
-            return Err(unused("--chardev", "id", &chardev.id));
-        }
-        if let Some(netdev) = netdevs.first() {
-            return Err(unused("--netdev", "id", &netdev.id));
-        }
-        if let Some(node) = blockdevs.first() {
-            let name = node.node_name.as_deref().unwrap_or_default();
-            return Err(unused("--blockdev", "node-name", name));
-        }
-        match devices.first() {
-            Some(device) => Err(OptionError::new(
-                "--device",
-                QmpError::invalid_driver(&device.driver).desc,
-            )),
-            None => Ok(()),
-        }
-    }
-}
-
-/// That a backend is there for nothing.
-pub fn unused(option: &str, key: &str, name: &str) -> OptionError {
-    OptionError::new(option, format!("{key}={name}: no --device uses it"))
 }
 
 fn each<T>(
@@ -279,35 +238,5 @@ mod tests {
         ] {
             assert_eq!(mistake(words), text);
         }
-    }
-
-    #[test]
-    fn what_nobody_uses_is_refused() {
-        for (words, text) in [
-            (
-                &["--object", "memory-backend-ram,id=m0,size=1G"][..],
-                "--object: id=m0: no --device uses it",
-            ),
-            (
-                &["--blockdev", "null-co,node-name=n0"],
-                "--blockdev: node-name=n0: no --device uses it",
-            ),
-            (
-                &["--netdev", "tap,id=n0"],
-                "--netdev: id=n0: no --device uses it",
-            ),
-            (
-                &["--chardev", "null,id=c0"],
-                "--chardev: id=c0: no --device uses it",
-            ),
-            (
-                &["--device", "e1000"],
-                "--device: 'e1000' is not a valid device model name",
-            ),
-        ] {
-            let error = parse(words).unwrap().finish().unwrap_err();
-            assert_eq!(error.to_string(), text);
-        }
-        assert_eq!(Parts::default().finish(), Ok(()));
     }
 }
