@@ -90,7 +90,10 @@ fn one_cycle(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
 /// Waits for DEVICE_DELETED of `id`; it must come once.
 pub(super) fn deleted(vmm: &mut Vmm, id: &str) -> Result<()> {
     let event = vmm.qmp().wait_event("DEVICE_DELETED", GUEST);
-    let event = event.with_context(|| removals(vmm))?;
+    let event = event.with_context(|| {
+        let log = kernel_log(vmm).unwrap_or_else(|e| format!("{e:#}"));
+        format!("{}\n{log}", removals(vmm))
+    })?;
     ensure!(
         event.data["device"] == json!(id),
         "DEVICE_DELETED of {}, not of {id}",
@@ -112,7 +115,7 @@ fn kernel_log(vmm: &mut Vmm) -> Result<String> {
     let log: KernelLog = vmm.guest().call(
         Command::Dmesg {
             deny: Vec::new(),
-            tail: 20,
+            tail: 60,
         },
         GUEST,
     )?;
@@ -141,14 +144,18 @@ pub(super) fn wait_for(vmm: &mut Vmm, path: &str, there: bool) -> Result<()> {
 /// A device that is added again and again at every moment of another's way out.
 pub fn reuse(ground: &Ground) -> Result<()> {
     let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
-    let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 3_000_000_000u64});
+    let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 300_000_000u64});
     vmm.qmp().execute("blockdev-add", node)?;
     let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0", "addr": "7"});
     vmm.qmp().execute("device_add", disk.clone())?;
     wait_for(&mut vmm, "/dev/vda", true)?;
     vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
     let mut refused = 0;
+    let begun = Instant::now();
     loop {
+        if begun.elapsed() > GUEST {
+            bail!("it does not go: {}\n{}", removals(&mut vmm), kernel_log(&mut vmm)?);
+        }
         let events = vmm.qmp().take_events()?;
         let gone = events.iter().any(|e| e.name == "DEVICE_DELETED");
         let again = vmm.qmp().execute("device_add", disk.clone());
