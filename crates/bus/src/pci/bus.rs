@@ -76,7 +76,7 @@ impl Bus {
             memory: Arc::clone(&self.space.memory),
             container: Region::container(format!("{name}-bus"), 1 << 64),
             windows: self.space.windows.clone(),
-            upstream: Upstream::new(false),
+            upstream: Upstream::new(),
         };
         Self::new(name, kind, space)
     }
@@ -227,11 +227,19 @@ impl Bus {
         self.read().functions.iter().all(Option::is_none)
     }
 
-    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not.
+    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not. From any thread.
     pub fn is_occupied(&self, slot: u8) -> bool {
-        let open =
-            |(_, function): &(Devfn, Arc<dyn Function>)| !function.config().gate().is_closed();
-        self.functions_in(slot).iter().any(open)
+        let table = self.read();
+        // No reference is taken: on a vCPU's thread it could become the last one.
+        let open = |function: &Arc<dyn Function>| !function.config().gate().is_closed();
+        (0..8)
+            .filter_map(|function| {
+                table
+                    .functions
+                    .get(Devfn::new(slot, function)?.index())?
+                    .as_ref()
+            })
+            .any(open)
     }
 
     pub(super) fn space(&self) -> &BarSpace {

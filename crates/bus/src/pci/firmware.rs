@@ -160,7 +160,9 @@ fn windows_for(
         (size_bytes > 0).then(|| Request {
             devfn,
             part,
-            size_bytes: size_bytes.next_multiple_of(WINDOW_BYTES),
+            size_bytes: size_bytes
+                .checked_next_multiple_of(WINDOW_BYTES)
+                .unwrap_or(size_bytes),
             align_bytes: align_bytes.max(WINDOW_BYTES),
             kind,
         })

@@ -443,6 +443,10 @@ fn requests_reach_memory_only_through_masters() {
         bridge.write(machine, COMMAND, 2, 6);
     }
     assert!(device.config().reaches_memory());
+    // A bridge that is on no bus any more leads nowhere.
+    switch.root_port.config().gate().close();
+    machine.bridge.unmap(Devfn::new(1, 0).unwrap()).unwrap();
+    assert!(!device.config().reaches_memory());
     let zero = Devfn::new(0, 0).unwrap();
     device.config().gate().close();
     switch.downstream[0].bus().detach_at(zero).unwrap();
@@ -505,8 +509,8 @@ fn what_has_no_room_is_named_and_the_rest_is_there() {
         Port::new(&machine.bridge, spec, &controller).unwrap()
     };
     let greedy = Reservation {
-        buses: 1,
-        memory_bytes: 1 << 40,
+        buses: 0,
+        memory_bytes: u64::MAX,
         prefetchable_bytes: 0,
     };
     machine
