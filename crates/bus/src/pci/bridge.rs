@@ -134,15 +134,14 @@ impl Bridge {
         registers.define_write_one_clears(SECONDARY_STATUS, &STATUS_ERRORS.to_le_bytes());
         let address = ADDRESS_BITS.to_le_bytes();
         let wide = WIDE.to_le_bytes();
-        for register in [MEMORY_BASE, MEMORY_BASE + 2] {
-            registers.define(register, &[0; 2], &address);
-        }
-        for register in [PREFETCHABLE_BASE, PREFETCHABLE_BASE + 2] {
-            registers.define(register, &wide, &address);
-        }
-        for register in [PREFETCHABLE_BASE_UPPER, PREFETCHABLE_LIMIT_UPPER] {
-            registers.define(register, &[0; 4], &[0xff; 4]);
-        }
+        // The windows are closed: bases at the top, limits at the bottom.
+        let closed = (ADDRESS_BITS | WIDE).to_le_bytes();
+        registers.define(MEMORY_BASE, &address, &address);
+        registers.define(MEMORY_BASE + 2, &[0; 2], &address);
+        registers.define(PREFETCHABLE_BASE, &closed, &address);
+        registers.define(PREFETCHABLE_BASE + 2, &wide, &address);
+        registers.define(PREFETCHABLE_BASE_UPPER, &[0xff; 4], &[0xff; 4]);
+        registers.define(PREFETCHABLE_LIMIT_UPPER, &[0; 4], &[0xff; 4]);
         registers.define(BRIDGE_CONTROL, &[0; 2], &CONTROL_WRITABLE.to_le_bytes());
     }
 

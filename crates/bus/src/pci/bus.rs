@@ -222,6 +222,18 @@ impl Bus {
         below
     }
 
+    /// Puts what is in `slot` and behind it into the state of something that has just been plugged: slots of ports among it
+    /// are on if something is in them, and nothing has happened to them.
+    pub(crate) fn settle(&self, slot: u8) {
+        for (_, function) in self.functions_in(slot) {
+            if let Some(bridge) = function.config().bridge() {
+                let below = bridge.bus().functions_below();
+                below.iter().for_each(|function| function.settle());
+            }
+            function.settle();
+        }
+    }
+
     /// Whether nothing is on it.
     pub fn is_empty(&self) -> bool {
         self.read().functions.iter().all(Option::is_none)

@@ -409,6 +409,10 @@ impl HotplugSlot for Port {
     }
 
     fn plugged(&self) {
+        let state = self.state();
+        if !state.occupied || state.ejected {
+            self.bus.settle(LINK_SLOT);
+        }
         self.act(Controller::plug);
     }
 
