@@ -56,25 +56,35 @@ struct Shown {
 }
 
 /// The way of requests from a bus to memory: whether each bridge on it is bus master.
-pub(super) struct Upstream {
-    forwards: AtomicBool,
-    above: Mutex<Option<Arc<Upstream>>>,
+pub(super) enum Upstream {
+    /// Of the root bus: there is memory.
+    Memory,
+    /// Of a bridge's bus.
+    Bridge {
+        master: AtomicBool,
+        /// That of the bus the bridge is on, if it is on one.
+        above: Mutex<Option<Arc<Upstream>>>,
+    },
 }
 
 impl Upstream {
-    pub(super) fn new(forwards: bool) -> Arc<Self> {
-        Arc::new(Self {
-            forwards: AtomicBool::new(forwards),
+    /// That of a bridge that is not master and on no bus yet.
+    pub(super) fn new() -> Arc<Self> {
+        Arc::new(Self::Bridge {
+            master: AtomicBool::new(false),
             above: Mutex::default(),
         })
     }
 
     /// Whether a request gets through.
     pub(super) fn is_open(&self) -> bool {
-        self.forwards.load(Ordering::Acquire)
-            && lock(&self.above)
-                .as_ref()
-                .is_none_or(|above| above.is_open())
+        match self {
+            Self::Memory => true,
+            Self::Bridge { master, above } => {
+                let above = || lock(above).as_ref().is_some_and(|above| above.is_open());
+                master.load(Ordering::Acquire) && above()
+            }
+        }
     }
 }
 
@@ -124,15 +134,14 @@ impl Bridge {
         registers.define_write_one_clears(SECONDARY_STATUS, &STATUS_ERRORS.to_le_bytes());
         let address = ADDRESS_BITS.to_le_bytes();
         let wide = WIDE.to_le_bytes();
-        for register in [MEMORY_BASE, MEMORY_BASE + 2] {
-            registers.define(register, &[0; 2], &address);
-        }
-        for register in [PREFETCHABLE_BASE, PREFETCHABLE_BASE + 2] {
-            registers.define(register, &wide, &address);
-        }
-        for register in [PREFETCHABLE_BASE_UPPER, PREFETCHABLE_LIMIT_UPPER] {
-            registers.define(register, &[0; 4], &[0xff; 4]);
-        }
+        // The windows are closed: bases at the top, limits at the bottom.
+        let closed = (ADDRESS_BITS | WIDE).to_le_bytes();
+        registers.define(MEMORY_BASE, &address, &address);
+        registers.define(MEMORY_BASE + 2, &[0; 2], &address);
+        registers.define(PREFETCHABLE_BASE, &closed, &address);
+        registers.define(PREFETCHABLE_BASE + 2, &wide, &address);
+        registers.define(PREFETCHABLE_BASE_UPPER, &[0xff; 4], &[0xff; 4]);
+        registers.define(PREFETCHABLE_LIMIT_UPPER, &[0; 4], &[0xff; 4]);
         registers.define(BRIDGE_CONTROL, &[0; 2], &CONTROL_WRITABLE.to_le_bytes());
     }
 
@@ -140,13 +149,16 @@ impl Bridge {
     pub(super) fn route(&self, registers: &Registers, master: bool) {
         self.numbers
             .store(registers.read(BUS_NUMBERS, 4), Ordering::Release);
-        let upstream = &self.bus.space().upstream;
-        upstream.forwards.store(master, Ordering::Release);
+        if let Upstream::Bridge { master: is, .. } = &*self.bus.space().upstream {
+            is.store(master, Ordering::Release);
+        }
     }
 
     /// Says which bus the bridge is on.
-    pub(super) fn connect(&self, above: Option<Arc<Upstream>>) {
-        *lock(&self.bus.space().upstream.above) = above;
+    pub(super) fn connect(&self, to: Option<Arc<Upstream>>) {
+        if let Upstream::Bridge { above, .. } = &*self.bus.space().upstream {
+            *lock(above) = to;
+        }
     }
 
     /// Makes the map of `space`, the bus above, show the windows the registers say. What the map refuses stays hidden.

@@ -76,7 +76,7 @@ impl Bus {
             memory: Arc::clone(&self.space.memory),
             container: Region::container(format!("{name}-bus"), 1 << 64),
             windows: self.space.windows.clone(),
-            upstream: Upstream::new(false),
+            upstream: Upstream::new(),
         };
         Self::new(name, kind, space)
     }
@@ -222,16 +222,36 @@ impl Bus {
         below
     }
 
+    /// Puts what is in `slot` and behind it into the state of something that has just been plugged: slots of ports among it
+    /// are on if something is in them, and nothing has happened to them.
+    pub(crate) fn settle(&self, slot: u8) {
+        for (_, function) in self.functions_in(slot) {
+            if let Some(bridge) = function.config().bridge() {
+                let below = bridge.bus().functions_below();
+                below.iter().for_each(|function| function.settle());
+            }
+            function.settle();
+        }
+    }
+
     /// Whether nothing is on it.
     pub fn is_empty(&self) -> bool {
         self.read().functions.iter().all(Option::is_none)
     }
 
-    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not.
+    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not. From any thread.
     pub fn is_occupied(&self, slot: u8) -> bool {
-        let open =
-            |(_, function): &(Devfn, Arc<dyn Function>)| !function.config().gate().is_closed();
-        self.functions_in(slot).iter().any(open)
+        let table = self.read();
+        // No reference is taken: on a vCPU's thread it could become the last one.
+        let open = |function: &Arc<dyn Function>| !function.config().gate().is_closed();
+        (0..8)
+            .filter_map(|function| {
+                table
+                    .functions
+                    .get(Devfn::new(slot, function)?.index())?
+                    .as_ref()
+            })
+            .any(open)
     }
 
     pub(super) fn space(&self) -> &BarSpace {

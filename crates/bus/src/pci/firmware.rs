@@ -33,11 +33,12 @@ pub struct Reservation {
 }
 
 impl Default for Reservation {
-    /// Room for a switch with six ports and a few devices, or for one device with a BAR of 1 GiB.
+    /// Room for a switch with six ports, for each of which Linux wants 2 MiB for 32-bit BARs, or for one device with a BAR
+    /// of 1 GiB.
     fn default() -> Self {
         Self {
             buses: 8,
-            memory_bytes: 2 << 20,
+            memory_bytes: 16 << 20,
             prefetchable_bytes: 1 << 30,
         }
     }
@@ -160,7 +161,9 @@ fn windows_for(
         (size_bytes > 0).then(|| Request {
             devfn,
             part,
-            size_bytes: size_bytes.next_multiple_of(WINDOW_BYTES),
+            size_bytes: size_bytes
+                .checked_next_multiple_of(WINDOW_BYTES)
+                .unwrap_or(size_bytes),
             align_bytes: align_bytes.max(WINDOW_BYTES),
             kind,
         })

@@ -65,7 +65,7 @@ impl HostBridge {
             memory: Arc::clone(memory),
             container: Region::container("pci", 1 << 64),
             windows,
-            upstream: Upstream::new(true),
+            upstream: Arc::new(Upstream::Memory),
         };
         let bridge = Arc::new(Self {
             root: Bus::new(Self::BUS, BusKind::Root, space),

@@ -44,7 +44,7 @@ pub trait HotplugSlot: Send + Sync {
     /// Which one it is.
     fn address(&self) -> &SlotAddress;
 
-    /// Tells the guest that the function that was attached is there. Without effect when the guest knows already; takes
+    /// Tells the guest that the function that was attached is there, with everything behind it. Without effect when the guest knows already; takes
     /// back an eject that is not wanted and a request.
     fn plugged(&self);
 

@@ -121,7 +121,8 @@ pub trait Function: Send + Sync {
         self.config().reset();
     }
 
-    /// Firmware is done and the guest is about to start: what is here now is here from the beginning, not hot-plugged.
+    /// The guest has not seen the function yet (it is about to start, or to be told of what is plugged): what is here now
+    /// is here from the beginning, not hot-plugged.
     fn settle(&self) {}
 
     /// Whether it can be on a bus of this kind.

@@ -294,23 +294,29 @@ impl Port {
 
     /// A guest's write to slot control and status, which are one dword.
     fn write_slot(&self, slot: &Slot, offset: u16, size: u8, value: u32) {
-        let at = offset.wrapping_sub(slot.express + SLOT_CONTROL);
-        let bytes = value.to_le_bytes();
-        let written = (at..).zip(bytes).take(size.into());
+        let first = slot.express + SLOT_CONTROL;
+        let bytes = value.to_le_bytes().into_iter().take(size.into());
+        let written: Vec<(usize, u8)> = bytes
+            .enumerate()
+            .filter_map(|(at, byte)| {
+                let at = usize::from(offset) + at;
+                Some((at.checked_sub(first.into())?, byte))
+            })
+            .collect();
         self.step(slot, |controller| {
             let mut control = controller.control().to_le_bytes();
             let mut status = [0; 2];
-            for (at, byte) in written {
-                let target = control.iter_mut().chain(&mut status).nth(at.into());
+            for (at, byte) in &written {
+                let target = control.iter_mut().chain(&mut status).nth(*at);
                 if let Some(target) = target {
-                    *target = byte;
+                    *target = *byte;
                 }
             }
             // Events are cleared first: the command's own completion is a new one.
             let cleared = controller.write_status(u16::from_le_bytes(status));
-            let commanded = match at {
-                0 | 1 => controller.write_control(u16::from_le_bytes(control)),
-                _ => Effects::default(),
+            let commanded = match written.iter().any(|(at, _)| *at < control.len()) {
+                true => controller.write_control(u16::from_le_bytes(control)),
+                false => Effects::default(),
             };
             ((), cleared.and(commanded))
         });
@@ -403,6 +409,10 @@ impl HotplugSlot for Port {
     }
 
     fn plugged(&self) {
+        let state = self.state();
+        if !state.occupied || state.ejected {
+            self.bus.settle(LINK_SLOT);
+        }
         self.act(Controller::plug);
     }
 

@@ -230,8 +230,12 @@ impl HotplugSlot for Slot {
     }
 
     fn plugged(&self) {
+        let known = |state: &State| state.up & self.bit != 0 && state.ejected & self.bit == 0;
+        if !known(&self.registers.state()) {
+            self.registers.bus.settle(self.address.slot);
+        }
         self.change(|state, bit| {
-            let known = state.up & bit != 0 && state.ejected & bit == 0;
+            let known = known(state);
             state.up |= bit;
             state.down &= !bit;
             state.ejected &= !bit;

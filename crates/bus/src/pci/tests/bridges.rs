@@ -159,7 +159,7 @@ fn a_bar_answers_only_inside_of_every_window_above() {
         bridge.write(machine, 0x2c, 4, (wide >> 32) as u32);
         assert_eq!(answers(), (0xb0, 0xb2), "{bridge:?}");
     }
-    // Half of a BAR: the window's limit is in the middle of it. 2 MiB are needed for that.
+    // Just above a window's limit, and just below.
     At(3, 0).write(machine, 0x18, 4, (wide as u32 & !0x1f_ffff) | 0x10_0000);
     let moved = switch.devices[0].config().bars()[2].address;
     At(2, 0).write(machine, 0x26, 2, (moved >> 16) as u32 - 0x10);
@@ -223,7 +223,7 @@ fn what_comes_later_finds_room_behind_its_port() {
     let size = |window: &Option<Range<u64>>| window.as_ref().map(|it| it.end - it.start);
     assert_eq!(
         behind.windows.each_ref().map(size),
-        [Some(2 << 20), Some(1 << 30)]
+        [Some(16 << 20), Some(1 << 30)]
     );
     let device = Device::new("late", &switch.controller);
     empty.bus().attach(None, device).unwrap();
@@ -252,6 +252,7 @@ fn a_whole_switch_may_come_later() {
             .attach(None, Device::new(name, &controller))
             .unwrap();
     }
+    root_port.slot().unwrap().plugged();
     let ids: Vec<_> = flat(&scan(&machine, 0, 255))
         .iter()
         .map(|it| (it.at, it.ids))
@@ -269,6 +270,30 @@ fn a_whole_switch_may_come_later() {
         (At(0, 3 << 3), DEVICE),
     ];
     assert_eq!(ids, expected);
+}
+
+/// What is inside of something that is plugged is on, and no event: it came with it.
+#[test]
+fn slots_of_what_is_plugged_are_as_at_power_on() {
+    let switch = switch();
+    let states = |switch: &Switch| {
+        let ports = switch.downstream.iter();
+        let all: Vec<_> = ports.map(|it| it.slot().unwrap().state()).collect();
+        all.iter()
+            .map(|it| (it.occupied, it.powered))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(states(&switch), [(false, false); 2]);
+    switch.root_port.slot().unwrap().plugged();
+    assert_eq!(states(&switch), [(true, true); 2]);
+    for port in &switch.downstream {
+        let express = port.config().express.unwrap();
+        assert_eq!(
+            port.config().read(express + 0x1a, 2),
+            1 << 6,
+            "present, no event"
+        );
+    }
 }
 
 #[test]
@@ -443,6 +468,10 @@ fn requests_reach_memory_only_through_masters() {
         bridge.write(machine, COMMAND, 2, 6);
     }
     assert!(device.config().reaches_memory());
+    // A bridge that is on no bus any more leads nowhere.
+    switch.root_port.config().gate().close();
+    machine.bridge.unmap(Devfn::new(1, 0).unwrap()).unwrap();
+    assert!(!device.config().reaches_memory());
     let zero = Devfn::new(0, 0).unwrap();
     device.config().gate().close();
     switch.downstream[0].bus().detach_at(zero).unwrap();
@@ -505,8 +534,8 @@ fn what_has_no_room_is_named_and_the_rest_is_there() {
         Port::new(&machine.bridge, spec, &controller).unwrap()
     };
     let greedy = Reservation {
-        buses: 1,
-        memory_bytes: 1 << 40,
+        buses: 0,
+        memory_bytes: u64::MAX,
         prefetchable_bytes: 0,
     };
     machine
