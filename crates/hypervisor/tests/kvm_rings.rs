@@ -3,7 +3,7 @@
 
 mod flat;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -13,7 +13,7 @@ use ebbtide_hypervisor::kvm::{DEFAULT_PATH, Kvm, VmOptions};
 use ebbtide_hypervisor::{Exit, Kicker, Vcpu, probe};
 use ebbtide_memory::DirtyClient::Migration;
 use ebbtide_memory::{RamBlock, Region};
-use flat::{Guest, MIB, kvm, skipped};
+use flat::{Guest, LIMIT, MIB, kvm, skipped};
 
 const PLACE: u64 = 0x1000_0000;
 const PAGE: u64 = 4096;
@@ -46,7 +46,7 @@ program!(
 /// A machine with rings and its block at `PLACE`; `None`, said aloud, where there are none, and where KVM emulates: it
 /// then writes more in one go than a ring holds.
 fn guest(kvm: &Kvm, program: &[u8], cpus: u8) -> Option<(Guest, Arc<RamBlock>)> {
-    let report = probe::run(DEFAULT_PATH, Duration::from_secs(5));
+    let report = probe::run(DEFAULT_PATH, LIMIT);
     if !report.can_run_guest {
         skipped(&report.reason);
         return None;
@@ -87,10 +87,12 @@ fn a_full_ring_is_emptied_by_its_processor() {
     for _ in 0..3 {
         assert_eq!(guest.report(), 7);
         // More than the ring holds is in the log before anybody asks.
-        let before = taken(&block).len() as u64;
+        let mut pages: BTreeSet<_> = taken(&block).into_iter().collect();
+        let before = pages.len() as u64;
         assert!(before >= PAGES - u64::from(ENTRIES), "{before}");
-        let rest = written(&guest, &block).len() as u64;
-        assert_eq!(before + rest, PAGES);
+        // A page whose entry filled the ring is noted again when its write is tried again.
+        pages.extend(written(&guest, &block));
+        assert_eq!(pages, (0..PAGES).collect());
         assert_eq!(written(&guest, &block), []);
     }
 }
@@ -160,8 +162,10 @@ fn who_copies_what_is_dirty_has_all_in_the_end() {
     let count = |page: u64| u64::from_le_bytes(guest.read(PLACE + page * PAGE));
     let mut copies = BTreeMap::new();
     let (mut rounds, mut slowest) = (0, Duration::ZERO);
-    let end = Instant::now() + Duration::from_secs(2);
-    while Instant::now() < end {
+    let start = Instant::now();
+    // Long enough, also where processors are slow.
+    while start.elapsed() < Duration::from_secs(2) || count(PAGES - 1) < 3 {
+        assert!(start.elapsed() < LIMIT, "the guest hardly runs");
         let began = Instant::now();
         let pages = written(&guest, &block);
         slowest = slowest.max(began.elapsed());
@@ -179,7 +183,6 @@ fn who_copies_what_is_dirty_has_all_in_the_end() {
             .map(|page| (page, count(page))),
     );
     let now: BTreeMap<_, _> = (0..PAGES).map(|page| (page, count(page))).collect();
-    assert!(now[&0] > 1, "the guest ran");
     println!(
         "{rounds} rounds, page 0 written {} times, slowest sync {slowest:?}",
         now[&0]
