@@ -21,6 +21,7 @@ mod interrupt;
 pub mod mem;
 mod pci;
 mod reset;
+pub mod rng;
 mod select;
 pub mod status;
 mod sync;
