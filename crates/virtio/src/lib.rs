@@ -19,6 +19,7 @@ mod device;
 pub mod features;
 mod interrupt;
 pub mod mem;
+pub mod net;
 mod pci;
 mod reset;
 pub mod rng;

@@ -4,22 +4,29 @@
 
 mod device;
 
+use std::any::Any;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use device::{ALL, Residue, Rig};
 use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part};
+use ebbtide_net::{MacAddress, Netdev};
 use ebbtide_virtio::VirtioDevice;
+use ebbtide_virtio::net::{NetSpec, VirtioNet};
 use ebbtide_virtio::rng::{EntropySource, Reading, RngBackend, RngSpec, VirtioRng};
+
+/// A device with what is at its other end.
+type Made = (Arc<dyn VirtioDevice>, Box<dyn Any>);
 
 /// A device, the sizes of its queues, and what a driver does with it that is not over when the driver goes.
 struct Kind {
-    make: fn(&Board) -> Arc<dyn VirtioDevice>,
+    make: fn(&Board) -> Made,
     sizes: &'static [u16],
     work: fn(&mut Rig),
 }
 
 fn life(board: Board, kind: &Kind, activations: usize) -> Board {
-    let device = (kind.make)(&board);
+    let (device, other_end) = (kind.make)(&board);
     let before = board.ram().free_bytes();
     let mut rig = Rig::new(board, device, ALL, kind.sizes);
     for _ in 0..activations {
@@ -30,6 +37,7 @@ fn life(board: Board, kind: &Kind, activations: usize) -> Board {
     }
     (kind.work)(&mut rig);
     let board = rig.remove();
+    drop(other_end);
     assert_eq!(board.ram().free_bytes(), before);
     board
 }
@@ -52,16 +60,38 @@ fn with_buffer(rig: &mut Rig, index: u16, part: fn(ebbtide_memory::Gpa, usize) -
 const RNG: Kind = Kind {
     make: |board| {
         let backend = RngBackend::new("source0", Never);
-        VirtioRng::new(RngSpec::new("rng0"), &backend, board.remote()).expect("a device")
+        let rng = VirtioRng::new(RngSpec::new("rng0"), &backend, board.remote());
+        (rng.expect("a device"), Box::new(()))
     },
     sizes: &[8],
     work: |rig| with_buffer(rig, 0, Part::writable),
 };
 
+/// A card whose peer reads nothing and sends more than there are buffers for.
+const NET: Kind = Kind {
+    make: |board| {
+        let (ours, mut theirs) = UnixStream::pair().expect("a socket");
+        for _ in 0..40 {
+            let frame = [&[0, 0, 8, 0][..], &[0xff; 2048]].concat();
+            std::io::Write::write_all(&mut theirs, &frame).expect("room");
+        }
+        let netdev = Netdev::stream_of("net0", ours.into()).expect("a backend");
+        let spec = NetSpec::new("card0", MacAddress::of_card(0));
+        let card = VirtioNet::new(spec, &netdev, board.remote());
+        (card.expect("a device"), Box::new(theirs))
+    },
+    sizes: &[16, 16, 16],
+    work: |rig| {
+        with_buffer(rig, 0, Part::writable);
+        (0..4).for_each(|_| with_buffer(rig, 1, Part::readable));
+        with_buffer(rig, 2, Part::writable);
+    },
+};
+
 #[test]
 fn nothing_is_left_of_devices_that_are_over() {
     let mut board = Board::new(16 << 20).expect("a board");
-    for kind in [RNG] {
+    for kind in [RNG, NET] {
         // The first time may allocate what stays: the slot's place in the windows, for instance.
         board = life(board, &kind, 1);
         std::thread::sleep(std::time::Duration::from_millis(100));
