@@ -15,11 +15,13 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide-bus", &["gate", "memory"]),
     ("ebbtide-block", &["gate", "iothread", "memory"]),
     ("ebbtide-net", &[]),
+    ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
     (
         "ebbtide-virtio",
-        &["gate", "iothread", "memory", "bus", "block", "net"],
+        &[
+            "gate", "iothread", "memory", "bus", "block", "net", "devices",
+        ],
     ),
-    ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
     ("ebbtide-hypervisor", &["gate", "memory", "bus"]),
     ("ebbtide-qmp", &["gate", "iothread"]),
     (
@@ -31,8 +33,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "bus",
             "block",
             "net",
-            "virtio",
             "devices",
+            "virtio",
             "hypervisor",
             "qmp",
         ],

@@ -14,6 +14,7 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod console;
 mod control;
 mod device;
 pub mod features;

@@ -5,6 +5,7 @@ mod card;
 mod device;
 mod disk;
 mod plugging;
+mod ports;
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -119,6 +120,20 @@ fn a_guest_cannot_fill_the_log() {
         }
     });
     assert!(few.contains(&broken), "{broken} for a card's broken queues");
+
+    let mut rig = ports::Rig::new();
+    let broken = heard("console/port.rs", || {
+        for _ in 0..100 {
+            rig.queues[1].set_avail_idx(1000);
+            rig.driver.kick(1);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart(device::ALL);
+        }
+    });
+    assert!(
+        few.contains(&broken),
+        "{broken} for a console's broken queues"
+    );
 
     let backend = RngBackend::new("source0", Builtin);
     let board = Board::new(16 << 20).unwrap();

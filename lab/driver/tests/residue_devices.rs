@@ -9,9 +9,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
 use device::{ALL, Residue, Rig};
+use ebbtide_devices::chardev::Wire;
 use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part};
 use ebbtide_net::{MacAddress, Netdev};
 use ebbtide_virtio::VirtioDevice;
+use ebbtide_virtio::console::{ConsoleSpec, PortKind, PortSpec, VirtioConsole};
 use ebbtide_virtio::net::{NetSpec, VirtioNet};
 use ebbtide_virtio::rng::{EntropySource, Reading, RngBackend, RngSpec, VirtioRng};
 
@@ -88,10 +90,47 @@ const NET: Kind = Kind {
     },
 };
 
+/// A console and a port whose wires are full.
+const CONSOLE: Kind = Kind {
+    make: |board| {
+        let spec = ConsoleSpec {
+            max_ports: 2,
+            ..ConsoleSpec::new("serial0")
+        };
+        let console = VirtioConsole::new(spec, board.remote()).expect("a device");
+        let wires = [PortKind::Console, PortKind::Serial].map(|kind| {
+            let wire = Wire::new();
+            wire.listen(true);
+            wire.put(&[b'.'; 1 << 20]);
+            let spec = PortSpec {
+                id: "port".into(),
+                kind,
+                number: None,
+                name: None,
+            };
+            console.add_port(spec, &wire).expect("a port");
+            wire
+        });
+        (console, Box::new(wires))
+    },
+    sizes: &[16; 6],
+    work: |rig| {
+        let ready = rig.board.ram().alloc(8, 1);
+        rig.board.ram().write(ready, &[0, 0, 0, 0, 0, 0, 1, 0]);
+        rig.add(3, &[Part::readable(ready, 8)], Layout::Direct);
+        rig.used(3);
+        rig.board.ram().free(ready, 8);
+        for queue in [0, 2, 4] {
+            with_buffer(rig, queue, Part::writable);
+            with_buffer(rig, queue + 1, Part::readable);
+        }
+    },
+};
+
 #[test]
 fn nothing_is_left_of_devices_that_are_over() {
     let mut board = Board::new(16 << 20).expect("a board");
-    for kind in [RNG, NET] {
+    for kind in [RNG, NET, CONSOLE] {
         // The first time may allocate what stays: the slot's place in the windows, for instance.
         board = life(board, &kind, 1);
         std::thread::sleep(std::time::Duration::from_millis(100));
