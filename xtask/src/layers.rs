@@ -15,11 +15,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide-device", &["gate", "iothread"]),
     ("ebbtide-bus", &["gate", "memory"]),
     ("ebbtide-block", &["gate", "iothread", "memory"]),
+    ("ebbtide-net", &[]),
+    ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
     (
         "ebbtide-virtio",
-        &["gate", "iothread", "memory", "bus", "block"],
+        &[
+            "gate", "iothread", "memory", "bus", "block", "net", "devices",
+        ],
     ),
-    ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
     ("ebbtide-hypervisor", &["gate", "memory", "bus"]),
     ("ebbtide-qmp", &["gate", "iothread"]),
     (
@@ -31,8 +34,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "device",
             "bus",
             "block",
-            "virtio",
+            "net",
             "devices",
+            "virtio",
             "hypervisor",
             "qmp",
         ],

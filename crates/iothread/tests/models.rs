@@ -6,11 +6,13 @@
 //!
 //! seeded: sleep_without_recheck breaks model_doorbell
 //! seeded: notify_load_first breaks model_doorbell
+//! seeded: signal_registers_late breaks model_signal
 #![cfg(loom)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ebbtide_iothread::Signal;
 use ebbtide_iothread::doorbell::Doorbell;
 use loom::sync::{Mutex, Notify};
 use loom::thread;
@@ -86,6 +88,32 @@ fn model_doorbell() {
         completion.join().unwrap();
         for sender in senders {
             sender.join().unwrap();
+        }
+    });
+}
+
+#[test]
+fn model_signal() {
+    const INVARIANT: &str = "a task that waits for a signal is woken by every raise it has not seen, and sees what was changed before";
+    check("iothread/signal", INVARIANT, Some(3), || {
+        let signal = Arc::new(Signal::new());
+        let changes = Arc::new(loom::sync::atomic::AtomicU32::new(0));
+        let raisers = [(), ()].map(|()| {
+            let (signal, changes) = (Arc::clone(&signal), Arc::clone(&changes));
+            thread::spawn(move || {
+                changes.fetch_add(1, Ordering::Relaxed);
+                signal.raise();
+            })
+        });
+        // A lost wake-up ends here: loom reports a deadlock.
+        loom::future::block_on(async {
+            let mut seen = 0;
+            while changes.load(Ordering::Relaxed) < 2 {
+                signal.changed(&mut seen).await;
+            }
+        });
+        for raiser in raisers {
+            raiser.join().unwrap();
         }
     });
 }

@@ -57,6 +57,10 @@ pub trait VirtioDevice: Send + Sync {
 /// while doing so, and every request holds one from its pop until its chain is given back. When the gate closes, tasks
 /// end: finish what is in flight, drop the leases, start nothing new. The driver learns that the reset is complete when
 /// the last lease is gone.
+///
+/// A chain that waits for something the host may never have (a frame to receive, random bytes, room in a pipe) waits
+/// without a lease and without pins, as the addresses it is. It is served under a lease taken then, or dropped when there
+/// is none to be had any more: so nothing outside can hold up a reset.
 pub struct Activation {
     /// The negotiated features.
     pub features: u64,

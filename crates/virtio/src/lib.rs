@@ -14,13 +14,16 @@
 #![forbid(unsafe_code)]
 
 pub mod blk;
+pub mod console;
 mod control;
 mod device;
 pub mod features;
 mod interrupt;
 pub mod mem;
+pub mod net;
 mod pci;
 mod reset;
+pub mod rng;
 mod select;
 pub mod status;
 mod sync;

@@ -1,17 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! No guest fills the host's log, whatever it does.
 
+mod card;
+mod device;
 mod disk;
 mod plugging;
+mod ports;
 
 use std::sync::Mutex;
 use std::time::Duration;
 
 use ebbtide_lab_driver::mem::{Answer, Kind, Request};
-use ebbtide_lab_driver::{Layout, Part};
+use ebbtide_lab_driver::{Board, Layout, Part};
 use ebbtide_memory::Gpa;
 use ebbtide_virtio::mem::Patience;
 use ebbtide_virtio::mem::fault::Step;
+use ebbtide_virtio::rng::{Builtin, RngBackend, RngSpec, VirtioRng};
 use plugging::{BASE, GIB, MIB};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
@@ -106,6 +110,49 @@ fn a_guest_cannot_fill_the_log() {
     });
     assert!(few.contains(&broken), "{broken} for broken queues");
 
+    let (mut rig, _peer) = card::Rig::new();
+    let broken = heard("net/shared.rs", || {
+        for _ in 0..100 {
+            rig.queues[1].set_avail_idx(1000);
+            rig.driver.kick(1);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart(device::ALL);
+        }
+    });
+    assert!(few.contains(&broken), "{broken} for a card's broken queues");
+
+    let mut rig = ports::Rig::new();
+    let broken = heard("console/port.rs", || {
+        for _ in 0..100 {
+            rig.queues[1].set_avail_idx(1000);
+            rig.driver.kick(1);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart(device::ALL);
+        }
+    });
+    assert!(
+        few.contains(&broken),
+        "{broken} for a console's broken queues"
+    );
+
+    let backend = RngBackend::new("source0", Builtin);
+    let board = Board::new(16 << 20).unwrap();
+    let rng = VirtioRng::new(RngSpec::new("rng0"), &backend, board.remote()).unwrap();
+    let mut rig = device::Rig::new(board, rng, device::ALL, &[8]);
+    let broken = heard("rng/serve.rs", || {
+        for _ in 0..100 {
+            rig.queues[0].set_avail_idx(1000);
+            rig.driver.kick(0);
+            assert!(rig.driver.wait_needs_reset());
+            rig.restart(device::ALL);
+        }
+    });
+    assert!(
+        few.contains(&broken),
+        "{broken} for broken queues of entropy"
+    );
+
+    let rig = disk::Rig::new();
     let misused = heard("pci/transport.rs", || {
         for offset in 0..0x38 {
             (0..20).for_each(|_| rig.driver.write_common(offset, 8, u64::MAX));

@@ -1,46 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What is left of sessions and functions that are over: nothing. One test, for it counts what the process has.
 
+mod device;
 mod support;
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use device::Residue;
 use ebbtide_lab_driver::{Board, DriverQueue, LIMIT, Layout, Part, VirtioDriver, block_on, poll};
 use ebbtide_virtio::{VirtioPci, features};
 use support::Echo;
-
-/// Everything countable.
-#[derive(Debug, PartialEq, Eq)]
-struct Residue {
-    fds: usize,
-    threads: usize,
-    routes: usize,
-    map: String,
-    free_ram: u64,
-}
-
-fn count(directory: &str) -> usize {
-    std::fs::read_dir(directory).expect("proc").count()
-}
-
-impl Residue {
-    fn of(board: &Board) -> Residue {
-        Residue {
-            fds: count("/proc/self/fd"),
-            threads: count("/proc/self/task"),
-            routes: board.interrupts().routes(),
-            map: board.memory().mtree(true),
-            free_ram: board.ram().free_bytes(),
-        }
-    }
-
-    /// Views and tasks go when nobody uses them any more, which may be a moment later.
-    fn assert_same(&self, board: &Board) {
-        let same = poll(|| Residue::of(board) == *self);
-        assert!(same, "was {self:#?}, is {:#?}", Residue::of(board));
-    }
-}
 
 fn echo_once(driver: &VirtioDriver, queue: &mut DriverQueue) {
     let gpa = driver.ram().alloc(2, 1);

@@ -402,3 +402,77 @@ fn many_bytes_wake_the_host_side_a_few_times() {
     let limit = 3 + taken.as_millis() as u32;
     assert!(pieces <= limit, "{pieces} pieces in {taken:?}");
 }
+
+/// Runs `future` to its end, which must come.
+fn block_on<T>(future: impl Future<Output = T>) -> T {
+    ebbtide_iothread::run("test", |local| async move {
+        local.timeout(LONG, future).await.expect("an end")
+    })
+    .unwrap()
+}
+
+#[test]
+fn a_device_that_can_wait_loses_nothing() {
+    let wire = Wire::new();
+    assert_eq!(wire.offer(b"nobody listens"), 14);
+    assert!(!wire.has_output() && !wire.is_listening());
+    wire.listen(true);
+    assert!(wire.is_listening());
+    let bytes: Vec<u8> = (0..1_000_000_u32).map(|i| (i % 251) as u8).collect();
+    let mut seen = 0;
+    let (mut sent, mut taken) = (0, Vec::new());
+    while taken.len() < bytes.len() {
+        let count = wire.offer(&bytes[sent..]);
+        sent += count;
+        assert_eq!(wire.offer(&bytes[sent..]), 0, "it is full");
+        taken.extend(wire.take());
+        assert_eq!(taken.len(), sent);
+        block_on(wire.changes().changed(&mut seen));
+    }
+    assert!(taken == bytes);
+    assert_eq!(wire.dropped_bytes(), 0);
+}
+
+#[test]
+fn a_device_is_told_of_every_change() {
+    let wire = Wire::new();
+    let mut seen = 0;
+    let changes: [&dyn Fn(); 5] = [
+        &|| wire.listen(true),
+        &|| wire.receive(b"input"),
+        &|| drop(wire.take()),
+        &|| wire.listen(false),
+        &|| wire.close(),
+    ];
+    for change in changes {
+        change();
+        block_on(wire.changes().changed(&mut seen));
+    }
+}
+
+/// A client that reads nothing: the device is told that there is no room, and all of it arrives when the client reads.
+#[test]
+fn a_socket_that_is_full_loses_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("console.sock");
+    let served = serve(&ChardevSpec::Unix(path.clone()));
+    let mut client = UnixStream::connect(&path).unwrap();
+    eventually("the client is served", || served.wire.is_listening());
+    let mut sent = Vec::new();
+    let mut refused = Instant::now();
+    while refused.elapsed() < Duration::from_millis(300) {
+        let bytes = [(sent.len() % 253) as u8; 5000];
+        let count = served.wire.offer(&bytes);
+        sent.extend(&bytes[..count]);
+        if count > 0 {
+            refused = Instant::now();
+        }
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    let expected = sent.len();
+    let mut received = vec![0; expected];
+    client.set_read_timeout(Some(LONG)).unwrap();
+    client.read_exact(&mut received).unwrap();
+    assert!(received == sent);
+    served.close();
+}

@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Two byte queues between a device and the host side of it.
 //!
-//! The device's side never waits. What it sends while nobody listens is dropped; when the listener is slow the oldest
-//! bytes are dropped and counted. What comes from the host is accepted as far as there is room, and the host waits for
-//! more. The host's side is woken once for everything that is sent until it looks, not for each byte.
+//! The device's side never waits. What it sends while nobody listens is dropped. When the listener is slow, a device that
+//! cannot wait ([`put`](Wire::put), a serial port) loses its oldest bytes, which are counted; one that can keep them
+//! ([`offer`](Wire::offer), a console) loses none. What comes from the host is accepted as far as there is room, and the
+//! host waits for more. The host's side is woken once for everything that is sent until it looks, not for each byte.
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Poll, Waker};
+
+use ebbtide_iothread::Signal;
 
 /// Bytes kept for a slow listener.
 const OUTPUT_BYTES: usize = 256 << 10;
@@ -21,6 +24,7 @@ pub struct Wire {
     output: Mutex<Output>,
     input: Mutex<Input>,
     on_input: OnceLock<Box<dyn Fn() + Send + Sync>>,
+    changes: Signal,
 }
 
 #[derive(Default)]
@@ -58,6 +62,32 @@ impl Wire {
         wake(output, |output| &mut output.waiting);
     }
 
+    /// Device: sends as many of these bytes as there is room for, from the first on, and says how many that were. Nothing
+    /// that was sent before is dropped. While nobody listens there is room for everything, and it goes nowhere. Never
+    /// blocks; [`changes`](Self::changes) tells when to try again.
+    pub fn offer(&self, bytes: &[u8]) -> usize {
+        let mut output = self.output();
+        if !output.listening {
+            return bytes.len();
+        }
+        let room = OUTPUT_BYTES.saturating_sub(output.bytes.len());
+        let sent = bytes.get(..room).unwrap_or(bytes);
+        output.bytes.extend(sent);
+        wake(output, |output| &mut output.waiting);
+        sent.len()
+    }
+
+    /// Device: raised when bytes were received, when there is room for output again, and when somebody begins or ceases
+    /// to listen.
+    pub fn changes(&self) -> &Signal {
+        &self.changes
+    }
+
+    /// Device: whether somebody listens.
+    pub fn is_listening(&self) -> bool {
+        self.output().listening
+    }
+
     /// Device: takes received bytes, as many as there are and fit.
     pub fn get(&self, bytes: &mut [u8]) -> usize {
         let mut input = self.input();
@@ -84,6 +114,8 @@ impl Wire {
         if !output.listening {
             output.bytes.clear();
         }
+        drop(output);
+        self.changes.raise();
     }
 
     /// Host: waits until there are bytes to [`take`](Self::take). False when the wire was closed and all were taken.
@@ -109,7 +141,9 @@ impl Wire {
 
     /// Host: all bytes sent until now.
     pub fn take(&self) -> Vec<u8> {
-        std::mem::take(&mut self.output().bytes).into()
+        let bytes = std::mem::take(&mut self.output().bytes);
+        self.changes.raise();
+        bytes.into()
     }
 
     /// Host: waits until bytes can be handed to the guest and says how many. 0 when the wire was closed.
@@ -135,6 +169,7 @@ impl Wire {
         let room = INPUT_BYTES.saturating_sub(input.bytes.len());
         input.bytes.extend(bytes.iter().take(room));
         drop(input);
+        self.changes.raise();
         if let Some(call) = self.on_input.get() {
             call();
         }
@@ -154,6 +189,7 @@ impl Wire {
         let mut input = self.input();
         input.closed = true;
         wake(input, |input| &mut input.waiting);
+        self.changes.raise();
     }
 
     /// Whether [`close`](Self::close) was called.

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! A board with any one virtio device, its driver and the driver's queues.
+#![allow(dead_code)] // Not every test file uses all of it.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ebbtide_lab_driver::{
+    Board, DriverQueue, LIMIT, Layout, Part, Used, VirtioDriver, block_on, common, poll,
+};
+use ebbtide_virtio::{VirtioDevice, VirtioPci};
+
+/// Every feature there is.
+pub const ALL: u64 = u64::MAX;
+/// Long enough for a task to do what it should not.
+pub const SOON: Duration = Duration::from_millis(50);
+/// What an end that waits for nothing outside may take, on a busy host.
+pub const AT_ONCE: Duration = Duration::from_secs(3);
+
+pub struct Rig {
+    pub board: Board,
+    pub function: Arc<VirtioPci>,
+    pub driver: VirtioDriver,
+    pub queues: Vec<DriverQueue>,
+    sizes: Vec<u16>,
+}
+
+impl Rig {
+    /// The driver is ready, with queues of these sizes.
+    pub fn new(board: Board, device: Arc<dyn VirtioDevice>, wanted: u64, sizes: &[u16]) -> Rig {
+        let function = function(&board, device);
+        let mut driver =
+            VirtioDriver::attach(&board, Arc::clone(&function) as _, wanted).expect("features");
+        let queues = start(&mut driver, sizes);
+        Rig {
+            board,
+            function,
+            driver,
+            queues,
+            sizes: sizes.to_vec(),
+        }
+    }
+
+    /// Starts the driver again, after a reset.
+    pub fn restart(&mut self, wanted: u64) {
+        self.driver.negotiate(wanted).expect("features");
+        self.queues = start(&mut self.driver, &self.sizes);
+    }
+
+    /// Adds a chain to a queue and kicks.
+    pub fn add(&mut self, index: u16, parts: &[Part], layout: Layout) -> u16 {
+        let queue = &mut self.queues[usize::from(index)];
+        let head = queue.add(parts, layout).expect("free descriptors");
+        if queue.needs_kick() {
+            self.driver.kick(index);
+        }
+        head
+    }
+
+    /// Waits for the next used chain of a queue.
+    pub fn used(&mut self, index: u16) -> Used {
+        self.driver
+            .wait_used(&mut self.queues[usize::from(index)])
+            .expect("a used chain")
+    }
+
+    /// Whether a queue has no used chain, now and a moment later.
+    pub fn stays_unused(&mut self, index: u16) -> bool {
+        std::thread::sleep(SOON);
+        self.queues[usize::from(index)].poll_used().is_none()
+    }
+
+    /// Resets the device; how long that took.
+    pub fn timed_reset(&mut self) -> Duration {
+        let began = Instant::now();
+        self.driver.write_common(common::STATUS, 1, 0);
+        assert!(poll(|| self.driver.status() == 0), "the reset never ends");
+        began.elapsed()
+    }
+
+    /// Takes the function away; how long its drain took.
+    pub fn timed_close(&self) -> Duration {
+        let began = Instant::now();
+        block_on(self.function.close(), LIMIT).expect("the drain never ends");
+        began.elapsed()
+    }
+
+    /// Takes the function off the bus and everything with it, but the board.
+    pub fn remove(self) -> Board {
+        let Rig {
+            board,
+            function,
+            driver,
+            queues,
+            sizes: _,
+        } = self;
+        let closed = function.close();
+        let devfn = driver.pci().devfn();
+        board.bridge().unmap(devfn).expect("it is there");
+        block_on(closed, LIMIT).expect("the drain never ends");
+        queues.into_iter().for_each(DriverQueue::free);
+        let detached = board.bridge().detach(devfn.slot());
+        drop(detached.expect("it has drained"));
+        board
+    }
+}
+
+pub fn function(board: &Board, device: Arc<dyn VirtioDevice>) -> Arc<VirtioPci> {
+    VirtioPci::new(
+        "device0",
+        device,
+        board.space(),
+        board.interrupts(),
+        &board.remote(),
+    )
+    .expect("a function")
+}
+
+pub fn start(driver: &mut VirtioDriver, sizes: &[u16]) -> Vec<DriverQueue> {
+    let queues = (0..)
+        .zip(sizes)
+        .map(|(index, &size)| driver.add_queue(index, size))
+        .collect();
+    driver.driver_ok().expect("activation");
+    queues
+}
+
+/// Everything countable.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Residue {
+    fds: usize,
+    threads: usize,
+    routes: usize,
+    map: String,
+    free_ram: u64,
+}
+
+fn count(directory: impl AsRef<Path>) -> usize {
+    std::fs::read_dir(directory).expect("proc").count()
+}
+
+impl Residue {
+    pub fn of(board: &Board) -> Residue {
+        Residue {
+            fds: count("/proc/self/fd"),
+            threads: count("/proc/self/task"),
+            routes: board.interrupts().routes(),
+            map: board.memory().mtree(true),
+            free_ram: board.ram().free_bytes(),
+        }
+    }
+
+    /// Views and tasks go when nobody uses them any more, which may be a moment later.
+    pub fn assert_same(&self, board: &Board) {
+        let same = poll(|| Residue::of(board) == *self);
+        assert!(same, "was {self:#?}, is {:#?}", Residue::of(board));
+    }
+}
