@@ -14,9 +14,10 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide-memory", &["gate"]),
     ("ebbtide-bus", &["gate", "memory"]),
     ("ebbtide-block", &["gate", "iothread", "memory"]),
+    ("ebbtide-scsi", &[]),
     (
         "ebbtide-virtio",
-        &["gate", "iothread", "memory", "bus", "block"],
+        &["gate", "iothread", "memory", "bus", "block", "scsi"],
     ),
     ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
     ("ebbtide-hypervisor", &["gate", "memory", "bus"]),
