@@ -9,6 +9,7 @@ pub mod mem;
 mod pci;
 mod queue;
 mod ram;
+pub mod scsi;
 mod wait;
 
 pub use board::Board;
