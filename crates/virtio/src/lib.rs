@@ -13,6 +13,7 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod blk;
 mod control;
 mod device;
