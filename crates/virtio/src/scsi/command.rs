@@ -9,6 +9,7 @@ use ebbtide_gate::{Entry, Gate, Lease};
 use ebbtide_iothread::Local;
 use ebbtide_memory::{Access, AccessError, PinList, ReadGuard};
 use ebbtide_scsi::{Effect, Extents, Sense, Work, begin_absent};
+use smallvec::SmallVec;
 
 use super::answer::AnswerPlace;
 use super::config::Sizes;
@@ -260,7 +261,7 @@ impl Commands {
         writable: &Buffers,
         tag: &mut u64,
     ) -> Judged {
-        let mut bytes = vec![0; header.total_len() as usize];
+        let mut bytes: SmallVec<[u8; 64]> = SmallVec::from_elem(0, header.total_len() as usize);
         header.copy_to(guard, &mut bytes)?;
         let failure = Outcome::response(Response::Failure);
         let (command, cdb) = CommandHeader::parse(&bytes).ok_or(failure)?;

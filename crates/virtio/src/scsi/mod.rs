@@ -8,7 +8,10 @@
 //! * `control.rs` is the control queue, `events.rs` the event queue.
 //!
 //! A unit is removed in this order: its gate is closed, new commands get "bad target"; those under way end; the driver
-//! is told; the unit and its disk go. The other units notice nothing.
+//! is told; the unit and its disk go. The other units of its target hear that the list of units has changed.
+//!
+//! A command that the backend never answers keeps its unit, closed, and with it the address: nothing is taken from under
+//! a transfer. [`ebbtide_block::Disk::abandon`] makes sure that nothing else of the disk is begun then.
 //!
 //! A Linux guest needs `virtio_scsi`, `scsi_mod` and `sd_mod`.
 
@@ -30,7 +33,8 @@ use ebbtide_block::Disk;
 use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::Gate;
 use ebbtide_iothread::Remote;
-use ebbtide_scsi::{Condition, Identity, LogicalUnit, Lun};
+use ebbtide_scsi::{Condition, LogicalUnit, Lun};
+pub use ebbtide_scsi::{Identity, IdentityError};
 
 use self::command::Commands;
 use self::config::Config;
@@ -40,6 +44,9 @@ use self::request::{Address, Event};
 use self::shared::Shared;
 use self::targets::{Targets, Unit};
 use self::tasks::Tasks;
+#[cfg(loom)]
+#[doc(hidden)]
+pub use self::tasks::modelled;
 use crate::device::{ActivateError, Activation, VirtioDevice};
 use crate::service::{self, Setup};
 
@@ -207,11 +214,11 @@ impl VirtioScsi {
             logical: LogicalUnit::new(identity),
         };
         let name = format!("{}:{target}:{lun}", self.shared.name);
-        if !self.shared.targets.add(address, name, unit) {
+        let told = || self.shared.events.push(Event::Added(address));
+        if !self.shared.targets.add(address, name, unit, told) {
             let id = Arc::clone(&self.shared.name);
             return Err(ScsiError::Occupied { id, target, lun });
         }
-        self.shared.events.push(Event::Added(address));
         Ok(())
     }
 
@@ -318,8 +325,8 @@ impl LunRemoval {
     /// It may be dropped and asked for again.
     pub async fn gone(&self) -> Option<Arc<Disk>> {
         self.gate.drained().await;
-        let unit = self.shared.targets.take(self.address, &self.gate)?;
-        self.shared.events.push(Event::Removed(self.address));
+        let told = || self.shared.events.push(Event::Removed(self.address));
+        let unit = self.shared.targets.take(self.address, &self.gate, told)?;
         Some(unit.disk)
     }
 }

@@ -2,6 +2,7 @@
 //! The wire format, as functions of bytes (virtio 1.3, 5.6.6).
 
 use ebbtide_scsi::{Lun, Sense, status};
+use smallvec::SmallVec;
 
 /// Bytes of a command in front of its CDB.
 pub(super) const COMMAND_HEADER_BYTES: u32 = 19;
@@ -83,7 +84,7 @@ pub(super) fn response_bytes(
     sense: Option<Sense>,
     residual: u32,
     sense_size: u32,
-) -> Vec<u8> {
+) -> SmallVec<[u8; 128]> {
     let data = sense.map(|sense| sense.fixed());
     let data = data.as_ref().map_or(&[][..], |data| data);
     let data = data.get(..sense_size as usize).unwrap_or(data);
@@ -91,12 +92,12 @@ pub(super) fn response_bytes(
         None => (0, status::GOOD),
         Some(_) => (data.len() as u32, status::CHECK_CONDITION),
     };
-    let mut bytes = Vec::with_capacity((RESPONSE_HEADER_BYTES + sense_size) as usize);
+    let mut bytes = SmallVec::new();
     bytes.extend(length.to_le_bytes());
     bytes.extend(residual.to_le_bytes());
     // Status qualifier: none.
     bytes.extend([0, 0, status, response as u8]);
-    bytes.extend(data);
+    bytes.extend_from_slice(data);
     bytes.resize((RESPONSE_HEADER_BYTES + sense_size) as usize, 0);
     bytes
 }

@@ -53,22 +53,21 @@ impl Targets {
         self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// False: there is one, be it on the way out.
-    pub(super) fn add(&self, address: Address, name: String, unit: Unit) -> bool {
+    /// Adds a unit and calls `then` before it can go again. False: there is one, be it on the way out.
+    pub(super) fn add(
+        &self,
+        address: Address,
+        name: String,
+        unit: Unit,
+        then: impl FnOnce(),
+    ) -> bool {
         let mut units = self.write();
         if units.contains_key(&address) {
             return false;
         }
-        for (other, owned) in units.iter() {
-            if other.target == address.target {
-                owned
-                    .get()
-                    .logical
-                    .attention()
-                    .establish(Condition::LunsChanged);
-            }
-        }
+        luns_changed(&units, address.target);
         units.insert(address, Owned::new(name, unit));
+        then();
         true
     }
 
@@ -80,8 +79,14 @@ impl Targets {
         Some(Arc::clone(owned.gate()))
     }
 
-    /// Takes the unit behind `gate` out, once that has drained. `None`: it is not there any more, or has not.
-    pub(super) fn take(&self, address: Address, gate: &Arc<Gate>) -> Option<Unit> {
+    /// Takes the unit behind `gate` out, once that has drained, and calls `then` before another can take its place.
+    /// `None`: it is not there any more, or has not drained.
+    pub(super) fn take(
+        &self,
+        address: Address,
+        gate: &Arc<Gate>,
+        then: impl FnOnce(),
+    ) -> Option<Unit> {
         let mut units = self.write();
         let owned = units.remove(&address)?;
         let unit = if Arc::ptr_eq(owned.gate(), gate) {
@@ -91,15 +96,8 @@ impl Targets {
         };
         match unit {
             Ok(unit) => {
-                for (other, owned) in units.iter() {
-                    if other.target == address.target {
-                        owned
-                            .get()
-                            .logical
-                            .attention()
-                            .establish(Condition::LunsChanged);
-                    }
-                }
+                luns_changed(&units, address.target);
+                then();
                 Some(unit)
             }
             Err(owned) => {
@@ -113,6 +111,16 @@ impl Targets {
     pub(super) fn power_on(&self) {
         for owned in self.read().values() {
             owned.get().logical.reset(Condition::PowerOn);
+        }
+    }
+}
+
+/// The units of a target have news for their initiator.
+fn luns_changed(units: &Units, target: u8) {
+    for (address, owned) in units {
+        if address.target == target {
+            let attention = owned.get().logical.attention();
+            attention.establish(Condition::LunsChanged);
         }
     }
 }

@@ -111,6 +111,9 @@ impl Tasks {
         }
         let tasks = Arc::clone(self);
         poll_fn(move |cx| {
+            if cfg!(seeded = "function_does_not_wait") {
+                chosen.clear();
+            }
             while let Some(&(queue, number)) = chosen.last() {
                 if let Some(mut list) = tasks.queue(queue)
                     && list.running.contains_key(&number)
@@ -142,10 +145,57 @@ impl Drop for Task {
         let Some(mut list) = self.tasks.queue(self.queue) else {
             return;
         };
+        if cfg!(seeded = "wakes_before_it_is_gone") {
+            let waiters = std::mem::take(&mut list.waiters);
+            drop(list);
+            waiters.into_iter().for_each(Waker::wake);
+            if let Some(mut list) = self.tasks.queue(self.queue) {
+                list.running.remove(&self.number);
+            }
+            return;
+        }
         list.running.remove(&self.number);
         let waiters = std::mem::take(&mut list.waiters);
         drop(list);
         waiters.into_iter().for_each(Waker::wake);
+    }
+}
+
+/// For the models.
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod modelled {
+    use ebbtide_scsi::Lun;
+
+    use super::*;
+
+    /// The commands of a unit.
+    pub struct Commands(Arc<Tasks>);
+
+    /// One under way until it is dropped.
+    pub struct Command {
+        _task: Task,
+    }
+
+    impl Commands {
+        /// None yet, on as many queues.
+        pub fn new(queues: usize) -> Commands {
+            Commands(Tasks::new(queues))
+        }
+
+        /// One begins.
+        pub fn begin(&self, queue: usize) -> Command {
+            let lun = Lun::from_bytes([0, 0]).expect("the first");
+            let address = Address { target: 0, lun };
+            Command {
+                _task: self.0.begin(queue, address, 0),
+            }
+        }
+
+        /// Aborts all there are.
+        pub fn abort(&self) -> impl Future<Output = ()> + 'static {
+            self.0.end(Fate::Aborted, |_| true)
+        }
     }
 }
 
