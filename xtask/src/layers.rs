@@ -17,10 +17,11 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide-block", &["gate", "iothread", "memory"]),
     ("ebbtide-net", &[]),
     ("ebbtide-devices", &["gate", "iothread", "memory", "bus"]),
+    ("ebbtide-scsi", &[]),
     (
         "ebbtide-virtio",
         &[
-            "gate", "iothread", "memory", "bus", "block", "net", "devices",
+            "gate", "iothread", "memory", "bus", "block", "net", "scsi", "devices",
         ],
     ),
     ("ebbtide-hypervisor", &["gate", "memory", "bus"]),
@@ -35,6 +36,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "bus",
             "block",
             "net",
+            "scsi",
             "devices",
             "virtio",
             "hypervisor",
@@ -44,7 +46,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("ebbtide", &["machine", "qmp", "hypervisor", "iothread"]),
     (
         "ebbtide-lab-driver",
-        &["gate", "iothread", "memory", "bus", "block", "virtio"],
+        &[
+            "gate", "iothread", "memory", "bus", "block", "net", "scsi", "devices", "virtio",
+        ],
     ),
     ("ebbtide-lab", &["agent"]),
     ("ebbtide-agent", &[]),

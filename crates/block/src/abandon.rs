@@ -12,7 +12,7 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::op::OpKind;
 
@@ -75,6 +75,7 @@ impl fmt::Display for InFlight {
 /// The life of a backend, shared by all that use it.
 #[derive(Debug, Default)]
 pub(crate) struct Life {
+    size_bytes: AtomicU64,
     abandoned: AtomicBool,
     reads: AtomicU32,
     writes: AtomicU32,
@@ -84,6 +85,23 @@ pub(crate) struct Life {
 }
 
 impl Life {
+    /// Of a disk of `size_bytes`.
+    pub(crate) fn new(size_bytes: u64) -> Arc<Life> {
+        Arc::new(Life {
+            size_bytes: AtomicU64::new(size_bytes),
+            ..Life::default()
+        })
+    }
+
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.size_bytes.load(Ordering::Acquire)
+    }
+
+    /// The disk has `size_bytes` at least.
+    pub(crate) fn grown(&self, size_bytes: u64) {
+        self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
+    }
+
     pub(crate) fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
     }

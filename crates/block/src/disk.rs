@@ -38,7 +38,6 @@ pub struct Disk {
 struct Shared {
     backend: Arc<Backend>,
     life: Arc<Life>,
-    size_bytes: u64,
     logical_block_bytes: u32,
     physical_block_bytes: u32,
     readonly: bool,
@@ -63,7 +62,6 @@ impl Disk {
         let image = Image::open(spec)?;
         Ok(Disk {
             shared: Arc::new(Shared {
-                size_bytes: image.size_bytes,
                 logical_block_bytes: image.logical_block_bytes,
                 physical_block_bytes: image.physical_block_bytes,
                 readonly: spec.readonly,
@@ -71,8 +69,8 @@ impl Disk {
                     discard: !spec.readonly && spec.discard == Discard::Unmap,
                     write_zeroes: !spec.readonly,
                 },
+                life: Life::new(image.size_bytes),
                 backend: Arc::new(Backend::File(FileBackend::new(image))),
-                life: Arc::default(),
                 faults: Vec::new(),
             }),
         })
@@ -103,8 +101,7 @@ impl Disk {
         Disk {
             shared: Arc::new(Shared {
                 backend: Arc::new(Backend::Null(backend)),
-                life: Arc::default(),
-                size_bytes,
+                life: Life::new(size_bytes),
                 logical_block_bytes: SECTOR_BYTES,
                 physical_block_bytes: SECTOR_BYTES,
                 readonly: false,
@@ -162,9 +159,34 @@ impl Disk {
         self.shared.life.in_flight()
     }
 
+    /// Makes the disk larger: `size_bytes` from now on, zeroes in what is new. May block. Who uses it has to tell its
+    /// guest.
+    ///
+    /// # Errors
+    /// [`Error::NotGrown`] for a size that is not larger or not of whole blocks, a read-only disk, a block device (which
+    /// is grown on the host), and when the file system refuses.
+    pub fn grow(&self, size_bytes: u64) -> Result<(), Error> {
+        let refuse = |reason: String| Error::NotGrown { size_bytes, reason };
+        let (now, block) = (self.size_bytes(), self.logical_block_bytes());
+        if size_bytes <= now {
+            return Err(refuse(format!("it has {now} bytes, and can only grow")));
+        }
+        if !size_bytes.is_multiple_of(block.into()) || i64::try_from(size_bytes).is_err() {
+            return Err(refuse(format!("not a possible multiple of {block} bytes")));
+        }
+        if self.readonly() {
+            return Err(refuse("it is read-only".to_owned()));
+        }
+        if let Backend::File(file) = &*self.shared.backend {
+            file.grow(size_bytes).map_err(|e| refuse(e.to_string()))?;
+        }
+        self.shared.life.grown(size_bytes);
+        Ok(())
+    }
+
     /// Size in bytes, whole logical blocks.
     pub fn size_bytes(&self) -> u64 {
-        self.shared.size_bytes
+        self.shared.life.size_bytes()
     }
 
     /// Whether it refuses writes.
@@ -241,7 +263,7 @@ impl Shared {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         match op.range(buffer_bytes as u64) {
-            Some(range) if range.end <= self.size_bytes => Ok(()),
+            Some(range) if range.end <= self.life.size_bytes() => Ok(()),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidInput,
                 "range outside the disk",

@@ -107,6 +107,14 @@ pub enum Error {
         /// The largest there is.
         max_bytes: u64,
     },
+    /// A disk that was not made larger.
+    #[error("cannot make the disk {size_bytes} bytes large: {reason}")]
+    NotGrown {
+        /// The size asked for.
+        size_bytes: u64,
+        /// Why not.
+        reason: String,
+    },
     /// A rule for faults that cannot be read.
     #[error("fault rule '{rule}': {reason}")]
     FaultRule {

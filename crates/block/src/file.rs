@@ -60,6 +60,27 @@ pub(crate) struct FileBackend {
 }
 
 impl FileBackend {
+    /// Makes the image longer. The process's limit on file sizes is looked at first: the kernel ends who exceeds it.
+    pub(crate) fn grow(&self, size_bytes: u64) -> io::Result<()> {
+        if self.image.block_device {
+            return Err(io::Error::other(
+                "it is a block device: grow it on the host",
+            ));
+        }
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+        if limit.is_some_and(|limit| size_bytes > limit) {
+            return Err(io::Error::other(
+                "it would exceed the limit on file sizes (ulimit -f)",
+            ));
+        }
+        // Never shorter: two may grow it at once.
+        let length = self.image.file.metadata()?.len();
+        if size_bytes <= length {
+            return Ok(());
+        }
+        self.image.file.set_len(size_bytes)
+    }
+
     pub(crate) fn new(image: Image) -> FileBackend {
         FileBackend {
             image: Arc::new(image),

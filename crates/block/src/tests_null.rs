@@ -127,3 +127,37 @@ fn a_disk_given_up_begins_nothing_and_ends_nothing() {
         assert_eq!(abandoned.in_flight().to_string(), "nothing");
     });
 }
+
+#[test]
+fn disks_grow() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    file.as_file().set_len(MIB).unwrap();
+    let disk = Disk::open(&crate::DiskSpec::new(file.path())).unwrap();
+    for wrong in [MIB, MIB - 512, MIB + 1, u64::MAX - 511] {
+        let error = disk.grow(wrong).unwrap_err().to_string();
+        assert!(error.contains(&wrong.to_string()), "{error}");
+    }
+    let layered = disk.behind(&Faults::new());
+    disk.grow(2 * MIB).unwrap();
+    assert_eq!(
+        (disk.size_bytes(), layered.size_bytes()),
+        (2 * MIB, 2 * MIB)
+    );
+    assert_eq!(file.as_file().metadata().unwrap().len(), 2 * MIB);
+    on_ring(async |local| {
+        let buf = OwnedBuffer::new(vec![9; 512]);
+        let offset = 2 * MIB - 512;
+        let attached = layered.attach(&local);
+        attached.submit(Op::Write { offset }, buf).await.0.unwrap();
+    });
+    drop(disk);
+    drop(layered);
+    let readonly = Disk::open(&crate::DiskSpec::new(file.path()).readonly()).unwrap();
+    assert!(
+        readonly
+            .grow(4 * MIB)
+            .unwrap_err()
+            .to_string()
+            .contains("read-only")
+    );
+}

@@ -159,7 +159,7 @@ pub use map::{BounceGrant, BounceWait, Bounced, BusMaster, DirectMapping, Dma, M
 pub use memory::{Memory, MemoryConfig};
 pub use pin::{Pin, PinList};
 pub use ram::{
-    Backing, HostMemory, NotifierId, NumaPolicy, Plugged, RamBlock, RamBlocks, RamList,
+    Backing, Discard, HostMemory, NotifierId, NumaPolicy, Plugged, RamBlock, RamBlocks, RamList,
     RamListGuard, RamNotifier, RamPolicy, RamSpec, Seal,
 };
 pub use reader::Reader;

@@ -13,6 +13,7 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 mod control;
@@ -24,7 +25,9 @@ pub mod net;
 mod pci;
 mod reset;
 pub mod rng;
+pub mod scsi;
 mod select;
+mod service;
 pub mod status;
 mod sync;
 pub mod virtq;

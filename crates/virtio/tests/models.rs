@@ -10,12 +10,15 @@
 //! seeded: silent_change_keeps_generation breaks model_config_silent
 //! seeded: driver_ok_unlocked breaks model_config_pending
 //! seeded: early_needs_reset_unannounced breaks model_early_needs_reset
+//! seeded: function_does_not_wait breaks model_task_management
+//! seeded: wakes_before_it_is_gone breaks model_task_management
 #![cfg(loom)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
 
 use ebbtide_gate::{Entry, Gate};
+use ebbtide_virtio::scsi::modelled::Commands;
 use ebbtide_virtio::{Change, Interrupts, Link, Reset, status};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
@@ -220,5 +223,30 @@ fn model_early_needs_reset() {
         device.join().expect("device");
         assert_ne!(link.status().get() & status::NEEDS_RESET, 0);
         assert_eq!(announced.0.load(Ordering::Acquire), 1, "announced once");
+    });
+}
+
+#[test]
+fn model_task_management() {
+    const INVARIANT: &str = "when a function is answered, the commands it aborted do not touch their memory any more; \
+                             and it is answered";
+    check("virtio/task_management", INVARIANT, Some(3), || {
+        let commands = Commands::new(2);
+        let memory = [0, 1].map(|_| Arc::new(Ring::new()));
+        let disks: Vec<_> = (0..2)
+            .map(|queue| {
+                let (command, memory) = (commands.begin(queue), Arc::clone(&memory[queue]));
+                thread::spawn(move || {
+                    memory.write(1);
+                    drop(command);
+                })
+            })
+            .collect();
+        block_on(commands.abort());
+        // The driver uses the memory for something else.
+        memory.iter().for_each(|memory| memory.write(2));
+        for disk in disks {
+            disk.join().expect("disk");
+        }
     });
 }

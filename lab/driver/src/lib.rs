@@ -10,6 +10,7 @@ mod pci;
 mod port;
 mod queue;
 mod ram;
+pub mod scsi;
 mod wait;
 
 pub use board::Board;

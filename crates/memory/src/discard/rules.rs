@@ -106,6 +106,16 @@ impl DiscardRules {
         self.claim(Claim::DisableUncoordinated, who)
     }
 
+    /// Runs `discard`, which tells nobody, unless somebody disables that: then `None`. Nobody
+    /// claims anything while it runs, so who disables such discards knows that none is under way.
+    /// It must not claim anything itself, and is better short.
+    pub fn uncoordinated<T>(&self, discard: impl FnOnce() -> T) -> Option<T> {
+        let held = self.lock();
+        let mut claims = held.claims.iter();
+        let disabled = claims.any(|(_, claim, _)| claim.excludes(Claim::Require));
+        (!disabled).then(discard)
+    }
+
     /// What is held now.
     pub fn counts(&self) -> DiscardCounts {
         let held = self.lock();
@@ -209,6 +219,42 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn discards_that_tell_nobody_are_done_where_they_may_be() {
+        for (claim, ask) in ALL {
+            let rules = DiscardRules::default();
+            let held = ask(&rules, "one").unwrap();
+            let disabled = matches!(claim, Claim::Disable | Claim::DisableUncoordinated);
+            assert_eq!(
+                rules.uncoordinated(|| 7),
+                (!disabled).then_some(7),
+                "{claim:?}"
+            );
+            drop(held);
+            assert_eq!(rules.uncoordinated(|| 7), Some(7));
+        }
+    }
+
+    #[test]
+    fn who_disables_discards_waits_for_one_under_way() {
+        let rules = DiscardRules::default();
+        let (began, begin) = std::sync::mpsc::channel();
+        let over = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                rules.uncoordinated(|| {
+                    began.send(()).unwrap();
+                    std::thread::sleep(std::time::Duration::from_millis(50));
+                    over.store(true, std::sync::atomic::Ordering::SeqCst);
+                })
+            });
+            begin.recv().unwrap();
+            let token = rules.disable("gpu0").unwrap();
+            assert!(over.load(std::sync::atomic::Ordering::SeqCst));
+            drop(token);
+        });
     }
 
     #[test]

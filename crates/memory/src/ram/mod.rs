@@ -6,6 +6,7 @@ mod backing;
 mod block;
 mod blocks;
 mod describe;
+mod discard;
 pub(crate) mod fence;
 mod host;
 mod list;
@@ -18,6 +19,7 @@ mod spec;
 
 pub use block::RamBlock;
 pub use blocks::RamBlocks;
+pub use discard::Discard;
 pub use host::HostMemory;
 pub(crate) use list::ListShared;
 pub use list::{RamList, RamListGuard};

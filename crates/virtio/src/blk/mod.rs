@@ -3,8 +3,7 @@
 //!
 //! * `request.rs` is the wire format and its rules, as functions of bytes; `config.rs` the configuration space.
 //! * `prepare.rs` makes a job of a chain: finds header, data and status in whatever descriptors, checks, pins.
-//! * `run.rs` carries a job out on an [`ebbtide_block`] disk.
-//! * `serve.rs` is the task of a queue: chains in, answers out, batched.
+//! * `run.rs` carries a job out on an [`ebbtide_block`] disk; the task of a queue is that of `service.rs`.
 //!
 //! A request that names bad memory or a bad range gets an error status and nothing else happens. Only a chain that has
 //! no place for a status makes the device want a reset.
@@ -14,7 +13,6 @@ mod metrics;
 mod prepare;
 mod request;
 mod run;
-mod serve;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,9 +25,9 @@ use self::config::{Config, WRITEBACK_OFFSET};
 use self::metrics::Counters;
 pub use self::metrics::{BlkMetrics, KindMetrics};
 use self::request::{Terms, id_bytes};
-use self::run::Runner;
-use self::serve::{Setup, serve};
+use self::run::Requests;
 use crate::device::{ActivateError, Activation, VirtioDevice};
+use crate::service::{Setup, serve};
 
 /// The device type (5.2.1).
 pub const DEVICE_TYPE: u16 = 2;
@@ -67,6 +65,9 @@ pub struct BlkSpec {
     pub queues: u16,
     /// Size of each, a power of two.
     pub queue_size: u16,
+    /// Iothreads to serve queues on besides the one the device is made with, which is the first:
+    /// `iothread-vq-mapping` without explicit queues.
+    pub more_iothreads: Vec<Remote>,
 }
 
 impl BlkSpec {
@@ -77,17 +78,20 @@ impl BlkSpec {
             serial: String::new(),
             queues: 1,
             queue_size: 256,
+            more_iothreads: Vec::new(),
         }
     }
 }
 
-/// A virtio block device on an opened disk. Its queues are served by one iothread.
+/// A virtio block device on an opened disk. Its queues are spread over its iothreads: queue i is served by the
+/// (i mod n)-th of n.
 pub struct VirtioBlk {
     name: Arc<str>,
     id: [u8; request::ID_BYTES],
     queue_sizes: Vec<u16>,
     disk: Arc<Disk>,
-    remote: Remote,
+    /// At least one.
+    remotes: Vec<Remote>,
     config: Config,
     /// The one field a driver can write: 5.2.5.
     writeback: Arc<AtomicBool>,
@@ -98,6 +102,8 @@ pub struct VirtioBlk {
 impl VirtioBlk {
     /// A device for `disk` whose queues are served on `remote`.
     pub fn new(spec: BlkSpec, disk: Arc<Disk>, remote: Remote) -> Arc<VirtioBlk> {
+        let mut remotes = vec![remote];
+        remotes.extend(spec.more_iothreads);
         let queues = spec.queues.max(1);
         let config = Config {
             capacity_bytes: disk.size_bytes(),
@@ -114,7 +120,7 @@ impl VirtioBlk {
             id: id_bytes(&spec.serial),
             queue_sizes: vec![spec.queue_size; usize::from(queues)],
             disk,
-            remote,
+            remotes,
             config,
             writeback: Arc::new(AtomicBool::new(true)),
             counters: Arc::default(),
@@ -125,6 +131,11 @@ impl VirtioBlk {
     /// What it has done so far.
     pub fn metrics(&self) -> BlkMetrics {
         self.counters.snapshot()
+    }
+
+    fn remote_of(&self, queue: u16) -> Result<&Remote, ActivateError> {
+        let index = usize::from(queue) % self.remotes.len().max(1);
+        self.remotes.get(index).ok_or(ActivateError::ThreadStopped)
     }
 
     /// The disk behind it.
@@ -193,26 +204,31 @@ impl VirtioDevice for VirtioBlk {
             write_zeroes: has(feature::WRITE_ZEROES),
         };
         for queue in queues {
+            let remote = self.remote_of(queue.index)?;
             let setup = Setup {
                 name: Arc::clone(&self.name),
                 queue,
                 gate: Arc::clone(&gate),
                 space: Arc::clone(&memory),
                 control: control.clone(),
-                terms,
-                id: self.id,
-                counters: Arc::clone(&self.counters),
                 complaints: Arc::clone(&self.complaints),
             };
             let disk = Arc::clone(&self.disk);
-            let writeback = Arc::clone(&self.writeback);
-            let (flushes, may_unmap) = (has(feature::FLUSH), self.config.discard);
-            self.remote
+            let (counters, writeback) = (Arc::clone(&self.counters), Arc::clone(&self.writeback));
+            let (id, flushes, may_unmap) = (self.id, has(feature::FLUSH), self.config.discard);
+            remote
                 .spawn(move |local| {
-                    let gate = Arc::clone(&setup.gate);
-                    let runner =
-                        Runner::new(disk.attach(&local), gate, writeback, flushes, may_unmap);
-                    serve(local, setup, runner)
+                    let requests = Requests {
+                        disk: disk.attach(&local),
+                        terms,
+                        id,
+                        counters,
+                        gate: Arc::clone(&setup.gate),
+                        writeback,
+                        flushes,
+                        may_unmap,
+                    };
+                    serve(local, setup, requests)
                 })
                 .map_err(|_| ActivateError::ThreadStopped)?;
         }

@@ -7,6 +7,7 @@ use smallvec::SmallVec;
 use super::request::{
     HEADER_BYTES, Header, ID_BYTES, Kind, SEGMENT_BYTES, SEGMENTS_MAX, Segments, Status, Terms,
 };
+use crate::service::Unanswerable;
 use crate::virtq::{Buffers, Chain};
 
 /// What to do for a request. Owns the right to the guest memory it needs.
@@ -61,15 +62,6 @@ impl AnswerPlace {
             data
         }
     }
-}
-
-/// There is no place to answer at: only a reset of the device helps the driver.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Unanswerable {
-    #[error("chain {head} has no room for a status")]
-    NoStatus { head: u16 },
-    #[error("chain {head}: status: {source}")]
-    StatusMemory { head: u16, source: AccessError },
 }
 
 /// What makes a request fail before it is begun.
@@ -144,15 +136,15 @@ impl Preparation<'_, '_> {
     fn answer_place(&self, head: u16, writable: &mut Buffers) -> Result<AnswerPlace, Unanswerable> {
         let last = writable
             .split_back(1)
-            .ok_or(Unanswerable::NoStatus { head })?;
+            .ok_or(Unanswerable::NoRoom { head })?;
         let &[(gpa, _)] = &*last else {
-            return Err(Unanswerable::NoStatus { head });
+            return Err(Unanswerable::NoRoom { head });
         };
         let status = match self.guard.pin(gpa, 1, Access::Write) {
             Ok(pin) => Some(pin),
             // The guest has just given this memory back. It cannot expect an answer there; other requests go on.
             Err(AccessError::Unplugged { .. }) => None,
-            Err(source) => return Err(Unanswerable::StatusMemory { head, source }),
+            Err(source) => return Err(Unanswerable::Memory { head, source }),
         };
         Ok(AnswerPlace {
             status,

@@ -1,93 +1,76 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Carrying out one job on the backend.
+//! What a disk makes of its requests, and carrying one out on the backend.
 
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::Instant;
 
 use ebbtide_block::{LocalDisk, Op};
 use ebbtide_gate::Gate;
-use ebbtide_memory::PinList;
+use ebbtide_memory::{PinList, ReadGuard};
 
 use super::metrics::Counters;
-use super::prepare::{AnswerPlace, Job, Work};
-use super::request::{Kind, Segments, Status};
+use super::prepare::{AnswerPlace, Job, Preparation, Work};
+use super::request::{ID_BYTES, Kind, Segments, Status, Terms};
+use crate::service::{Answered, Begun, Service, Unanswerable};
+use crate::virtq::Chain;
 
-/// Carries jobs out.
-#[derive(Clone)]
-pub(super) struct Runner {
-    disk: Rc<LocalDisk>,
+/// The requests of one queue.
+pub(super) struct Requests {
+    pub disk: LocalDisk,
+    pub terms: Terms,
+    pub id: [u8; ID_BYTES],
+    pub counters: Arc<Counters>,
     /// The activation's: once it is closed nobody waits for an answer.
-    gate: Arc<Gate>,
+    pub gate: Arc<Gate>,
     /// How the driver set the cache, if it can.
-    writeback: Arc<AtomicBool>,
+    pub writeback: Arc<AtomicBool>,
     /// The driver can flush: without that, every write is flushed for it (5.2.6.2).
-    flushes: bool,
+    pub flushes: bool,
     /// Zeroed ranges may give space back.
-    may_unmap: bool,
+    pub may_unmap: bool,
 }
 
-/// A job whose status byte is written.
-pub(super) struct Answered {
-    pub head: u16,
-    /// Bytes of the chain the device wrote.
-    pub written: u32,
-    kind: Option<Kind>,
-    /// Bytes of data moved; `None`: it failed.
-    moved: Option<u64>,
-    /// The right to the guest's memory, given up when the chain is given back.
-    _memory: (AnswerPlace, PinList),
-}
+/// The right to the guest's memory, given up when the chain is given back.
+type Memory = (AnswerPlace, PinList);
 
-impl Answered {
-    /// The answer to a request that needs no backend.
-    pub(super) fn at_once(
-        head: u16,
-        kind: Option<Kind>,
-        answer: AnswerPlace,
-        status: Status,
-        written: u32,
-    ) -> Answered {
+impl Service for Requests {
+    type Job = (Job, Instant);
+    type Kept = Memory;
+
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: Chain,
+    ) -> Result<Begun<(Job, Instant), Memory>, Unanswerable> {
+        let preparation = Preparation {
+            terms: &self.terms,
+            id: &self.id,
+            guard,
+        };
+        let prepared = preparation
+            .prepare(chain)
+            .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
+        if prepared.bad_memory {
+            self.counters.count(&self.counters.bad_memory);
+        }
+        self.counters.begin();
+        let (job, began) = (prepared.job, Instant::now());
+        let Work::Answer { status, written } = job.work else {
+            return Ok(Begun::Job((job, began)));
+        };
         let moved = (status == Status::Ok).then_some(u64::from(written));
-        let written = answer.give(status, written);
-        Answered {
-            head,
-            written,
-            kind,
-            moved,
-            _memory: (answer, PinList::new()),
-        }
+        self.count(job.kind, moved, began);
+        Ok(Begun::Answered(Answered {
+            head: job.head,
+            written: job.answer.give(status, written),
+            kept: (job.answer, PinList::new()),
+        }))
     }
 
-    pub(super) fn count(&self, counters: &Counters, latency: Duration) {
-        match self.kind {
-            Some(kind) => counters.answered(kind, self.moved, latency),
-            None => counters.count(&counters.unsupported),
-        }
-    }
-}
-
-impl Runner {
-    pub(super) fn new(
-        disk: LocalDisk,
-        gate: Arc<Gate>,
-        writeback: Arc<AtomicBool>,
-        flushes: bool,
-        may_unmap: bool,
-    ) -> Runner {
-        Runner {
-            disk: Rc::new(disk),
-            gate,
-            writeback,
-            flushes,
-            may_unmap,
-        }
-    }
-
-    /// Carries a job out and answers it.
-    pub(super) async fn run(self, job: Job) -> Answered {
+    async fn carry_out(self: Rc<Self>, (job, began): (Job, Instant)) -> Answered<Memory> {
         let Job {
             head,
             kind,
@@ -108,12 +91,22 @@ impl Runner {
         };
         let written = answer.give(status, data_written);
         let moved = result.is_ok().then_some(u64::from(data_bytes));
+        self.count(kind, moved, began);
         Answered {
             head,
             written,
-            kind,
-            moved,
-            _memory: (answer, data),
+            kept: (answer, data),
+        }
+    }
+}
+
+impl Requests {
+    /// An answer is written; `moved` bytes of data, or `None`: it failed.
+    fn count(&self, kind: Option<Kind>, moved: Option<u64>, began: Instant) {
+        self.counters.end();
+        match kind {
+            Some(kind) => self.counters.answered(kind, moved, began.elapsed()),
+            None => self.counters.count(&self.counters.unsupported),
         }
     }
 

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use ebbtide_block::{Disk, DiskSpec, Faults};
+use ebbtide_iothread::Remote;
 use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part, VirtioDriver, blk};
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::{VirtioPci, features};
@@ -31,6 +32,8 @@ pub struct Options {
     pub readonly: bool,
     pub features: u64,
     pub queues: u16,
+    /// Iothreads besides the board's.
+    pub more_iothreads: Vec<Remote>,
 }
 
 impl Default for Options {
@@ -39,6 +42,7 @@ impl Default for Options {
             readonly: false,
             features: ALL,
             queues: 1,
+            more_iothreads: Vec::new(),
         }
     }
 }
@@ -78,6 +82,7 @@ impl Rig {
             serial: SERIAL.into(),
             queues: options.queues,
             queue_size: QUEUE_SIZE,
+            more_iothreads: options.more_iothreads,
             ..BlkSpec::new("disk0")
         };
         let blk = VirtioBlk::new(spec, Arc::new(disk), board.remote());

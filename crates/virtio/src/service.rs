@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The task that serves one queue of a disk from DRIVER_OK to the next reset.
+//! The task that serves one queue of requests from DRIVER_OK to the next reset, whatever the device.
 //!
 //! ```text
 //!            kick ──┐
 //!                   ▼
 //!   ┌──────────► turn: answers that are ready → used ring; chains → jobs; one interrupt for all
 //!   │               │
-//!   │               ├── a task per job: backend operation, status byte
+//!   │               ├── a task per job: backend operation, answer
 //!   │               ▼
 //!   └── wait for a kick, an answer or the end of the gate
 //! ```
@@ -16,51 +16,92 @@
 //! backend operation ends after the gate was closed; then nobody touches the queue any more.
 
 use std::cell::{Cell, RefCell};
-use std::future::poll_fn;
+use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
-use std::time::Instant;
 
 use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::{Entry, Gate, Lease};
 use ebbtide_iothread::{Event, Local};
-use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
+use ebbtide_memory::{AccessError, AddressSpace, ReadGuard, Reader};
 
-use super::metrics::Counters;
-use super::prepare::{Job, Preparation, Unanswerable, Work};
-use super::request::{ID_BYTES, Terms};
-use super::run::{Answered, Runner};
 use crate::control::TransportControl;
 use crate::device::ActiveQueue;
 use crate::interrupt::QueueInterrupt;
-use crate::virtq::{Queue, QueueError};
+use crate::virtq::{Chain, Queue, QueueError};
+
+/// What a device makes of the chains of a queue.
+pub(crate) trait Service: 'static {
+    /// A request that takes time. Owns the right to the guest memory it needs.
+    type Job: 'static;
+    /// What an answered request keeps until it is given back.
+    type Kept: 'static;
+
+    /// Begins a request, inside a read section: whatever blocks belongs into [`carry_out`](Self::carry_out).
+    ///
+    /// # Errors
+    /// There is no place to answer at.
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: Chain,
+    ) -> Result<Begun<Self::Job, Self::Kept>, Unanswerable>;
+
+    /// Carries a job out and answers it.
+    fn carry_out(
+        self: Rc<Self>,
+        job: Self::Job,
+    ) -> impl Future<Output = Answered<Self::Kept>> + 'static;
+}
+
+/// A request after its first look.
+pub(crate) enum Begun<J, K> {
+    /// It needed no time.
+    Answered(Answered<K>),
+    /// It goes on as a task.
+    Job(J),
+}
+
+/// A request whose answer is written.
+pub(crate) struct Answered<K> {
+    /// The chain.
+    pub head: u16,
+    /// Bytes of the chain the device wrote, from its start.
+    pub written: u32,
+    /// Dropped when the driver can see the answer.
+    #[expect(dead_code, reason = "its drop is what matters")]
+    pub kept: K,
+}
+
+/// There is no place to answer at: only a reset of the device helps the driver.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Unanswerable {
+    #[error("chain {head} has no room for an answer")]
+    NoRoom { head: u16 },
+    #[error("chain {head}: answer: {source}")]
+    Memory { head: u16, source: AccessError },
+}
 
 /// Everything a queue needs to be served.
-pub(super) struct Setup {
+pub(crate) struct Setup {
     pub name: Arc<str>,
     pub queue: ActiveQueue,
     pub gate: Arc<Gate>,
     pub space: Arc<AddressSpace>,
     pub control: TransportControl,
-    pub terms: Terms,
-    pub id: [u8; ID_BYTES],
-    pub counters: Arc<Counters>,
     pub complaints: Arc<LogLimit>,
 }
 
 /// Serves the queue until the gate closes or the driver breaks the queue.
-pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
+pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
     let Setup {
         name,
         queue,
         gate,
         space,
         control,
-        terms,
-        id,
-        counters,
         complaints,
     } = setup;
     let ActiveQueue {
@@ -70,19 +111,16 @@ pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
         interrupt,
         ..
     } = queue;
-    let inbox = Rc::new(Inbox::default());
+    let inbox = Rc::new(Inbox::new());
     // Cancelled when this function returns.
     let _doorbell = local.spawn(doorbell(local.clone(), kick, Rc::clone(&inbox)));
     let reader = space.memory().register();
-    let service = Service {
+    let turns = Turns {
         local: local.clone(),
         gate: Arc::clone(&gate),
         space,
         reader,
-        terms,
-        id,
-        counters,
-        runner,
+        service: Rc::new(service),
         inbox: Rc::clone(&inbox),
     };
     let mut rings = Rings {
@@ -95,7 +133,7 @@ pub(super) async fn serve(local: Local, setup: Setup, runner: Runner) {
         let Some(lease) = gate.enter(Entry::Io) else {
             break;
         };
-        let turn = service.turn(&mut rings);
+        let turn = turns.turn(&mut rings);
         drop(lease);
         match turn {
             Ok(Turn::Busy) => local.yield_now().await,
@@ -149,19 +187,16 @@ struct Rings {
 }
 
 /// What the turns of one queue work with.
-struct Service {
+struct Turns<S: Service> {
     local: Local,
     gate: Arc<Gate>,
     space: Arc<AddressSpace>,
     reader: Reader,
-    terms: Terms,
-    id: [u8; ID_BYTES],
-    counters: Arc<Counters>,
-    runner: Runner,
-    inbox: Rc<Inbox>,
+    service: Rc<S>,
+    inbox: Rc<Inbox<S::Kept>>,
 }
 
-impl Service {
+impl<S: Service> Turns<S> {
     fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {
         let (turn, interrupt) = {
             let guard = self.space.read(&self.reader);
@@ -201,36 +236,20 @@ impl Service {
             let Some(lease) = self.gate.enter(Entry::Io) else {
                 break;
             };
-            let preparation = Preparation {
-                terms: &self.terms,
-                id: &self.id,
-                guard,
-            };
-            let prepared = preparation
-                .prepare(chain)
-                .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
-            if prepared.bad_memory {
-                self.counters.count(&self.counters.bad_memory);
+            match self.service.begin(guard, chain)? {
+                Begun::Answered(answered) => self.inbox.put(Done { answered, lease }),
+                Begun::Job(job) => self.start(job, lease),
             }
-            self.start(prepared.job, lease);
         }
         Ok(popped)
     }
 
-    fn start(&self, job: Job, lease: Lease) {
-        self.counters.begin();
-        let started = Instant::now();
+    fn start(&self, job: S::Job, lease: Lease) {
         let inbox = Rc::clone(&self.inbox);
-        let counters = Arc::clone(&self.counters);
-        if let Work::Answer { status, written } = job.work {
-            let answered = Answered::at_once(job.head, job.kind, job.answer, status, written);
-            inbox.put(Done { answered, lease }, &counters, started);
-            return;
-        }
-        let running = self.runner.clone().run(job);
+        let running = Rc::clone(&self.service).carry_out(job);
         let task = async move {
             let answered = running.await;
-            inbox.put(Done { answered, lease }, &counters, started);
+            inbox.put(Done { answered, lease });
         };
         self.local.spawn(task).detach();
     }
@@ -254,27 +273,33 @@ impl Service {
 }
 
 /// A job that is answered but not yet given back.
-struct Done {
-    answered: Answered,
+struct Done<K> {
+    answered: Answered<K>,
     /// Held to the end.
     #[expect(dead_code, reason = "its drop is what matters")]
     lease: Lease,
 }
 
 /// What wakes the queue's task.
-#[derive(Default)]
-struct Inbox {
+struct Inbox<K> {
     kicked: Cell<bool>,
-    done: RefCell<Vec<Done>>,
+    done: RefCell<Vec<Done<K>>>,
     waker: RefCell<Option<Waker>>,
     /// Nobody will give anything back any more.
     closed: Cell<bool>,
 }
 
-impl Inbox {
-    fn put(&self, done: Done, counters: &Counters, started: Instant) {
-        counters.end();
-        done.answered.count(counters, started.elapsed());
+impl<K> Inbox<K> {
+    fn new() -> Inbox<K> {
+        Inbox {
+            kicked: Cell::new(false),
+            done: RefCell::default(),
+            waker: RefCell::default(),
+            closed: Cell::new(false),
+        }
+    }
+
+    fn put(&self, done: Done<K>) {
         if !self.closed.get() {
             self.done.borrow_mut().push(done);
             self.wake();
@@ -304,7 +329,7 @@ impl Inbox {
 }
 
 /// Turns kicks into news.
-async fn doorbell(local: Local, mut kick: Event, inbox: Rc<Inbox>) {
+async fn doorbell<K>(local: Local, mut kick: Event, inbox: Rc<Inbox<K>>) {
     loop {
         if let Err(error) = kick.wait(&local).await {
             tracing::error!(%error, "waiting for kicks failed");
