@@ -120,6 +120,20 @@ impl QmpError {
         Self::generic(format!("'{driver}' is not a valid device model name"))
     }
 
+    /// The answer when devices of this type are only made by the machine itself.
+    pub fn not_pluggable() -> Self {
+        Self::generic("Parameter 'driver' expects a pluggable device type")
+    }
+
+    /// The answer to `qom-list-properties` when there is no such type. `device-list-properties` answers
+    /// [`QmpError::device_not_found`].
+    pub fn class_not_found(type_name: &str) -> Self {
+        Self::new(
+            ErrorClass::DeviceNotFound,
+            format!("Class '{type_name}' not found"),
+        )
+    }
+
     /// The answer when a device of this type cannot come or go while the machine runs.
     pub fn not_hotpluggable(driver: &str) -> Self {
         Self::generic(format!("Device '{driver}' does not support hotplugging"))
@@ -179,11 +193,17 @@ impl QmpError {
         Self::generic(format!("Failed to find node with node-name='{node}'"))
     }
 
-    /// The answer when a property names a block node that is not there.
-    pub fn drive_not_found(node: &str) -> Self {
+    /// The answer when a property names a block node, network backend or character device that is not there. A memory
+    /// backend that is not there is [`QmpError::device_not_found`].
+    pub fn no_such_backend(type_name: &str, property: &str, value: &str) -> Self {
         Self::generic(format!(
-            "Cannot find device='{node}' nor node-name='{node}'"
+            "Property '{type_name}.{property}' can't find value '{value}'"
         ))
+    }
+
+    /// The answer to `blockdev-add` when a node that is not a part of another has no name.
+    pub fn unnamed_node() -> Self {
+        Self::generic("'node-name' must be specified for the root node")
     }
 
     /// The answer to `blockdev-add` when the name is taken.
@@ -194,6 +214,11 @@ impl QmpError {
     /// The answer to `blockdev-del` when a device uses the node.
     pub fn node_in_use(node: &str) -> Self {
         Self::generic(format!("Node {node} is in use"))
+    }
+
+    /// The answer to `blockdev-del` when the node is a part of another.
+    pub fn node_is_part(node: &str) -> Self {
+        Self::generic(format!("Block device {node} is in use"))
     }
 
     /// The answer when something uses a block node; `role` is such as `file of 'disk0'`.

@@ -98,6 +98,22 @@ fn deep_nesting_is_refused() {
         "{{\"execute\": \"x-toy-sleep\", \"arguments\": {{\"value\": 0}}, \"id\": {id}}}"
     ));
     assert_eq!(answer["return"], 0);
+    // Arguments are read level by level, on the control thread's stack.
+    let arguments = |levels| {
+        format!(
+            "{{\"execute\": \"device_add\", \"arguments\": {{\"driver\": \"pc-dimm\", \"id\": \"d\", \"memdev\": {}}}}}",
+            deep("[", "]", levels)
+        )
+    };
+    assert_eq!(
+        wire.refused(arguments(128)),
+        "Invalid parameter type for 'memdev', expected: string"
+    );
+    assert_eq!(
+        wire.refused(arguments(1022)),
+        "Parameter 'memdev' is nested too deeply, 128 levels are accepted"
+    );
+    wire.assert_usable();
 }
 
 #[test]

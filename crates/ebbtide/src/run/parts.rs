@@ -108,7 +108,7 @@ fn blockdev(text: &str) -> Result<BlockdevOptions, QmpError> {
     let node = BlockdevOptions::from_properties(properties)?;
     match node.node_name {
         Some(_) => Ok(node),
-        None => Err(QmpError::missing_parameter("node-name")),
+        None => Err(QmpError::unnamed_node()),
     }
 }
 
@@ -221,7 +221,7 @@ mod tests {
             (&["--netdev", "tap"], "--netdev: Parameter 'id' is missing"),
             (
                 &["--blockdev", "null-co"],
-                "--blockdev: Parameter 'node-name' is missing",
+                "--blockdev: 'node-name' must be specified for the root node",
             ),
             (
                 &["--blockdev", "qcow2,node-name=n"],

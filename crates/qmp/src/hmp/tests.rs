@@ -3,7 +3,9 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::types::memory::{MemoryDeviceInfo, MemorySizeSummary, VirtioMemDeviceInfo};
+use crate::types::memory::{
+    MemoryDeviceInfo, MemorySizeSummary, PcDimmDeviceInfo, VirtioMemDeviceInfo,
+};
 use crate::types::qom::ObjectPropertyInfo;
 use crate::types::run_state::{RunState, StatusInfo};
 
@@ -226,6 +228,21 @@ fn answers_look_like_qemus() {
         memory_devices(&[device]),
         "Memory device [virtio-mem]: \"vmem0\"\r\n  memaddr: 0x100000000\r\n  node: 0\r\n  requested-size: 314572800\r\n  size: 0\r\n  \
          max-size: 2147483648\r\n  block-size: 2097152\r\n  memdev: /objects/mem0\r\n"
+    );
+    let dimm = MemoryDeviceInfo::Dimm(PcDimmDeviceInfo {
+        id: Some("dimm0".into()),
+        addr: 1 << 32,
+        size: 134217728,
+        slot: 0,
+        node: 0,
+        memdev: "/objects/mem-dimm0".into(),
+        hotplugged: true,
+        hotpluggable: true,
+    });
+    assert_eq!(
+        memory_devices(&[dimm]),
+        "Memory device [dimm]: \"dimm0\"\r\n  addr: 0x100000000\r\n  slot: 0\r\n  node: 0\r\n  size: 134217728\r\n  \
+         memdev: /objects/mem-dimm0\r\n  hotplugged: true\r\n  hotpluggable: true\r\n"
     );
     assert_eq!(
         properties(&[ObjectPropertyInfo::new("type", "string")]),

@@ -6,6 +6,32 @@ use serde_json::{Map, Value};
 use super::{ObjectInfo, Type};
 use crate::error::QmpError;
 
+/// How many levels arguments may have. What reads them goes down a level with each call, and 1024 levels, which a request
+/// may have, take more stack than a thread may have.
+const DEPTH: usize = 128;
+
+/// Checks that no argument has too many levels, without going down them.
+pub(super) fn depth(arguments: &Map<String, Value>) -> Result<(), QmpError> {
+    for (name, argument) in arguments {
+        let mut open = vec![(argument, 1)];
+        while let Some((value, level)) = open.pop() {
+            if level > DEPTH {
+                return Err(QmpError::generic(format!(
+                    "Parameter '{name}' is nested too deeply, {DEPTH} levels are accepted"
+                )));
+            }
+            match value {
+                Value::Array(items) => open.extend(items.iter().map(|item| (item, level + 1))),
+                Value::Object(members) => {
+                    open.extend(members.values().map(|member| (member, level + 1)));
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(())
+}
+
 /// Checks one value; `path` names it in the error.
 pub(super) fn value(value: &Value, ty: &Type, path: &str) -> Result<(), QmpError> {
     let fits = match (ty, value) {
@@ -29,6 +55,10 @@ pub(super) fn value(value: &Value, ty: &Type, path: &str) -> Result<(), QmpError
             true
         }
         (Type::Object(info), Value::Object(members)) => return object(members, info, path),
+        (Type::Alternate(info), _) => match info.choices.iter().find(|ty| suits(ty, value)) {
+            Some(choice) => return self::value(value, choice, path),
+            None => false,
+        },
         _ => false,
     };
     if fits {
@@ -90,6 +120,19 @@ fn declared(members: &Map<String, Value>, info: &ObjectInfo, path: &str) -> Resu
     Ok(())
 }
 
+/// Whether `value` is of the JSON type that `ty` is.
+fn suits(ty: &Type, value: &Value) -> bool {
+    match ty {
+        Type::Any => true,
+        Type::Str | Type::Enum(_) => value.is_string(),
+        Type::Int | Type::Number => value.is_number(),
+        Type::Bool => value.is_boolean(),
+        Type::Object(_) => value.is_object(),
+        Type::Array(_) => value.is_array(),
+        Type::Alternate(info) => info.choices.iter().any(|choice| suits(choice, value)),
+    }
+}
+
 fn join(path: &str, key: &str) -> String {
     if path.is_empty() {
         key.to_owned()
@@ -107,5 +150,6 @@ fn expected(ty: &Type) -> &'static str {
         Type::Any => "value",
         Type::Object(_) => "object",
         Type::Array(_) => "array",
+        Type::Alternate(info) => info.name,
     }
 }

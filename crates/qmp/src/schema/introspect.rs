@@ -54,6 +54,7 @@ impl Entities {
             }
             Type::Object(info) => self.number(info.name),
             Type::Array(element) => format!("[{}]", self.name(element)),
+            Type::Alternate(info) => self.number(info.name),
         };
         if self.known.insert(name.clone(), ()).is_none() {
             self.pending.push_back((name.clone(), *ty));
@@ -89,6 +90,14 @@ impl Entities {
                 json!({"name": name, "meta-type": "array", "element-type": element})
             }
             Type::Object(info) => self.object(name, info),
+            Type::Alternate(info) => {
+                let members: Vec<Value> = info
+                    .choices
+                    .iter()
+                    .map(|choice| json!({"type": self.name(choice)}))
+                    .collect();
+                json!({"name": name, "meta-type": "alternate", "members": members})
+            }
         };
         self.out.push(entity);
     }

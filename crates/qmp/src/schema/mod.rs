@@ -38,6 +38,8 @@ pub enum Type {
     Object(&'static ObjectInfo),
     /// An array of one type.
     Array(&'static Type),
+    /// A value of one of several types, which JSON tells apart.
+    Alternate(&'static AlternateInfo),
 }
 
 /// A set of strings.
@@ -61,6 +63,15 @@ pub struct ObjectInfo {
     /// Whether members nobody declared are allowed: what they are depends on more than a schema can say, as a device's
     /// properties do on its driver. Who carries the command out checks them; see [`crate::Properties`].
     pub open: bool,
+}
+
+/// Types of which a value has one.
+#[derive(Debug)]
+pub struct AlternateInfo {
+    /// Its name in this crate; not on the wire.
+    pub name: &'static str,
+    /// The types; each of another kind in JSON.
+    pub choices: &'static [Type],
 }
 
 /// One member of an object.
@@ -389,8 +400,9 @@ impl CommandInfo {
     /// Whether `arguments` are what the command takes.
     ///
     /// # Errors
-    /// A `GenericError` that names the argument that is missing, of a wrong type, or unknown.
+    /// A `GenericError` that names the argument that is missing, of a wrong type, unknown, or of more than 128 levels.
     pub fn check_arguments(&self, arguments: &Map<String, Value>) -> Result<(), QmpError> {
+        check::depth(arguments)?;
         match self.arguments {
             Type::Object(info) => check::object(arguments, info, ""),
             _ => Ok(()),

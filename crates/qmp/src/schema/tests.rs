@@ -354,6 +354,16 @@ fn introspection_has_qemus_form() {
         json!([{"name": "driver", "type": "str"}, {"name": "bus", "type": "str", "default": null},
             {"name": "id", "type": "str", "default": null}])
     );
+    let raw = follow(&of("blockdev-add"), "arg-type")["variants"][2].clone();
+    assert_eq!(raw["case"], "raw");
+    let file = follow(&follow(&raw, "type")["members"][0], "type");
+    assert_eq!(
+        (&file["meta-type"], &file["members"]),
+        (
+            &json!("alternate"),
+            &json!([{"type": of("blockdev-add")["arg-type"]}, {"type": "str"}])
+        )
+    );
     // A type that is a part of itself.
     let bus = of(follow(&of("query-pci"), "ret-type")["element-type"]
         .as_str()

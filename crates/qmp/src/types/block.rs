@@ -2,7 +2,12 @@
 //! Block nodes and the disks that use them. Of a node's description only what a node here can have is declared; what is
 //! required of every answer and always the same (no throttling, no encryption) [`BlockDeviceInfo::new`] fills in.
 
-use crate::schema::{qapi_enum, qapi_struct};
+use serde::{Deserialize, Serialize};
+
+use crate::Properties;
+use crate::schema::{
+    AlternateInfo, Member, ObjectInfo, Qapi, Type, Variants, is_absent, qapi_enum, qapi_struct,
+};
 
 qapi_enum! {
     /// Three-way switches.
@@ -60,6 +65,14 @@ qapi_enum! {
     }
 }
 
+qapi_enum! {
+    /// How a file's data is moved.
+    pub enum BlockdevAio {
+        /// By io_uring.
+        IoUring = "io_uring",
+    }
+}
+
 qapi_struct! {
     /// Use of the host's caches.
     #[derive(Copy, Eq, Default)]
@@ -71,27 +84,127 @@ qapi_struct! {
     }
 }
 
-qapi_struct! {
-    /// A block node: arguments of `blockdev-add`, and nodes described within another. The driver's own properties are in
-    /// `properties`; [`BlockdevOptions::take_source`] reads them.
-    pub open struct BlockdevOptions {
-        /// What provides the data.
-        driver as "driver": BlockdevDriver,
-        /// Its name; one that is not part of another must have one.
-        node_name as "node-name": Option<String>,
-        /// What a guest's discard does; `ignore` by default.
-        discard as "discard": Option<BlockdevDiscard>,
-        /// Use of the host's caches.
-        cache as "cache": Option<BlockdevCacheOptions>,
-        /// For reading only; off by default.
-        read_only as "read-only": Option<bool>,
-        /// For reading only when writing is not possible; off by default.
-        auto_read_only as "auto-read-only": Option<bool>,
-        /// Others may write to it at the same time; off by default, and only with `read-only`.
-        force_share as "force-share": Option<bool>,
-        /// What a guest's writing of zeroes becomes; `off` by default.
-        detect_zeroes as "detect-zeroes": Option<BlockdevDetectZeroes>,
+/// A block node: arguments of `blockdev-add`, and nodes described within another. The driver's own properties are in
+/// `properties`; [`BlockdevOptions::take_source`] reads them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockdevOptions {
+    /// What provides the data.
+    pub driver: BlockdevDriver,
+    /// Its name; one that is not part of another must have one.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub node_name: Option<String>,
+    /// What a guest's discard does; `ignore` by default.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub discard: Option<BlockdevDiscard>,
+    /// Use of the host's caches.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub cache: Option<BlockdevCacheOptions>,
+    /// For reading only; off by default.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub read_only: Option<bool>,
+    /// For reading only when writing is not possible; off by default.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub auto_read_only: Option<bool>,
+    /// Others may write to it at the same time; off by default, and only with `read-only`.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub force_share: Option<bool>,
+    /// What a guest's writing of zeroes becomes; `off` by default.
+    #[serde(skip_serializing_if = "is_absent")]
+    pub detect_zeroes: Option<BlockdevDetectZeroes>,
+    /// All the other members.
+    #[serde(flatten)]
+    pub properties: Properties,
+}
+
+const fn member(name: &'static str, ty: Type) -> Member {
+    let optional = false;
+    Member { name, ty, optional }
+}
+
+const fn optional(name: &'static str, ty: Type) -> Member {
+    let optional = true;
+    Member { name, ty, optional }
+}
+
+const fn source(name: &'static str, members: &'static [Member]) -> ObjectInfo {
+    ObjectInfo {
+        name,
+        members,
+        variants: None,
+        open: false,
     }
+}
+
+// A node may be described within a node: statics have addresses, by which they can refer to each other.
+static BLOCKDEV_OPTIONS: ObjectInfo = ObjectInfo {
+    name: "BlockdevOptions",
+    members: &[
+        member("driver", BlockdevDriver::TYPE),
+        optional("node-name", Type::Str),
+        optional("discard", BlockdevDiscard::TYPE),
+        optional("cache", BlockdevCacheOptions::TYPE),
+        optional("read-only", Type::Bool),
+        optional("auto-read-only", Type::Bool),
+        optional("force-share", Type::Bool),
+        optional("detect-zeroes", BlockdevDetectZeroes::TYPE),
+    ],
+    variants: Some(Variants {
+        tag: "driver",
+        cases: &[
+            (BlockdevDriver::File.as_str(), &HOST_FILE),
+            (BlockdevDriver::HostDevice.as_str(), &HOST_FILE),
+            (BlockdevDriver::Raw.as_str(), &RAW),
+            (BlockdevDriver::NullCo.as_str(), &NULL),
+            (BlockdevDriver::Fault.as_str(), &FAULT),
+        ],
+    }),
+    // What is declared is checked here, what is left over by whoever makes the node.
+    open: true,
+};
+
+static BLOCKDEV_REF: AlternateInfo = AlternateInfo {
+    name: "BlockdevRef",
+    choices: &[Type::Object(&BLOCKDEV_OPTIONS), Type::Str],
+};
+
+static HOST_FILE: ObjectInfo = source(
+    "BlockdevOptionsFile",
+    &[
+        member("filename", Type::Str),
+        optional("locking", OnOffAuto::TYPE),
+        optional("aio", BlockdevAio::TYPE),
+    ],
+);
+
+static RAW: ObjectInfo = source(
+    "BlockdevOptionsRaw",
+    &[
+        member("file", Type::Alternate(&BLOCKDEV_REF)),
+        optional("offset", Type::Int),
+        optional("size", Type::Int),
+    ],
+);
+
+static NULL: ObjectInfo = source(
+    "BlockdevOptionsNull",
+    &[
+        optional("size", Type::Int),
+        optional("latency-ns", Type::Int),
+        optional("read-zeroes", Type::Bool),
+    ],
+);
+
+static FAULT: ObjectInfo = source(
+    "BlockdevOptionsFault",
+    &[
+        member("file", Type::Alternate(&BLOCKDEV_REF)),
+        optional("rules", Type::Array(&Type::Str)),
+    ],
+);
+
+impl Qapi for BlockdevOptions {
+    const TYPE: Type = Type::Object(&BLOCKDEV_OPTIONS);
 }
 
 qapi_struct! {

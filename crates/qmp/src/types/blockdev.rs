@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Block nodes as they are ordered: from properties, of JSON or of a command line, to what each driver takes.
 
-use super::block::{BlockdevCacheOptions, BlockdevDriver, BlockdevOptions, OnOffAuto};
+use super::block::{BlockdevAio, BlockdevCacheOptions, BlockdevDriver, BlockdevOptions, OnOffAuto};
 use crate::error::QmpError;
 use crate::properties::{Properties, Reference};
 
@@ -124,18 +124,12 @@ impl BlockdevOptions {
 }
 
 fn host_file(own: &mut Properties) -> Result<HostFile, QmpError> {
-    let file = HostFile {
+    // There is one way of doing I/O; a client that insists on another is told.
+    own.take_enum::<BlockdevAio>("aio")?;
+    Ok(HostFile {
         filename: own.need_string("filename")?,
         locking: own.take_enum("locking")?.unwrap_or_default(),
-    };
-    // There is one way of doing I/O; a client that insists on another is told.
-    match own.take_string("aio")?.as_deref() {
-        None | Some("io_uring") => Ok(file),
-        Some(other) => Err(QmpError::invalid_value(
-            &own.full("aio"),
-            &other.escape_debug().to_string(),
-        )),
-    }
+    })
 }
 
 fn reference(own: &mut Properties) -> Result<BlockdevRef, QmpError> {

@@ -196,7 +196,7 @@ fn each_driver_takes_its_own() {
         })
     );
     assert_eq!(
-        source(json!({"driver": "x-ebbtide-fault", "file": "n", "rules": "fault=hold"})),
+        source(json!({"driver": "x-ebbtide-fault", "file": "n", "rules": ["fault=hold"]})),
         Ok(BlockdevSource::Fault {
             file: BlockdevRef::Node("n".into()),
             rules: vec!["fault=hold".into()]
@@ -229,8 +229,62 @@ fn each_driver_takes_its_own() {
             json!({"driver": "null-co", "discard": "on"}),
             "Parameter 'discard' does not accept value 'on'",
         ),
+        (
+            json!({"driver": "null-co", "size": "1G"}),
+            "Invalid parameter type for 'size', expected: integer",
+        ),
+        (
+            json!({"driver": "raw", "file": 1}),
+            "Invalid parameter type for 'file', expected: BlockdevRef",
+        ),
+        (
+            json!({"driver": "raw", "file": {"driver": "raw", "file": {"driver": "file"}}}),
+            "Parameter 'file.file.filename' is missing",
+        ),
     ] {
         assert_eq!(source(value.clone()).unwrap_err().desc, desc, "{value}");
+    }
+}
+
+#[test]
+fn a_tower_of_nodes_is_read_to_its_top_and_has_one() {
+    let tower = |levels: usize| {
+        (0..levels).fold(json!("ground"), |node, _| {
+            let raw = [("driver", json!("raw")), ("file", node)];
+            Value::Object(
+                raw.map(|(name, value)| (name.to_owned(), value))
+                    .into_iter()
+                    .collect(),
+            )
+        })
+    };
+    let mut options = arguments(&BLOCKDEV_ADD, tower(128)).unwrap();
+    let mut levels = 1;
+    while let BlockdevSource::Raw {
+        file: BlockdevRef::Inline(below),
+        ..
+    } = options.take_source().unwrap()
+    {
+        options = *below;
+        levels += 1;
+    }
+    assert_eq!(levels, 128);
+    // As many levels as a request may have, in what is read by its declaration and in what is not.
+    for (command, value) in [
+        (BLOCKDEV_ADD.info(), tower(1022)),
+        (
+            DEVICE_ADD.info(),
+            json!({"driver": "x", "file": tower(1021)}),
+        ),
+        (
+            QOM_SET.info(),
+            json!({"path": "/", "property": "file", "value": 1, "file": tower(1021)}),
+        ),
+    ] {
+        assert_eq!(
+            command.check_arguments(&members(value)).unwrap_err().desc,
+            "Parameter 'file' is nested too deeply, 128 levels are accepted"
+        );
     }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A machine without a guest: boot memory and virtio-mem devices whose "driver" follows the requested size
-//! at a set pace, as far as it is let. It answers every command, so clients can be tried on it.
+//! at a set pace, as far as it is let, and devices that come and go. Clients can be tried on it.
 
 pub mod plug;
 pub mod server;

@@ -188,7 +188,7 @@ impl Plugged {
         let backend = backends.iter().find(|b| b.kind == kind && b.name == name);
         let backend = backend
             .cloned()
-            .ok_or_else(|| QmpError::property_value(&driver, property, &name))?;
+            .ok_or_else(|| QmpError::no_such_backend(&driver, property, &name))?;
         properties.take_string("serial")?;
         properties.take_string("mac")?;
         if properties
@@ -378,9 +378,7 @@ pub fn add(table: CommandTable<Toy>) -> CommandTable<Toy> {
         })
         .on(BLOCKDEV_ADD, async |toy, _, mut node: BlockdevOptions| {
             node.take_source()?;
-            let name = node
-                .node_name
-                .ok_or_else(|| QmpError::missing_parameter("node-name"))?;
+            let name = node.node_name.ok_or_else(QmpError::unnamed_node)?;
             toy.plugged.make("node", name, 0)
         })
         .on(BLOCKDEV_DEL, async |toy, _, args| {
