@@ -169,6 +169,6 @@ pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{AccessRules, Endian, Ioeventfd, Mmio, Region, Registers, Transaction};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{
-    DmaSpace, DmaView, LocalSpace, LocalView, Marks, PinnedRam, PinnedRegion, RamSpace,
+    DmaMemory, DmaSpace, DmaView, LocalSpace, LocalView, Marks, PinnedRam, PinnedRegion, RamSpace,
     SectionView, WriteLog, Written,
 };

@@ -290,7 +290,7 @@ fn chains_are_served_while_ram_comes_and_goes() {
         let buffer = DIMM + (tag * 4096) % (DIMM_BYTES - 4096);
         driver.submit(tag, buffer, 2048);
         let memory = space.memory();
-        let chain = queue.pop_descriptor_chain(Arc::clone(&memory)).unwrap();
+        let chain = queue.pop_descriptor_chain(memory.clone()).unwrap();
         let written = serve(&chain);
         match written {
             Some(written) => {
