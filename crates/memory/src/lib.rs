@@ -113,6 +113,8 @@ mod access;
 mod busy;
 mod cached;
 mod copy;
+#[cfg(all(test, not(loom)))]
+mod counted;
 mod dirty;
 mod discard;
 mod dispatch;
