@@ -7,7 +7,6 @@ mod setup;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
-use std::time::{Duration, Instant};
 
 use ebbtide_memory::{DmaSpace, DmaView, Phase, Region, Ticket};
 use setup::Map;
@@ -46,17 +45,6 @@ fn unplug(map: &Map, dimm: &Arc<Region>) -> Ticket {
     ticket
 }
 
-fn drained(map: &Map, ticket: Ticket) {
-    let end = Instant::now() + Duration::from_secs(20);
-    while ticket.phase() != Phase::Drained {
-        assert!(Instant::now() < end, "{:?}", ticket.holders());
-        map.memory.synchronize();
-    }
-    ticket
-        .destroy()
-        .unwrap_or_else(|(_, error)| panic!("{error}"));
-}
-
 fn named<T: Send + 'static>(name: &str, f: impl FnOnce() -> T + Send + 'static) -> T {
     let thread = thread::Builder::new().name(name.to_owned()).spawn(f);
     thread.unwrap().join().unwrap()
@@ -80,7 +68,7 @@ fn a_pin_is_counted_where_it_was_taken_after_the_thread_has_ended() {
     assert_eq!(ticket.phase(), Phase::Draining);
     assert_eq!(ticket.holders()[0].count, 1, "{:?}", ticket.holders());
     drop(view);
-    drained(&map, ticket);
+    map.end(ticket);
 }
 
 #[test]
@@ -102,7 +90,7 @@ fn a_view_holds_what_each_of_its_threads_has_looked_up() {
     drop(clone);
     assert_eq!(count(&ticket), 2);
     drop(view);
-    drained(&map, ticket);
+    map.end(ticket);
 }
 
 /// The next memory has the hub of the last one, and its first thread the row that this thread
@@ -135,7 +123,7 @@ fn a_row_kept_from_a_memory_that_is_gone_is_not_used() {
             assert_eq!(holders, ["pins of newcomer", "pins of old hand"]);
             drop((view, end));
             newcomer.unwrap().join().unwrap();
-            drained(&map, ticket);
+            map.end(ticket);
         });
     }
 }
@@ -157,5 +145,5 @@ fn a_reader_and_a_kept_row_are_one() {
         touch(&DmaSpace::new(&space, None).memory());
     });
     let ticket = unplug(&map, &dimm);
-    drained(&map, ticket);
+    map.end(ticket);
 }
