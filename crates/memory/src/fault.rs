@@ -231,6 +231,17 @@ mod guarded {
     /// before. Once in a process; later calls do nothing.
     pub(crate) fn install() -> io::Result<()> {
         static INSTALLING: Mutex<()> = Mutex::new(());
+        // An entry that is never used: without any, as in a program that has no copy left when it
+        // is optimised, the linker knows no table, and refuses.
+        // SAFETY: does nothing.
+        unsafe {
+            asm!(
+                "2: nop",
+                "3:",
+                site!(),
+                options(nostack, nomem, preserves_flags)
+            )
+        };
         let _installing = INSTALLING
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner());

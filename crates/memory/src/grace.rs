@@ -14,10 +14,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use smallvec::SmallVec;
+
+use crate::flat::Flat;
+use crate::index::{OldNodes, View};
 use crate::ram::fence::Fence;
 use crate::reader::barrier::Barrier;
 use crate::reader::hub::Hub;
 use crate::reader::wake::Level;
+use crate::sweeper::Sweeper;
 use crate::sync::{Mutex, lock};
 use crate::ticket::Drain;
 
@@ -27,9 +32,35 @@ const LINGER: Duration = Duration::from_millis(5);
 const LATE: Duration = Duration::from_secs(1);
 /// Retired views after which they no longer wait.
 const LINGER_COUNT: usize = 128;
+/// Spare views that are kept when there have been no changes for a while.
+const SPARES: usize = 2;
+
+/// Sections that a view no longer shows.
+pub(crate) type OldFlats = SmallVec<[Arc<Flat>; 2]>;
+
+/// What a new view has taken the place of.
+pub(crate) struct OldView {
+    pub(crate) view: Option<Box<View>>,
+    pub(crate) _nodes: OldNodes,
+    pub(crate) flats: OldFlats,
+    pub(crate) sweeper: Arc<Sweeper>,
+}
+
+impl OldView {
+    /// Drops all but the view, which can serve again.
+    fn retire(self) -> Option<Box<View>> {
+        let sweeper = self.sweeper;
+        self.flats
+            .into_iter()
+            .for_each(|flat| sweeper.drop_section(flat));
+        self.view
+    }
+}
 
 /// Something to be done after a grace period.
 pub(crate) enum Job {
+    /// Drop an old view, or keep it for the next one. Not urgent.
+    View(OldView),
     /// Drop what readers may still see. Not urgent.
     Retire(Box<dyn FnOnce() + Send>),
     /// Tell that the grace period is over.
@@ -44,6 +75,10 @@ pub(crate) enum Job {
 pub(crate) struct Grace {
     hub: &'static Hub,
     inbox: Mutex<Inbox>,
+    /// Views that no reader sees any more. Who makes a view takes the memory of one of these:
+    /// what one thread allocates for another to free makes the two wait for each other.
+    #[allow(clippy::vec_box, reason = "readers know a view by where it is")]
+    spare: Mutex<Vec<Box<View>>>,
 }
 
 #[derive(Default)]
@@ -62,6 +97,7 @@ impl Grace {
         Arc::new(Grace {
             hub: Hub::take(barrier),
             inbox: Mutex::new(Inbox::default()),
+            spare: Mutex::new(Vec::new()),
         })
     }
 
@@ -92,6 +128,11 @@ impl Grace {
         }
     }
 
+    /// A view to make a new one of.
+    pub(crate) fn spare_view(&self) -> Option<Box<View>> {
+        lock(&self.spare).pop()
+    }
+
     /// Tells the worker to end once nothing is left to do.
     pub(crate) fn close(&self) {
         lock(&self.inbox).closing = true;
@@ -109,12 +150,13 @@ impl Drop for Grace {
 
 impl Job {
     fn is_urgent(&self) -> bool {
-        !matches!(self, Job::Retire(_))
+        !matches!(self, Job::Retire(_) | Job::View(_))
     }
 
     /// There are no readers and no pins any more: nothing to wait for.
     fn finish_without_readers(self) {
         match self {
+            Job::View(old) => drop(old.retire()),
             Job::Retire(retire) => retire(),
             Job::Grace(level) => level.raise(1),
             Job::Drain(drain) => drain.finish(),
@@ -138,6 +180,8 @@ pub(crate) struct Worker {
     fences: Vec<Arc<Fence>>,
     /// Slots armed while closing.
     closing_slots: Option<u32>,
+    /// Nothing has come for as long as a view lingers.
+    quiet: bool,
 }
 
 /// What the worker does next.
@@ -161,6 +205,7 @@ impl Worker {
             drains: Vec::new(),
             fences: Vec::new(),
             closing_slots: None,
+            quiet: false,
         }
     }
 
@@ -172,9 +217,7 @@ impl Worker {
             let wake = self.grace.hub.wake();
             match (next, &self.in_grace) {
                 (Next::End, _) => break,
-                (Next::Linger, _) => {
-                    wake.wait(Some(LINGER));
-                }
+                (Next::Linger, _) => self.quiet = !wake.wait(Some(LINGER)),
                 (Next::Sleep, Some((target, _))) if *target != reported => {
                     if !wake.wait(Some(LATE)) {
                         reported = *target;
@@ -197,6 +240,14 @@ impl Worker {
             inbox.lingering = false;
             inbox.closing
         };
+        if std::mem::take(&mut self.quiet) && self.queued.is_empty() {
+            // Outside the lock, which a change of the map takes.
+            let mut spare = lock(&self.grace.spare);
+            let keep = spare.len().min(SPARES);
+            let surplus = spare.split_off(keep);
+            drop(spare);
+            drop(surplus);
+        }
         loop {
             if let Some((target, jobs)) = self.in_grace.take() {
                 if !self.grace.hub.grace_passed(target) {
@@ -247,6 +298,11 @@ impl Worker {
     fn after_grace(&mut self, jobs: Vec<Job>) {
         for job in jobs {
             match job {
+                Job::View(old) => {
+                    if let Some(view) = old.retire() {
+                        lock(&self.grace.spare).push(view);
+                    }
+                }
                 Job::Retire(retire) => retire(),
                 Job::Grace(level) => level.raise(1),
                 Job::Drain(drain) => {
@@ -308,7 +364,8 @@ impl Worker {
             }
             self.grace.hub.wake().signal();
         }
-        if self.in_grace.is_none() && !self.queued.is_empty() {
+        let surplus = || lock(&self.grace.spare).len() > SPARES;
+        if self.in_grace.is_none() && (!self.queued.is_empty() || surplus()) {
             let mut inbox = lock(&self.grace.inbox);
             inbox.lingering = inbox.jobs.is_empty();
             if !inbox.lingering {

@@ -8,12 +8,13 @@ use std::sync::Arc;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use crate::dirty::Table;
+use crate::dirty::{SlotLog, Table};
 use crate::fault::Fault;
 use crate::index::{Entry, Place, RAM, READONLY, View};
 use crate::pin::Token;
 use crate::{
-    Access, AccessError, AddressSpace, Gpa, Pin, PinList, Reader, Region, SectionKind, copy,
+    Access, AccessError, AddressSpace, Gpa, GuestSlice, Pin, PinList, Reader, Region, SectionKind,
+    copy,
 };
 
 /// A read section on one view of an address space. What it finds stays where it is until it is
@@ -140,7 +141,7 @@ impl<'r> ReadGuard<'r> {
     }
 
     #[inline(always)]
-    fn dirty(&self) -> &Table {
+    fn dirty(&self) -> &'static Table {
         self.reader.hub().dirty()
     }
 
@@ -160,6 +161,28 @@ impl<'r> ReadGuard<'r> {
         };
         let token = Token::take(self.reader, place.lane);
         Ok(Pin::new(token, place.host as *mut u8, len, gpa, access))
+    }
+
+    /// The `len` bytes of RAM at `gpa`, for as long as the section is open. They lie in one region.
+    ///
+    /// # Errors
+    /// As [`ReadGuard::pin`].
+    #[inline(always)]
+    pub fn slice(
+        &self,
+        gpa: Gpa,
+        len: usize,
+        access: Access,
+    ) -> Result<GuestSlice<'_>, AccessError> {
+        let place = match self.view.place(gpa.raw(), len as u64, access) {
+            Some(place) => place,
+            None => place_slowly(self.view, gpa, len as u64, access)?,
+        };
+        let log = SlotLog::new(self.dirty(), place.lane.slot());
+        let host = place.host as *mut u8;
+        // SAFETY: RAM of the slot's block, found in this section, which the slice borrows (M2,
+        // M7).
+        Ok(unsafe { GuestSlice::new(host, len, access.writes(), gpa, log) })
     }
 
     /// The host address of `len` bytes in one piece of one region, and the slot of their block;
@@ -222,35 +245,14 @@ impl<'r> ReadGuard<'r> {
         Ok(())
     }
 
-    /// The RAM at `address`: its entry, host address, and how many of `len` bytes are there and
-    /// plugged; at least one.
+    /// See [`ram_at`].
     pub(crate) fn ram(
         &self,
         address: u64,
         len: u64,
         access: Access,
     ) -> Result<(&Entry, *mut u8, u64), AccessError> {
-        let entry = match self.entry(address) {
-            Some(entry) if entry.kind & RAM != 0 => entry,
-            _ => return Err(refusal(self.view, Gpa(address), len, access)),
-        };
-        if entry.kind & READONLY != 0 && access.writes() {
-            return Err(AccessError::ReadOnly {
-                gpa: Gpa(address),
-                len,
-            });
-        }
-        let host = entry.host(address);
-        let here = (entry.last - address).saturating_add(1).min(len);
-        // SAFETY: bytes of the section and so of its window.
-        let count = unsafe { entry.window().plugged_prefix(host, here) };
-        if count == 0 {
-            return Err(AccessError::Unplugged {
-                gpa: Gpa(address),
-                len,
-            });
-        }
-        Ok((entry, host as *mut u8, count))
+        ram_at(self.view, address, len, access)
     }
 
     /// Calls `f` for each contiguous piece of a range.
@@ -284,6 +286,37 @@ impl<'r> ReadGuard<'r> {
         }
         Ok(())
     }
+}
+
+/// The RAM at `address`: its entry, host address, and how many of `len` bytes are there and plugged;
+/// at least one. In a section that has loaded the view.
+pub(crate) fn ram_at(
+    view: &View,
+    address: u64,
+    len: u64,
+    access: Access,
+) -> Result<(&Entry, *mut u8, u64), AccessError> {
+    let entry = match view.lookup(address) {
+        Some(entry) if entry.kind & RAM != 0 => entry,
+        _ => return Err(refusal(view, Gpa(address), len, access)),
+    };
+    if entry.kind & READONLY != 0 && access.writes() {
+        return Err(AccessError::ReadOnly {
+            gpa: Gpa(address),
+            len,
+        });
+    }
+    let host = entry.host(address);
+    let here = (entry.last - address).saturating_add(1).min(len);
+    // SAFETY: bytes of the section and so of its window.
+    let count = unsafe { entry.window().plugged_prefix(host, here) };
+    if count == 0 {
+        return Err(AccessError::Unplugged {
+            gpa: Gpa(address),
+            len,
+        });
+    }
+    Ok((entry, host as *mut u8, count))
 }
 
 /// As [`View::place`], wherever the bytes are; says what is in the way.

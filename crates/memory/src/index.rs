@@ -26,13 +26,15 @@ use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use crate::flat::Flat;
 use crate::{Access, SectionKind};
 
 /// log2 of the cells per octave.
 const CELL_BITS: u32 = 6;
 /// log2 of the address below which all cells have the same size.
-const LOW_BITS: u32 = 12;
+const LOW_BITS: u32 = 16;
 /// Slots of one node at most; above that, coarser slots with further nodes.
 const MAX_SLOTS: u64 = 4096;
 /// Slots of a node with further nodes.
@@ -384,10 +386,10 @@ pub(crate) struct View {
     end: usize,
     unmapped: Entry,
     /// What `cell_zero` points into.
-    _cells: Box<[*const Head]>,
+    cells: Vec<*const Head>,
     /// By cell, the window of the RAM that covers most of it: one look at it answers nearly all
     /// pins, without the node.
-    _windows: Box<[*const Window]>,
+    windows: Vec<*const Window>,
 }
 
 // SAFETY: immutable; what it points to is kept alive by its index until after its grace period
@@ -399,18 +401,27 @@ unsafe impl Sync for View {}
 impl View {
     /// A view that shows nothing.
     pub(crate) fn empty() -> View {
-        View::new(Box::default(), Box::default())
+        let mut view = View {
+            cell_zero: ptr::null(),
+            window_zero: ptr::null(),
+            end: FIRST_CELL,
+            unmapped: Entry::UNMAPPED,
+            cells: Vec::new(),
+            windows: Vec::new(),
+        };
+        view.show(&[], &[]);
+        view
     }
 
-    fn new(cells: Box<[*const Head]>, windows: Box<[*const Window]>) -> View {
-        View {
-            cell_zero: cells.as_ptr().wrapping_sub(FIRST_CELL),
-            window_zero: windows.as_ptr().wrapping_sub(FIRST_CELL),
-            end: FIRST_CELL + cells.len(),
-            unmapped: Entry::UNMAPPED,
-            _cells: cells,
-            _windows: windows,
-        }
+    /// Makes it show something else. Nobody else knows the view.
+    fn show(&mut self, cells: &[*const Head], windows: &[*const Window]) {
+        self.cells.clear();
+        self.cells.extend_from_slice(cells);
+        self.windows.clear();
+        self.windows.extend_from_slice(windows);
+        self.cell_zero = self.cells.as_ptr().wrapping_sub(FIRST_CELL);
+        self.window_zero = self.windows.as_ptr().wrapping_sub(FIRST_CELL);
+        self.end = FIRST_CELL + self.cells.len();
     }
 
     /// The place of `len` bytes of RAM at `address`, if there is nothing special about them:
@@ -494,7 +505,7 @@ unsafe impl Send for Index {}
 /// What a new view no longer shows; freed after a grace period.
 #[derive(Default)]
 pub(crate) struct OldNodes {
-    _nodes: Vec<Node>,
+    _nodes: SmallVec<[Node; 1]>,
 }
 
 impl Index {
@@ -507,12 +518,11 @@ impl Index {
         }
     }
 
-    /// The view as it stands.
-    pub(crate) fn view(&self) -> Box<View> {
-        Box::new(View::new(
-            self.cells.as_slice().into(),
-            self.windows.as_slice().into(),
-        ))
+    /// The view as it stands, in the memory of one that no reader sees any more.
+    pub(crate) fn view(&self, spare: Option<Box<View>>) -> Box<View> {
+        let mut view = spare.unwrap_or_else(|| Box::new(View::empty()));
+        view.show(&self.cells, &self.windows);
+        view
     }
 
     /// Brings the index up to date with `flats` (all sections, sorted), which differ from those
@@ -522,39 +532,64 @@ impl Index {
         let last = flats.last().map(|flat| cell_of(flat.section.range.end - 1));
         let end = last.map_or(FIRST_CELL, |last| last + 1);
         let length = end - FIRST_CELL;
-        let mut old = Vec::new();
+        let mut old = SmallVec::new();
         if length < self.nodes.len() {
             old.extend(self.nodes.drain(length..).flatten());
         }
-        let empty: *const Head = self.empty.0.as_ptr();
         self.nodes.resize_with(length, || None);
-        self.cells.resize(length, empty);
+        self.cells.resize(length, self.empty.0.as_ptr());
         self.windows.resize(length, Window::none());
         let mut done = FIRST_CELL;
         for range in changed {
             let cells = cell_of(range.start).max(done)..end.min(cell_of(range.end - 1) + 1);
-            for cell in cells.clone() {
-                let (from, to) = cell_range(cell);
-                let cell = cell - FIRST_CELL;
-                let start = flats.partition_point(|flat| flat.section.range.end <= from);
-                let count = flats[start..].partition_point(|flat| flat.section.range.start <= to);
-                let inside = &flats[start..start + count];
-                self.windows[cell] = largest(inside, from, to);
-                let node = match inside {
-                    [] => None,
-                    [flat] if covers(flat, from, to) => {
-                        self.cells[cell] = flat.solo().0.as_ptr();
-                        old.extend(self.nodes[cell].take());
-                        continue;
-                    }
-                    inside => Some(Node::build(from, to, inside)),
-                };
-                self.cells[cell] = node.as_ref().map_or(empty, |node| node.0.as_ptr());
-                old.extend(std::mem::replace(&mut self.nodes[cell], node));
-            }
             done = done.max(cells.end);
+            let mut cell = cells.start;
+            while cell < cells.end {
+                cell = self.update_run(flats, cell..cells.end, &mut old);
+            }
         }
         OldNodes { _nodes: old }
+    }
+
+    /// Brings the first of `cells` up to date, and those behind it that show the same: one section
+    /// and nothing else, or nothing. Returns the number of the first that is left.
+    fn update_run(
+        &mut self,
+        flats: &[Arc<Flat>],
+        cells: Range<usize>,
+        old: &mut SmallVec<[Node; 1]>,
+    ) -> usize {
+        let (from, to) = cell_range(cells.start);
+        let start = flats.partition_point(|flat| flat.section.range.end <= from);
+        let (head, window, next) = match flats.get(start) {
+            Some(flat) if covers(flat, from, to) => {
+                let window = largest(std::slice::from_ref(flat), from, to);
+                (flat.solo().0.as_ptr(), window, flat.section.range.end)
+            }
+            Some(flat) if flat.section.range.start <= to => {
+                let count = flats[start..].partition_point(|flat| flat.section.range.start <= to);
+                let inside = &flats[start..start + count];
+                let node = Node::build(from, to, inside);
+                let at = cells.start - FIRST_CELL;
+                self.cells[at] = node.0.as_ptr();
+                self.windows[at] = largest(inside, from, to);
+                old.extend(self.nodes[at].replace(node));
+                return cells.start + 1;
+            }
+            Some(flat) => (
+                self.empty.0.as_ptr(),
+                Window::none() as _,
+                flat.section.range.start,
+            ),
+            None => (self.empty.0.as_ptr(), Window::none() as _, u64::MAX),
+        };
+        // The cell of what comes next shows more than this.
+        let end = cells.end.min(cell_of(next)).max(cells.start + 1);
+        let run = cells.start - FIRST_CELL..end - FIRST_CELL;
+        self.cells[run.clone()].fill(head);
+        self.windows[run.clone()].fill(window);
+        old.extend(self.nodes[run].iter_mut().filter_map(Option::take));
+        end
     }
 }
 

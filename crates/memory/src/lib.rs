@@ -113,6 +113,8 @@ mod access;
 mod busy;
 mod cached;
 mod copy;
+#[cfg(all(test, not(loom)))]
+mod counted;
 mod dirty;
 mod discard;
 mod dispatch;
@@ -169,6 +171,6 @@ pub use ticket::{Holder, Phase, Ticket};
 pub use tree::{AccessRules, Endian, Ioeventfd, Mmio, Region, Registers, Transaction};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{
-    DmaSpace, DmaView, LocalSpace, LocalView, Marks, PinnedRam, PinnedRegion, RamSpace,
+    DmaMemory, DmaSpace, DmaView, LocalSpace, LocalView, Marks, PinnedRam, PinnedRegion, RamSpace,
     SectionView, WriteLog, Written,
 };

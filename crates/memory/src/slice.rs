@@ -94,6 +94,13 @@ impl<'g> GuestSlice<'g> {
         self.len
     }
 
+    /// The host address of the first byte, valid for as long as the section is open. What is
+    /// written through it is marked by nobody.
+    #[inline(always)]
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.host
+    }
+
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len == 0

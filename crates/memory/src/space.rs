@@ -8,8 +8,10 @@ use std::sync::Arc;
 use crate::dispatch::{self, Bytes, OnError};
 use crate::guard::ReadGuard;
 use crate::index::View;
+use crate::reader::here::{self, HomeRow};
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
+use crate::reader::row::Row;
 use crate::{Error, FlatSection, Gpa, Listener, ListenerId, Memory, Reader};
 
 /// A root region as CPUs and devices see it: memory, port I/O, a device's bus-master view.
@@ -66,6 +68,32 @@ impl AddressSpace {
         // (M2).
         let view = unsafe { self.view.get() };
         ReadGuard::new(reader, view, self)
+    }
+
+    /// Calls `f` with the current view, in a read section of the calling thread's row.
+    ///
+    /// # Panics
+    /// When the row is one of another memory.
+    #[inline(always)]
+    pub(crate) fn in_section<T>(&self, home: HomeRow<'_>, f: impl FnOnce(&View) -> T) -> T {
+        struct Open(&'static Row);
+        impl Drop for Open {
+            #[inline(always)]
+            fn drop(&mut self) {
+                self.0.leave();
+            }
+        }
+        assert!(ptr::eq(home.hub(), self.hub), "a reader of another memory");
+        home.row().enter(self.hub);
+        let _open = Open(home.row());
+        // SAFETY: the section just opened lasts until `f` has returned (M2).
+        f(unsafe { self.view.get() })
+    }
+
+    /// The calling thread's row, if it keeps one (see `reader::here`).
+    #[inline(always)]
+    pub(crate) fn home_row(&self) -> Option<HomeRow<'_>> {
+        here::row(self.hub)
     }
 
     /// Whether a section sees the newest view.

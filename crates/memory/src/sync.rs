@@ -1,20 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! The primitives the protocols are written with: std's, or loom's when they are model-checked.
+//! The primitives the protocols are written with: std's, or loom's when they are model-checked, or
+//! in unit tests ones that record what is stored to.
 
+#[cfg(all(test, not(loom)))]
+pub(crate) use crate::counted::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64};
 #[cfg(loom)]
 pub(crate) use loom::{
     sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, fence},
     sync::{Condvar, Mutex, MutexGuard},
 };
+#[cfg(not(any(test, loom)))]
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64};
 #[cfg(not(loom))]
 pub(crate) use std::{
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, fence},
+    sync::atomic::fence,
     sync::{Condvar, Mutex, MutexGuard},
 };
 
 /// Locks, also after a panic elsewhere: every critical section here leaves its data consistent
 /// before it runs code that can panic.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    #[cfg(all(test, not(loom)))]
+    crate::counted::note(mutex, true);
     mutex
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())

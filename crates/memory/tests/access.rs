@@ -7,8 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
-    Access, AccessError, AddressSpace, Backing, CachedMap, Gpa, Memory, MemoryConfig, Mmio,
-    PinList, RamSpec, Region,
+    Access, AccessError, AddressSpace, Backing, CachedMap, DirtyClient, Gpa, Memory, MemoryConfig,
+    Mmio, PinList, RamSpec, Region,
 };
 
 struct Nothing;
@@ -362,4 +362,45 @@ fn a_foreign_reader_is_a_bug() {
     let other = map();
     let reader = other.memory.register();
     let _guard = one.space.read(&reader);
+}
+
+#[test]
+fn a_slice_is_one_piece_of_one_region_and_marks_what_is_written() {
+    let Map { memory, space, .. } = map();
+    memory.dirty_log().start(DirtyClient::Migration).unwrap();
+    let block = memory.ram().by_name("b").unwrap();
+    let take = || {
+        let snapshot = block.snapshot_and_clear(DirtyClient::Migration, 0..1 << 16);
+        snapshot.unwrap().pages()
+    };
+    take();
+    let reader = memory.register();
+    let guard = space.read(&reader);
+    let slice = guard.slice(Gpa(0x1_0ffc), 64, Access::Write).unwrap();
+    assert_eq!((slice.len(), slice.gpa()), (64, Gpa(0x1_0ffc)));
+    slice.write(2, 0x0102_0304u32).unwrap();
+    assert_eq!(guard.read::<u32>(Gpa(0x1_0ffe)).unwrap(), 0x0102_0304);
+    assert_eq!(take(), 2);
+    assert!(slice.write(62, 0u32).is_err());
+    // Across blocks of the sparse region, all of them plugged.
+    let across = guard.slice(Gpa(0x10_fff8), 16, Access::ReadWrite).unwrap();
+    across.write(4, 5u64).unwrap();
+    assert_eq!(guard.read::<u64>(Gpa(0x10_fffc)).unwrap(), 5);
+    let refused = |gpa, len, access| guard.slice(Gpa(gpa), len, access).map(|_| ()).unwrap_err();
+    let spans = refused(0xffff, 2, Access::Read);
+    assert!(matches!(spans, AccessError::SpansRegions { .. }), "{spans}");
+    let rom = refused(0x2_0000, 1, Access::Write);
+    assert!(matches!(rom, AccessError::ReadOnly { .. }), "{rom}");
+    let unplugged = refused(0x11_fff8, 16, Access::Read);
+    assert!(
+        matches!(unplugged, AccessError::Unplugged { .. }),
+        "{unplugged}"
+    );
+    let rom = guard.slice(Gpa(0x2_0000), 8, Access::Read).unwrap();
+    assert!(matches!(
+        rom.write(0, 1u8),
+        Err(AccessError::ReadOnly { .. })
+    ));
+    let empty = refused(0, 0, Access::Read);
+    assert!(matches!(empty, AccessError::Overflow { .. }), "{empty}");
 }

@@ -2,34 +2,20 @@
 //! Where RAM comes from, what the host is told about it, and what it cannot give.
 #![cfg(not(loom))]
 
+mod setup;
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use ebbtide_memory::{
-    AccessError, Backing, Error, Gpa, HostMemory, Memory, MemoryConfig, NumaPolicy, RamBlock,
-    RamPolicy, RamSpec, Region,
+    AccessError, Backing, Error, Gpa, HostMemory, Memory, NumaPolicy, RamBlock, RamPolicy, RamSpec,
+    Region,
 };
+use setup::{memory, spec};
 
 const MIB: u64 = 1 << 20;
-
-fn memory() -> Arc<Memory> {
-    Memory::new(MemoryConfig {
-        arena_bytes: 8 << 40,
-    })
-    .unwrap()
-}
-
-fn spec(name: &str, size_bytes: u64, backing: Backing) -> RamSpec {
-    RamSpec {
-        name: name.into(),
-        size_bytes,
-        max_size_bytes: size_bytes,
-        backing,
-        prefault: false,
-        block_size_bytes: None,
-    }
-}
+const ARENA: u64 = 8 << 40;
 
 fn file(path: &Path, share: bool, readonly: bool) -> Backing {
     Backing::File {
@@ -75,7 +61,7 @@ fn refused(memory: &Memory, spec: RamSpec, policy: &RamPolicy) -> Error {
 #[test]
 fn files_are_made_when_missing_or_empty_and_never_touched_otherwise() {
     let dir = tempfile::tempdir().unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     let (missing, empty) = (dir.path().join("missing"), dir.path().join("empty"));
     fs::write(&empty, []).unwrap();
     for (name, path) in [("missing", &missing), ("empty", &empty)] {
@@ -101,7 +87,7 @@ fn a_file_too_short_is_refused_and_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("short");
     fs::write(&path, [5; 5000]).unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     for (share, readonly) in [(true, false), (false, false), (true, true), (false, true)] {
         let spec = spec("short", MIB, file(&path, share, readonly));
         let error = refused(&memory, spec, &RamPolicy::default());
@@ -123,7 +109,7 @@ fn a_file_made_for_a_block_that_came_to_nothing_goes_again() {
     let dir = tempfile::tempdir().unwrap();
     let (missing, empty) = (dir.path().join("missing"), dir.path().join("empty"));
     fs::write(&empty, []).unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     // Not a number of pages; and no such node.
     let nowhere = RamPolicy {
         numa: Some(NumaPolicy::Preferred(1000)),
@@ -159,7 +145,7 @@ fn a_file_made_for_a_block_that_came_to_nothing_goes_again() {
 
 #[test]
 fn what_cannot_be_written_to_is_named() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let dir = tempfile::tempdir().unwrap();
     // Nobody may open a directory, or this file of the kernel's, for writing.
     for path in [
@@ -184,7 +170,7 @@ fn a_file_that_is_only_read_is_rom_when_shared_and_a_template_otherwise() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("image");
     fs::write(&path, vec![0x42; MIB as usize]).unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 1 << 40);
     let space = memory.address_space("memory", &root).unwrap();
     let reader = memory.register();
@@ -227,7 +213,7 @@ fn a_file_that_is_only_read_is_rom_when_shared_and_a_template_otherwise() {
 fn sizes_that_cannot_be_are_refused_for_every_backing() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("ram");
-    let memory = memory();
+    let memory = memory(ARENA);
     let backings = [
         Backing::Anon { thp: true },
         Backing::Memfd { thp: false },
@@ -262,7 +248,7 @@ fn sizes_that_cannot_be_are_refused_for_every_backing() {
 
 #[test]
 fn a_resize_stays_within_its_bounds() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let mut growing = spec("growing", MIB, Backing::Memfd { thp: false });
     growing.max_size_bytes = 4 * MIB;
     let block = memory.ram().add(growing).unwrap();
@@ -283,14 +269,14 @@ fn a_resize_stays_within_its_bounds() {
     }
     assert_eq!((block.size_bytes(), memory.ram().version()), (MIB, version));
     memory.ram().grow(&block, 4 * MIB).unwrap();
-    let stranger = self::memory();
+    let stranger = self::memory(ARENA);
     let error = stranger.ram().grow(&block, 4 * MIB).unwrap_err();
     assert!(matches!(error, Error::Foreign(_)), "{error}");
 }
 
 #[test]
 fn huge_pages_are_used_or_their_lack_is_told() {
-    let memory = memory();
+    let memory = memory(ARENA);
     // No machine has pages of this size.
     let odd = Backing::Hugetlb {
         page_size_bytes: 8 * MIB,
@@ -337,7 +323,7 @@ fn huge_pages_are_used_or_their_lack_is_told() {
 #[test]
 fn prefaulted_memory_is_there() {
     let dir = tempfile::tempdir().unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     for (name, backing, bytes) in [
         ("anon", Backing::Anon { thp: true }, 192 * MIB),
         ("memfd", Backing::Memfd { thp: false }, 132 * MIB),
@@ -363,7 +349,7 @@ fn prefaulted_memory_is_there() {
 
 #[test]
 fn the_host_is_told_of_merge_and_dump() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let policy = RamPolicy {
         merge: true,
         dump: false,
@@ -401,7 +387,7 @@ fn the_host_is_told_of_merge_and_dump() {
 
 #[test]
 fn numa_policies_reach_the_host() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let policy = |numa| RamPolicy {
         numa: Some(numa),
         ..RamPolicy::default()

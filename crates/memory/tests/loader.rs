@@ -8,7 +8,7 @@ use std::sync::Arc;
 use ebbtide_memory::{Backing, Gpa, Memory, MemoryConfig, PinnedRam, RamSpec, Region};
 use linux_loader::cmdline::Cmdline;
 use linux_loader::loader::{Elf, KernelLoader, load_cmdline};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 /// A 64-bit x86 executable with one loadable segment: `code` at `address`, then 16 zero bytes.
 fn elf(address: u64, code: &[u8]) -> Vec<u8> {

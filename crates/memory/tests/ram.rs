@@ -2,31 +2,15 @@
 //! The RAM list and where its memory comes from.
 #![cfg(not(loom))]
 
+mod setup;
+
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
-use ebbtide_memory::{
-    Backing, Error, HostMemory, Memory, MemoryConfig, RamNotifier, RamSpec, Region,
-};
+use ebbtide_memory::{Backing, Error, HostMemory, Memory, MemoryConfig, RamNotifier, Region};
+use setup::{memory, spec};
 
-fn memory() -> Arc<Memory> {
-    Memory::new(MemoryConfig {
-        arena_bytes: 64 << 30,
-    })
-    .unwrap()
-}
-
-fn spec(name: &str, size_bytes: u64, backing: Backing) -> RamSpec {
-    RamSpec {
-        name: name.into(),
-        size_bytes,
-        max_size_bytes: size_bytes,
-        backing,
-        prefault: false,
-        block_size_bytes: None,
-    }
-}
-
+const ARENA: u64 = 64 << 30;
 const ANON: Backing = Backing::Anon { thp: true };
 
 #[derive(Clone, Debug, PartialEq)]
@@ -61,7 +45,7 @@ impl RamNotifier for Recorder {
 
 #[test]
 fn blocks_are_found_by_name_address_and_offset() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let list = memory.ram();
     let small = list.add(spec("small", 1 << 20, ANON)).unwrap();
     let large = list
@@ -104,7 +88,7 @@ fn blocks_are_found_by_name_address_and_offset() {
 
 #[test]
 fn notifiers_see_what_exists_and_what_changes() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let list = memory.ram();
     let first = list.add(spec("first", 1 << 20, ANON)).unwrap();
     let heard = Arc::new(Mutex::new(Vec::new()));
@@ -136,7 +120,7 @@ fn notifiers_see_what_exists_and_what_changes() {
 
 #[test]
 fn a_grown_block_is_shown_after_set_size() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let mut growing = spec("ram", 1 << 20, ANON);
     growing.max_size_bytes = 4 << 20;
     let block = memory.ram().add(growing).unwrap();
@@ -163,7 +147,7 @@ fn a_grown_block_is_shown_after_set_size() {
 #[test]
 fn files_are_shared_or_not() {
     let dir = tempfile::tempdir().unwrap();
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 1 << 40);
     let space = memory.address_space("memory", &root).unwrap();
     let reader = memory.register();
@@ -249,7 +233,7 @@ fn what_the_host_cannot_give_is_refused_with_the_figures() {
 
 #[test]
 fn slots_are_used_again_and_limited() {
-    let memory = memory();
+    let memory = memory(ARENA);
     for round in 0..3 {
         for at in 0..300 {
             memory

@@ -2,33 +2,23 @@
 //! The region tree as an address space shows it.
 #![cfg(not(loom))]
 
+mod setup;
+
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ebbtide_memory::{
-    AddressSpace, Backing, Error, FlatIoeventfd, FlatSection, Gpa, Ioeventfd, Listener,
-    ListenerError, Memory, MemoryConfig, Mmio, RamBlock, RamSpec, Region,
+    AddressSpace, Error, FlatIoeventfd, FlatSection, Gpa, Ioeventfd, Listener, ListenerError,
+    Memory, MemoryConfig, Mmio, RamBlock, Region,
 };
+use setup::memory;
 
-fn memory() -> Arc<Memory> {
-    Memory::new(MemoryConfig {
-        arena_bytes: 64 << 30,
-    })
-    .unwrap()
-}
+const ARENA: u64 = 64 << 30;
 
 fn ram(memory: &Memory, name: &str, size_bytes: u64) -> Arc<RamBlock> {
-    let spec = RamSpec {
-        name: name.to_owned(),
-        size_bytes,
-        max_size_bytes: size_bytes,
-        backing: Backing::Anon { thp: false },
-        prefault: false,
-        block_size_bytes: None,
-    };
-    memory.ram().add(spec).unwrap()
+    setup::block(memory, name, size_bytes, None)
 }
 
 /// Remembers the last write.
@@ -150,7 +140,7 @@ fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
 
 #[test]
 fn the_example_map_of_the_qemu_documentation() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let block = ram(&memory, "pc.ram", 4 << 30);
     let video = ram(&memory, "vga.vram", 16 << 20);
     let ram = Region::ram("ram", &block);
@@ -241,7 +231,7 @@ FlatView #0
 
 #[test]
 fn higher_priority_hides_and_the_later_of_equals_wins() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 0x10000);
     let space = memory.address_space("memory", &root).unwrap();
     let (low, first, second) = (
@@ -281,7 +271,7 @@ fn higher_priority_hides_and_the_later_of_equals_wins() {
 
 #[test]
 fn a_region_with_children_answers_between_them() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", u128::from(u64::MAX) + 1);
     let space = memory.address_space("memory", &root).unwrap();
     let bar = mmio("bar", 0x4000);
@@ -303,7 +293,7 @@ fn a_region_with_children_answers_between_them() {
 
 #[test]
 fn address_spaces_share_what_they_show() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let block = ram(&memory, "ram", 1 << 20);
     let shared = Region::container("shared", 1 << 30);
     let system = Region::container("system", 1 << 40);
@@ -331,7 +321,7 @@ fn address_spaces_share_what_they_show() {
 
 #[test]
 fn loads_and_stores_are_split_as_the_map_wants() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let block = ram(&memory, "ram", 0x2000);
     let root = Region::container("root", 0x10_0000);
     let space = memory.address_space("memory", &root).unwrap();
@@ -376,7 +366,7 @@ fn loads_and_stores_are_split_as_the_map_wants() {
 
 #[test]
 fn listeners_hear_removals_first_and_reversed() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 0x10000);
     let space = memory.address_space("memory", &root).unwrap();
     let (a, b) = (mmio("a", 0x1000), mmio("b", 0x1000));
@@ -428,7 +418,7 @@ fn listeners_hear_removals_first_and_reversed() {
 
 #[test]
 fn a_refusal_takes_the_whole_change_back() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 0x10000);
     let space = memory.address_space("memory", &root).unwrap();
     let (a, b, c) = (mmio("a", 0x1000), mmio("b", 0x1000), mmio("c", 0x1000));
@@ -487,7 +477,7 @@ fn a_refusal_takes_the_whole_change_back() {
 
 #[test]
 fn an_error_of_the_closure_takes_the_change_back() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 0x10000);
     let space = memory.address_space("memory", &root).unwrap();
     let (a, b) = (mmio("a", 0x1000), mmio("b", 0x1000));
@@ -513,8 +503,8 @@ fn an_error_of_the_closure_takes_the_change_back() {
 
 #[test]
 fn misuse_is_refused_by_name() {
-    let memory = memory();
-    let other = self::memory();
+    let memory = memory(ARENA);
+    let other = self::memory(ARENA);
     let root = Region::container("root", 0x10000);
     let inner = Region::container("inner", 0x1000);
     let _space = memory.address_space("memory", &root).unwrap();
@@ -548,7 +538,7 @@ fn misuse_is_refused_by_name() {
 
 #[test]
 fn ioeventfds_follow_their_region() {
-    let memory = memory();
+    let memory = memory(ARENA);
     let root = Region::container("root", 0x10000);
     let space = memory.address_space("memory", &root).unwrap();
     let bar = mmio("bar", 0x1000);

@@ -2,6 +2,8 @@
 //! The virtio-queue crate on the vm-memory traits, while RAM comes and goes.
 #![cfg(not(loom))]
 
+mod setup;
+
 use std::io::{Read, Write};
 use std::ops::Deref;
 use std::sync::Arc;
@@ -9,10 +11,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use ebbtide_memory::{
-    AddressSpace, Backing, DmaSpace, Gpa, LocalSpace, Memory, MemoryConfig, Phase, RamBlock,
-    RamSpec, Region,
-};
+use ebbtide_memory::{DmaSpace, Gpa, LocalSpace, Phase, Region};
+use setup::Map;
 use virtio_queue::{DescriptorChain, Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
@@ -27,66 +27,22 @@ const HEADERS: u64 = 0x1_0000;
 const DIMM: u64 = 4 << 30;
 const DIMM_BYTES: u64 = 2 * MIB;
 
-struct Machine {
-    memory: Arc<Memory>,
-    root: Arc<Region>,
-    space: Arc<AddressSpace>,
+/// A MiB of RAM at 0.
+fn machine() -> Map {
+    let map = Map::new();
+    plug(&map, "low", 0, MIB);
+    map
 }
 
-impl Machine {
-    fn new() -> Machine {
-        let config = MemoryConfig {
-            arena_bytes: 1 << 40,
-        };
-        let memory = Memory::new(config).unwrap();
-        let root = Region::container("root", 1 << 48);
-        let space = memory.address_space("memory", &root).unwrap();
-        let machine = Machine {
-            memory,
-            root,
-            space,
-        };
-        machine.plug("low", 0, MIB);
-        machine
-    }
-
-    fn block(&self, name: &str, size_bytes: u64) -> Arc<RamBlock> {
-        let spec = RamSpec {
-            name: name.into(),
-            size_bytes,
-            max_size_bytes: size_bytes,
-            backing: Backing::Anon { thp: false },
-            prefault: false,
-            block_size_bytes: None,
-        };
-        self.memory.ram().add(spec).unwrap()
-    }
-
-    fn plug(&self, name: &str, at: u64, size_bytes: u64) -> Arc<Region> {
-        let region = Region::ram(name, &self.block(name, size_bytes));
-        self.memory
-            .update(|t| t.add(&self.root, &region, at, 0))
-            .unwrap();
-        region
-    }
-
-    /// Takes a region out of the map, and gives its memory back once nobody uses it.
-    fn unplug(&self, region: &Arc<Region>) {
-        let ticket = self.memory.update(|t| t.unplug(region)).unwrap();
-        let end = Instant::now() + Duration::from_secs(20);
-        while ticket.phase() != Phase::Drained {
-            assert!(Instant::now() < end, "{:?}", ticket.holders());
-            self.memory.synchronize();
-        }
-        ticket
-            .destroy()
-            .unwrap_or_else(|(_, error)| panic!("{error}"));
-    }
+fn plug(map: &Map, name: &str, at: u64, size_bytes: u64) -> Arc<Region> {
+    let region = map.ram(name, size_bytes);
+    map.add(&region, at);
+    region
 }
 
 /// The driver of the queue: each request is a header of 8 bytes to read and a buffer to write.
 struct Driver {
-    machine: Arc<Machine>,
+    machine: Arc<Map>,
     next: u16,
 }
 
@@ -172,7 +128,7 @@ where
 
 #[test]
 fn chains_are_served_by_a_section() {
-    let machine = Arc::new(Machine::new());
+    let machine = Arc::new(machine());
     let reader = machine.memory.register();
     let local = LocalSpace::new(&machine.space, &reader, None);
     let mut driver = Driver {
@@ -203,10 +159,10 @@ fn chains_are_served_by_a_section() {
 
 #[test]
 fn a_chain_in_flight_keeps_its_buffer_and_no_other() {
-    let machine = Arc::new(Machine::new());
+    let machine = Arc::new(machine());
     let (mine, other) = (
-        machine.plug("mine", DIMM, DIMM_BYTES),
-        machine.plug("other", 2 * DIMM, DIMM_BYTES),
+        plug(&machine, "mine", DIMM, DIMM_BYTES),
+        plug(&machine, "other", 2 * DIMM, DIMM_BYTES),
     );
     let mut driver = Driver {
         machine: Arc::clone(&machine),
@@ -252,7 +208,7 @@ fn keep(memory: &impl GuestMemory, buffer: GuestAddress, tag: u64) {
 #[test]
 fn chains_are_served_while_ram_comes_and_goes() {
     const REQUESTS: u64 = 4000;
-    let machine = Arc::new(Machine::new());
+    let machine = Arc::new(machine());
     let done = Arc::new(AtomicBool::new(false));
     let unplugs = Arc::new(AtomicU64::new(0));
     let plugger = {
@@ -266,7 +222,7 @@ fn chains_are_served_while_ram_comes_and_goes() {
                 if done.load(Ordering::Acquire) {
                     break;
                 }
-                let dimm = machine.plug(&format!("dimm{round}"), DIMM, DIMM_BYTES);
+                let dimm = plug(&machine, &format!("dimm{round}"), DIMM, DIMM_BYTES);
                 thread::sleep(Duration::from_micros(300));
                 machine.unplug(&dimm);
                 unplugs.fetch_add(1, Ordering::Relaxed);
@@ -290,7 +246,7 @@ fn chains_are_served_while_ram_comes_and_goes() {
         let buffer = DIMM + (tag * 4096) % (DIMM_BYTES - 4096);
         driver.submit(tag, buffer, 2048);
         let memory = space.memory();
-        let chain = queue.pop_descriptor_chain(Arc::clone(&memory)).unwrap();
+        let chain = queue.pop_descriptor_chain(memory.clone()).unwrap();
         let written = serve(&chain);
         match written {
             Some(written) => {

@@ -2,6 +2,8 @@
 //! The vm-memory traits: access rights, what holds up an unplug, vhost, the write log.
 #![cfg(not(loom))]
 
+mod setup;
+
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::ops::Range;
@@ -11,9 +13,10 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use ebbtide_memory::{
-    AddressSpace, Backing, DmaSpace, DmaView, Gpa, LocalSpace, Memory, MemoryConfig, Phase,
-    PinnedRam, RamBlock, RamSpace, RamSpec, Reader, Region, WriteLog,
+    Backing, DmaSpace, DmaView, Gpa, LocalSpace, Phase, PinnedRam, RamBlock, RamSpace, Reader,
+    Region, WriteLog,
 };
+use setup::{Map, spec};
 use vhost::vhost_kern::VhostKernBackend;
 use vhost::vhost_kern::net::Net;
 use vhost::{Error as VhostError, VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -25,60 +28,18 @@ use vm_memory::{
 
 const MIB: u64 = 1 << 20;
 
-struct Machine {
-    memory: Arc<Memory>,
-    root: Arc<Region>,
-    space: Arc<AddressSpace>,
-    reader: Reader,
-}
-
-impl Machine {
-    /// RAM at 0..4 MiB, with a hole in it; ROM behind; registers at 16 MiB; a sparse region at
-    /// 32 MiB of which the first MiB is plugged.
-    fn new() -> Machine {
-        let config = MemoryConfig {
-            arena_bytes: 1 << 32,
-        };
-        let memory = Memory::new(config).unwrap();
-        let root = Region::container("root", 1 << 48);
-        let space = memory.address_space("memory", &root).unwrap();
-        let reader = memory.register();
-        let machine = Machine {
-            memory,
-            root,
-            space,
-            reader,
-        };
-        let low = Region::ram("low", &machine.block("low", 4 * MIB, None));
-        let rom = Region::rom("rom", &machine.block("rom", MIB, None));
-        let sparse = machine.block("sparse", 4 * MIB, Some(MIB));
-        sparse.plug(0..MIB, false).unwrap();
-        let sparse = Region::ram("sparse", &sparse);
-        machine.add(&low, 0, 0);
-        machine.add(&Region::reservation("hole", MIB), MIB, 1);
-        machine.add(&rom, 4 * MIB, 0);
-        machine.add(&Region::reservation("registers", MIB), 16 * MIB, 0);
-        machine.add(&sparse, 32 * MIB, 0);
-        machine
-    }
-
-    fn block(&self, name: &str, size_bytes: u64, block_size_bytes: Option<u64>) -> Arc<RamBlock> {
-        let spec = RamSpec {
-            name: name.into(),
-            size_bytes,
-            max_size_bytes: size_bytes,
-            backing: Backing::Anon { thp: false },
-            prefault: false,
-            block_size_bytes,
-        };
-        self.memory.ram().add(spec).unwrap()
-    }
-
-    fn add(&self, region: &Arc<Region>, at: u64, priority: i32) {
-        self.memory
-            .update(|t| t.add(&self.root, region, at, priority))
-            .unwrap();
-    }
+/// RAM at 0..4 MiB, with a hole in it; ROM behind; registers at 16 MiB; a sparse region at 32 MiB of
+/// which the first MiB is plugged.
+fn machine() -> (Map, Reader) {
+    let map = Map::new();
+    map.add(&map.ram("low", 4 * MIB), 0);
+    map.add_over(&Region::reservation("hole", MIB), MIB, 1);
+    map.add(&Region::rom("rom", &map.block("rom", MIB)), 4 * MIB);
+    map.add(&Region::reservation("registers", MIB), 16 * MIB);
+    let sparse = map.sparse("sparse", 4 * MIB, MIB, MIB);
+    map.add(&Region::ram("sparse", &sparse), 32 * MIB);
+    let reader = map.memory.register();
+    (map, reader)
 }
 
 /// Notes pages of 4 KiB by block name.
@@ -98,7 +59,7 @@ impl WriteLog for Pages {
     }
 }
 
-/// What any view of [`Machine::new`] must allow and refuse.
+/// What any view of [`machine`] must allow and refuse.
 fn check_rights<M: GuestMemory>(view: &M) {
     use Permissions::{Read, ReadWrite, Write};
     let may = |at: u64, len: u64, access| view.check_range(GuestAddress(at), len as usize, access);
@@ -142,17 +103,17 @@ fn check_rights<M: GuestMemory>(view: &M) {
 
 #[test]
 fn devices_have_rights_to_what_is_ram_and_no_other() {
-    let machine = Machine::new();
+    let (machine, reader) = machine();
     check_rights(&*DmaSpace::new(&machine.space, None).memory());
-    check_rights(&*LocalSpace::new(&machine.space, &machine.reader, None).memory());
-    assert!(!machine.reader.in_section());
+    check_rights(&*LocalSpace::new(&machine.space, &reader, None).memory());
+    assert!(!reader.in_section());
     // Nothing of it reached the ROM.
-    assert_eq!(machine.space.load(&machine.reader, 4 * MIB, 8), 0);
+    assert_eq!(machine.space.load(&reader, 4 * MIB, 8), 0);
 }
 
 #[test]
 fn a_snapshot_has_no_rom_and_cannot_be_written_past_it() {
-    let machine = Machine::new();
+    let (machine, _) = machine();
     let ram = RamSpace::new(&machine.space, None).memory();
     let regions: Vec<_> = ram
         .iter()
@@ -170,10 +131,10 @@ fn a_snapshot_has_no_rom_and_cannot_be_written_past_it() {
 
 #[test]
 fn a_view_pins_what_it_has_met_and_nothing_else() {
-    let machine = Machine::new();
+    let (machine, _) = machine();
     let dimm = |name: &str, at: u64| {
-        let region = Region::ram(name, &machine.block(name, MIB, None));
-        machine.add(&region, at, 0);
+        let region = machine.ram(name, MIB);
+        machine.add(&region, at);
         region
     };
     let (met, other) = (dimm("met", 1 << 30), dimm("other", 2 << 30));
@@ -192,12 +153,7 @@ fn a_view_pins_what_it_has_met_and_nothing_else() {
         ticket.unwrap()
     };
     let other = unplug(&other);
-    while other.phase() != Phase::Drained {
-        machine.memory.synchronize();
-    }
-    other
-        .destroy()
-        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    machine.end(other);
     let ticket = unplug(&met);
     assert_eq!(ticket.phase(), Phase::Draining);
     assert_eq!(ticket.holders()[0].count, 1);
@@ -208,28 +164,23 @@ fn a_view_pins_what_it_has_met_and_nothing_else() {
     drop(slices);
     let elsewhere = std::thread::spawn(move || drop(view));
     elsewhere.join().unwrap();
-    while ticket.phase() != Phase::Drained {
-        machine.memory.synchronize();
-    }
-    ticket
-        .destroy()
-        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    machine.end(ticket);
 }
 
 #[test]
 fn a_section_holds_up_a_seal_and_its_end_lets_it_go() {
-    let machine = Machine::new();
+    let (machine, reader) = machine();
     let sparse = machine.memory.ram().by_name("sparse").unwrap();
-    let local = LocalSpace::new(&machine.space, &machine.reader, None);
+    let local = LocalSpace::new(&machine.space, &reader, None);
     let view = local.memory();
     let again = Clone::clone(&view);
     view.write_obj(5u32, GuestAddress(32 * MIB)).unwrap();
     let seal = sparse.seal(0..MIB).unwrap();
     assert!(view.read_obj::<u32>(GuestAddress(32 * MIB)).is_err());
     drop(view);
-    assert!(machine.reader.in_section() && !seal.is_drained());
+    assert!(reader.in_section() && !seal.is_drained());
     drop(again);
-    assert!(!machine.reader.in_section());
+    assert!(!reader.in_section());
     while !seal.is_drained() {
         machine.memory.synchronize();
     }
@@ -245,12 +196,12 @@ fn a_section_holds_up_a_seal_and_its_end_lets_it_go() {
 
 #[test]
 fn a_log_is_told_of_every_write_and_of_no_read() {
-    let machine = Machine::new();
+    let (machine, reader) = machine();
     let pages = Arc::new(Pages::default());
     let log: Arc<dyn WriteLog> = pages.clone();
     let dma = DmaView::new(&machine.space, Some(Arc::clone(&log)));
-    let local = LocalSpace::new(&machine.space, &machine.reader, Some(Arc::clone(&log))).memory();
-    let ram = PinnedRam::with_log(&machine.space, &machine.reader, Some(&log)).unwrap();
+    let local = LocalSpace::new(&machine.space, &reader, Some(Arc::clone(&log))).memory();
+    let ram = PinnedRam::with_log(&machine.space, &reader, Some(&log)).unwrap();
     let take = || std::mem::take(&mut *pages.0.lock().unwrap());
     let low = |pages: &[u64]| {
         pages
@@ -289,17 +240,10 @@ fn a_log_is_told_of_every_write_and_of_no_read() {
 
 #[test]
 fn a_region_of_a_shared_block_names_its_file() {
-    let machine = Machine::new();
-    let spec = RamSpec {
-        name: "shared".into(),
-        size_bytes: 4 * MIB,
-        max_size_bytes: 4 * MIB,
-        backing: Backing::Memfd { thp: false },
-        prefault: false,
-        block_size_bytes: None,
-    };
+    let (machine, _) = machine();
+    let spec = spec("shared", 4 * MIB, Backing::Memfd { thp: false });
     let shared = Region::ram("shared", &machine.memory.ram().add(spec).unwrap());
-    machine.add(&Region::alias("part", &shared, MIB, MIB), 1 << 30, 0);
+    machine.add(&Region::alias("part", &shared, MIB, MIB), 1 << 30);
     let ram = RamSpace::new(&machine.space, None).memory();
     let at = GuestAddress((1 << 30) + 16);
     ram.write_obj(0x77u8, at).unwrap();
@@ -364,7 +308,7 @@ fn table(ram: &PinnedRam) -> Vec<VhostUserMemoryRegionInfo> {
 
 #[test]
 fn vhost_finds_rings_and_memory() {
-    let machine = Machine::new();
+    let (machine, reader) = machine();
     let vhost = NoVhost {
         fd: File::open("/dev/null").unwrap(),
         space: RamSpace::new(&machine.space, None),
@@ -375,14 +319,7 @@ fn vhost_finds_rings_and_memory() {
         assert!(!vhost.is_valid(&rings(bad)), "{bad:#x}");
     }
     let address = rings(2 * MIB).to_vhost_vring_addr(3, vhost.mem()).unwrap();
-    let host = |gpa| {
-        machine
-            .space
-            .read(&machine.reader)
-            .lookup(Gpa(gpa))
-            .unwrap()
-            .host()
-    };
+    let host = |gpa| machine.space.read(&reader).lookup(Gpa(gpa)).unwrap().host();
     let host = |gpa| host(gpa).unwrap().as_ptr() as u64;
     assert_eq!(address.index, 3);
     assert_eq!(address.desc_user_addr, host(2 * MIB));
@@ -402,10 +339,10 @@ fn vhost_finds_rings_and_memory() {
 /// A vhost device follows the map: the table it has keeps its memory until it has the next.
 #[test]
 fn a_memory_table_holds_up_the_unplug_until_the_next_one() {
-    let machine = Machine::new();
-    let block = machine.block("dimm", MIB, None);
+    let (machine, _) = machine();
+    let block = machine.block("dimm", MIB);
     let dimm = Region::ram("dimm", &block);
-    machine.add(&dimm, 1 << 30, 0);
+    machine.add(&dimm, 1 << 30);
     let space = RamSpace::new(&machine.space, None);
     let first = space.memory();
     assert_eq!(
@@ -418,18 +355,13 @@ fn a_memory_table_holds_up_the_unplug_until_the_next_one() {
     assert_eq!((table(&first).len(), table(&second).len()), (4, 3));
     assert_eq!(ticket.phase(), Phase::Draining);
     drop(first);
-    while ticket.phase() != Phase::Drained {
-        machine.memory.synchronize();
-    }
-    ticket
-        .destroy()
-        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    machine.end(ticket);
 }
 
 /// With a kernel that has vhost-net, the same through its device.
 #[test]
 fn vhost_net_takes_the_memory_table_where_there_is_one() {
-    let machine = Machine::new();
+    let (machine, _) = machine();
     let net = match Net::new(RamSpace::new(&machine.space, None)) {
         Ok(net) => net,
         Err(VhostError::VhostOpen(error)) => {

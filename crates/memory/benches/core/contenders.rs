@@ -92,31 +92,20 @@ impl Ours {
         host.map_or(0, |host| host.as_ptr() as u64)
     }
 
-    pub fn lookups(&self, addresses: &[u64]) -> u64 {
-        addresses
-            .iter()
-            .fold(0, |sum, address| sum ^ self.lookup(*address))
-    }
-
+    /// The host address of a slice of 64 bytes.
     #[inline(always)]
-    fn pin(&self, address: u64) -> Pin {
+    pub fn slice(&self, address: u64) -> u64 {
         let guard = self.space.read(&self.reader);
-        match guard.pin(Gpa(address), 64, Access::Write) {
-            Ok(pin) => pin,
-            // A panic would need the guard in memory to unwind it. Why is for `check_pins`.
-            Err(_) => std::process::abort(),
-        }
+        let slice = guard.slice(Gpa(address), 64, Access::Read);
+        slice.map_or(0, |slice| black_box(slice.as_ptr()) as u64)
     }
 
     pub fn pins(&self, addresses: &[u64]) -> u64 {
-        addresses.iter().fold(0, |sum, address| {
-            let pin = self.pin(*address);
-            sum ^ black_box(pin.as_ptr()) as u64
-        })
+        pins(&self.space, &self.reader, addresses)
     }
 
     pub fn pinned(&self, addresses: &[u64]) -> Vec<Pin> {
-        addresses.iter().map(|address| self.pin(*address)).collect()
+        pinned(&self.space, &self.reader, addresses)
     }
 
     /// Panics unless all addresses can be pinned, and are in a sparse block whose plugged bitmap
@@ -174,6 +163,30 @@ impl Ours {
     }
 }
 
+#[inline(always)]
+fn pin(space: &AddressSpace, reader: &Reader, address: u64) -> Pin {
+    let guard = space.read(reader);
+    match guard.pin(Gpa(address), 64, Access::Write) {
+        Ok(pin) => pin,
+        // A panic would need the guard in memory to unwind it. Why is for `check_pins`.
+        Err(_) => std::process::abort(),
+    }
+}
+
+/// Pins each address, on any thread.
+pub fn pins(space: &AddressSpace, reader: &Reader, addresses: &[u64]) -> u64 {
+    addresses.iter().fold(0, |sum, address| {
+        let pin = pin(space, reader, *address);
+        sum ^ black_box(pin.as_ptr()) as u64
+    })
+}
+
+/// Pins all addresses, on any thread.
+pub fn pinned(space: &AddressSpace, reader: &Reader, addresses: &[u64]) -> Vec<Pin> {
+    let pin = |address: &u64| pin(space, reader, *address);
+    addresses.iter().map(pin).collect()
+}
+
 /// The host address of 64 bytes, by way of vm-memory's `GuestMemory`.
 #[inline(always)]
 fn slice<M: GuestMemory>(memory: &M, address: u64) -> u64 {
@@ -222,10 +235,12 @@ impl VmMemory {
             .map_or(0, |host| host as u64)
     }
 
-    pub fn lookups(&self, addresses: &[u64]) -> u64 {
-        addresses
-            .iter()
-            .fold(0, |sum, address| sum ^ self.lookup(*address))
+    /// The host address of a slice of 64 bytes.
+    #[inline(always)]
+    pub fn slice(&self, address: u64) -> u64 {
+        let memory = self.memory.memory();
+        let slice = GuestMemoryBackend::get_slice(&*memory, GuestAddress(address), 64);
+        slice.map_or(0, |slice| black_box(slice.ptr_guard().as_ptr()) as u64)
     }
 
     pub fn views(&self, addresses: &[u64]) -> u64 {
@@ -319,6 +334,11 @@ impl Direct {
         }
     }
 
+    /// Two numbers per region, and no more.
+    pub fn plain(regions: &[(u64, u64)]) -> Vec<(u64, u64)> {
+        regions.to_vec()
+    }
+
     #[inline(always)]
     fn at(&self, address: u64) -> usize {
         if self.uniform {
@@ -352,14 +372,16 @@ impl Direct {
     }
 
     pub fn pinned(&self, addresses: &[u64]) -> Vec<(Counted<'_>, u64)> {
+        self.pinned_by(&self.away[0], addresses)
+    }
+
+    /// The same, let go by an addition to `away`.
+    pub fn pinned_by<'a>(&self, away: &'a AtomicU64, addresses: &[u64]) -> Vec<(Counted<'a>, u64)> {
         let pin = |address: &u64| {
             let at = self.at(*address);
             let acquired = &self.counts[at][0];
             acquired.set(acquired.get() + 1);
-            (
-                Counted(&self.away[at]),
-                self.hosts[at] + (address - self.starts[at]),
-            )
+            (Counted(away), self.hosts[at] + (address - self.starts[at]))
         };
         addresses.iter().map(pin).collect()
     }

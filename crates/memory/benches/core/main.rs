@@ -9,14 +9,19 @@
 //! - `lookup/N`: section, look-up, host address; N regions of 1 MiB, one every 2 MiB.
 //! - `lookup_pc/N`: a PC's map: 640 KiB, a hole, RAM to 3 GiB, N BARs of 16 KiB in a window of
 //!   64 MiB, RAM above 4 GiB, a DIMM that ends at 2^46. Addresses are spread over the regions.
+//! - `slice/N`, `slice_dep/N`: section, look-up, a slice of 64 bytes with its bounds checked; N
+//!   regions as in `lookup`.
 //! - `pin/home/N`: section, look-up, pin with the check of the plugged bitmap, unpin; random
 //!   addresses in a virtio-mem region of 8 GiB (blocks of 2 MiB), one of N regions.
 //! - `pin/remote/N`: the same, let go on another thread. Both threads run on one CPU, so that it
 //!   measures the work and not the transfer of cache lines, which any hand-over pays.
+//! - `pin/home2/N`: `pin/home/N` on two threads at once, on all CPUs, each with random addresses in the
+//!   same region; per thread.
+//! - `pin/remote2/N`: two threads at once take pins, and let go those of the other; per pin.
 //! - `view/section/N`, `view/dma/N`: by vm-memory's traits, a view and a slice of 64 bytes, within
 //!   a section and pinned; the peer's view is a guard and a share in the map.
 //! - `publish/N`: one region added or removed (half each) and the view published.
-//! - `write_u64/N`: section, look-up, eight bytes written; N regions as in `lookup`.
+//! - `read_u64/N`, `write_u64/N`: section, look-up, eight bytes read or written; N regions as in `lookup`.
 //! - `write_u64_dirty/N`: the same with a client of the dirty log on (vm-memory: `AtomicBitmap`);
 //!   pages are dirty already. The floor has no log.
 //! - `dirty_mark`: a page that is dirty already is marked, at random in 1 GiB.
@@ -25,9 +30,14 @@
 //!   the floor only wakes a thread.
 //! - `destroy_1G/thp|4k|memfd`: 1 GiB that was touched goes back to the host; the floor maps
 //!   inaccessible memory over it.
+//! - `bytes_per_region`: of heap and other private memory, for one more region of 1 MiB, of up to 4096;
+//!   guest memory is not counted. The floor is two numbers.
+//! - `bytes_per_reader`: the same for one more thread that looks up and pins, of 64.
 
 mod contenders;
 mod measure;
+mod sizes;
+mod together;
 mod unplug;
 mod writes;
 
@@ -48,10 +58,15 @@ fn main() {
         lookups(&plan, "lookup_dep", count, &uniform, true);
     }
     for count in COUNTS {
+        slices(&plan, "slice", count, false);
+        slices(&plan, "slice_dep", count, true);
+    }
+    for count in COUNTS {
         lookups(&plan, "lookup_pc", count, &pc(count as u64), false);
     }
     for count in COUNTS {
         pins(&plan, count);
+        together::rows(&plan, count);
     }
     for count in COUNTS {
         views(&plan, count);
@@ -61,6 +76,7 @@ fn main() {
     }
     writes::rows(&plan);
     unplug::rows(&plan);
+    sizes::rows(&plan);
 }
 
 /// Start and length of `count` regions of 1 MiB, one every 2 MiB.
@@ -85,35 +101,56 @@ fn lookups(plan: &Plan, id: &str, count: usize, regions: &[(u64, u64)], dep: boo
     let ours = Ours::new(regions, None);
     let peer = VmMemory::new(regions);
     let floor = Direct::new(regions);
-    let run = |look: &mut dyn FnMut(&[u64]) -> u64| plan.time(addresses.len(), || look(&addresses));
-    let (mut a, mut b, mut c) = (
-        |all: &[u64]| {
-            if dep {
-                dependent(all, |at| ours.lookup(at))
-            } else {
-                ours.lookups(all)
-            }
-        },
-        |all: &[u64]| {
-            if dep {
-                dependent(all, |at| peer.lookup(at))
-            } else {
-                peer.lookups(all)
-            }
-        },
-        |all: &[u64]| {
-            if dep {
-                dependent(all, |at| floor.lookup(at))
-            } else {
-                floor.lookups(all)
-            }
-        },
-    );
+    let all = addresses.as_slice();
     let mut row = Row::new(&id);
     for _ in 0..plan.rounds {
-        row.add(run(&mut a), run(&mut b), run(&mut c));
+        row.add(
+            each(plan, all, dep, |at| ours.lookup(at)),
+            each(plan, all, dep, |at| peer.lookup(at)),
+            each(plan, all, dep, |at| floor.lookup(at)),
+        );
     }
     row.print();
+}
+
+fn slices(plan: &Plan, id: &str, count: usize, dep: bool) {
+    let id = format!("{id}/{count}");
+    if !plan.wants(&id) {
+        return;
+    }
+    let regions = uniform(count);
+    let addresses = spread(&regions);
+    let ours = Ours::new(&regions, None);
+    let peer = VmMemory::new(&regions);
+    let floor = Direct::new(&regions);
+    let all = addresses.as_slice();
+    let mut row = Row::new(&id);
+    for _ in 0..plan.rounds {
+        row.add(
+            each(plan, all, dep, |at| ours.slice(at)),
+            each(plan, all, dep, |at| peer.slice(at)),
+            each(plan, all, dep, |at| floor.lookup(at)),
+        );
+    }
+    row.print();
+}
+
+/// Nanoseconds per look-up of `addresses`, one after the other or as they come.
+fn each(plan: &Plan, addresses: &[u64], dep: bool, look: impl Fn(u64) -> u64) -> f64 {
+    plan.time(addresses.len(), || {
+        if dep {
+            return dependent(addresses, &look);
+        }
+        addresses.iter().fold(0, |sum, at| sum ^ look(*at))
+    })
+}
+
+/// `count` regions of which the last is the virtio-mem region whose RAM is pinned.
+fn with_device(count: usize) -> (Vec<(u64, u64)>, (u64, u64)) {
+    let mut regions = uniform(count);
+    let device = (1 << 40, 8 << 30);
+    regions[count - 1] = device;
+    (regions, device)
 }
 
 fn pins(plan: &Plan, count: usize) {
@@ -121,10 +158,7 @@ fn pins(plan: &Plan, count: usize) {
     if !plan.wants(&home) && !plan.wants(&remote) {
         return;
     }
-    // The last one is the virtio-mem region, and the one that is used.
-    let mut regions = uniform(count);
-    let device = (1 << 40, 8 << 30);
-    regions[count - 1] = device;
+    let (regions, device) = with_device(count);
     let addresses = spread(&[device]);
     let ours = Ours::new(&regions, Some(2 << 20));
     ours.check_pins(&addresses);

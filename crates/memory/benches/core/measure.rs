@@ -22,6 +22,11 @@ impl Plan {
         }
     }
 
+    /// How long a stretch is.
+    pub fn slice(&self) -> Duration {
+        self.slice
+    }
+
     pub fn wants(&self, id: &str) -> bool {
         self.wanted.is_empty()
             || self
@@ -142,6 +147,7 @@ pub fn dependent(addresses: &[u64], look: impl Fn(u64) -> u64) -> u64 {
 pub struct Row {
     id: String,
     peer_name: &'static str,
+    unit: &'static str,
     ours: Vec<f64>,
     peer: Vec<f64>,
     floor: Vec<f64>,
@@ -157,10 +163,17 @@ impl Row {
         Row {
             id: id.to_owned(),
             peer_name,
+            unit: "ns",
             ours: Vec::new(),
             peer: Vec::new(),
             floor: Vec::new(),
         }
+    }
+
+    /// The row in another unit than nanoseconds.
+    pub fn in_unit(mut self, unit: &'static str) -> Row {
+        self.unit = unit;
+        self
     }
 
     pub fn add(&mut self, ours: f64, peer: f64, floor: f64) {
@@ -179,8 +192,8 @@ impl Row {
         let (min, max) = (self.ours[0], self.ours[n - 1]);
         println!(
             "{{\"id\":\"{}\",\"ours\":{ours:.2},\"peer\":{peer:.2},\"peer_name\":\"{}\",\
-             \"floor\":{floor:.2},\"unit\":\"ns\",\"n\":{n},\"min\":{min:.2},\"max\":{max:.2}}}",
-            self.id, self.peer_name
+             \"floor\":{floor:.2},\"unit\":\"{}\",\"n\":{n},\"min\":{min:.2},\"max\":{max:.2}}}",
+            self.id, self.peer_name, self.unit
         );
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What a write costs, and its mark in the dirty log.
+//! What reads and writes cost, and a write's mark in the dirty log.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -32,6 +32,14 @@ impl<B: NewBitmap + 'static> Peer<B> {
         let regions = regions.iter().map(region).collect();
         let map = GuestMemoryMmap::from_arc_regions(regions).unwrap();
         Peer(GuestMemoryAtomic::new(map))
+    }
+
+    fn read(&self, addresses: &[u64]) -> u64 {
+        let read = |address: &u64| -> u64 {
+            let memory = self.0.memory();
+            memory.read_obj(GuestAddress(*address)).unwrap()
+        };
+        addresses.iter().map(read).fold(0, u64::wrapping_add)
     }
 
     fn write(&self, addresses: &[u64]) {
@@ -67,6 +75,18 @@ impl Plain {
         }
     }
 
+    fn read(&self, addresses: &[u64]) -> u64 {
+        let read = |address: &u64| {
+            assert!(*address as usize + 8 <= self.length);
+            // SAFETY: inside the mapping, aligned.
+            unsafe {
+                let at = self.memory.add(*address as usize).cast::<u64>();
+                at.read_volatile()
+            }
+        };
+        addresses.iter().map(read).fold(0, u64::wrapping_add)
+    }
+
     fn write(&self, addresses: &[u64]) {
         for address in addresses {
             assert!(*address as usize + 8 <= self.length);
@@ -86,6 +106,14 @@ impl Drop for Plain {
     }
 }
 
+fn read(ours: &Ours, addresses: &[u64]) -> u64 {
+    let read = |address: &u64| -> u64 {
+        let guard = ours.space.read(&ours.reader);
+        guard.read(Gpa(*address)).unwrap()
+    };
+    addresses.iter().map(read).fold(0, u64::wrapping_add)
+}
+
 fn write(ours: &Ours, addresses: &[u64]) {
     for address in addresses {
         let guard = ours.space.read(&ours.reader);
@@ -96,6 +124,9 @@ fn write(ours: &Ours, addresses: &[u64]) {
 /// All rows.
 pub fn rows(plan: &Plan) {
     for count in COUNTS {
+        read_u64(plan, count);
+    }
+    for count in COUNTS {
         write_u64::<()>(plan, &format!("write_u64/{count}"), count, false);
     }
     for count in COUNTS {
@@ -103,6 +134,31 @@ pub fn rows(plan: &Plan) {
     }
     dirty_mark(plan);
     dirty_harvest(plan);
+}
+
+fn read_u64(plan: &Plan, count: usize) {
+    let id = format!("read_u64/{count}");
+    if !plan.wants(&id) {
+        return;
+    }
+    let regions = uniform(count);
+    let addresses = spread(&regions);
+    let (ours, peer) = (Ours::new(&regions, None), Peer::<()>::new(&regions));
+    let floor = Plain::new(&regions);
+    // So that there are pages to read.
+    write(&ours, &addresses);
+    peer.write(&addresses);
+    floor.write(&addresses);
+    assert_eq!(read(&ours, &addresses), peer.read(&addresses));
+    let mut row = Row::new(&id);
+    for _ in 0..plan.rounds {
+        row.add(
+            plan.time(addresses.len(), || read(&ours, &addresses)),
+            plan.time(addresses.len(), || peer.read(&addresses)),
+            plan.time(addresses.len(), || floor.read(&addresses)),
+        );
+    }
+    row.print();
 }
 
 fn write_u64<B: NewBitmap + 'static>(plan: &Plan, id: &str, count: usize, logged: bool) {

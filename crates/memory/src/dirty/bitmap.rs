@@ -176,8 +176,15 @@ pub(super) unsafe fn mark_page(word_zero: *const AtomicU64, page: u64) {
     let word = unsafe { &*word_zero.wrapping_add((page / 64) as usize) };
     let bits = word.load(Relaxed);
     if (bits >> (page % 64)) & 1 == 0 {
-        set_bits(word, bits, 1 << (page % 64));
+        set_page(word, bits, page);
     }
+}
+
+/// Makes the mask of a page out of the way, too: who finds the bit set needs none.
+#[cold]
+#[inline(never)]
+fn set_page(word: &AtomicU64, bits: u64, page: u64) {
+    set_bits(word, bits, 1 << (page % 64));
 }
 
 /// Marks the pages with the host page numbers `first..=last`.
@@ -196,10 +203,7 @@ pub(super) unsafe fn mark_pages(word_zero: *const AtomicU64, first: u64, last: u
     }
 }
 
-/// Sets bits of a word that were not all set in `bits`: the less likely part of marking, out of
-/// the way of the other.
-#[cold]
-#[inline(never)]
+/// Sets bits of a word that were not all set in `bits`: the less likely part of marking.
 fn set_bits(word: &AtomicU64, bits: u64, mask: u64) {
     if cfg!(seeded = "mark_by_store") {
         word.store(bits | mask, Release);

@@ -72,6 +72,21 @@ impl RamBlock {
 
     // --- for the crate ----------------------------------------------------------------------
 
+    /// Marks what was written: `len` bytes from `start` on, as far as they lie in the block. Takes no
+    /// lock.
+    ///
+    /// # Safety
+    /// The caller is in a section whose view shows the block, or holds a pin on it.
+    #[inline]
+    pub(crate) unsafe fn mark_held(&self, start: u64, len: u64) {
+        let len = len.min(self.max_size_bytes().saturating_sub(start));
+        if len != 0 {
+            let (slot, host) = self.log_key();
+            // SAFETY: bytes of the block, which the caller keeps.
+            unsafe { self.log().mark(slot, host + start, len) };
+        }
+    }
+
     /// What the log needs to know of the block.
     pub(crate) fn enter_log(&self, sparse: Option<(&Arc<Fence>, u64)>) -> Result<(), Error> {
         let info = BlockInfo {

@@ -136,13 +136,13 @@ impl Table {
     pub(crate) unsafe fn mark_expected(&self, slot: u32, host: u64, len: u64) {
         light(false);
         let word_zero = self.bitmaps.at(slot).only.load(Acquire);
-        let page = host >> PAGE_SHIFT;
-        if word_zero.is_null() || (host + (len - 1)) >> PAGE_SHIFT != page {
+        let across = (host & (PAGE_BYTES - 1)) + len > PAGE_BYTES;
+        if word_zero.is_null() || across {
             // SAFETY: as for this function.
             return unsafe { self.mark(slot, host, len) };
         }
         // SAFETY: as in `mark_logged`.
-        unsafe { mark_page(word_zero, page) };
+        unsafe { mark_page(word_zero, host >> PAGE_SHIFT) };
     }
 
     /// Out of line: whoever writes should not lose registers to it.

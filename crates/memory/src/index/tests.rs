@@ -13,7 +13,7 @@ fn flats(ranges: &[(u64, u64)]) -> Vec<Arc<Flat>> {
 }
 
 fn check(index: &Index, flats: &[Arc<Flat>]) {
-    let view = index.view();
+    let view = index.view(None);
     let mut probes = vec![0, u64::MAX];
     for flat in flats {
         let Range { start, end } = flat.section.range;

@@ -44,7 +44,8 @@ impl Token {
     }
 
     /// Whether the token is one of the same row in the same lane: one then does for two.
-    fn is(&self, row: &'static Row, lane: Lane) -> bool {
+    #[inline(always)]
+    pub(crate) fn is(&self, row: &'static Row, lane: Lane) -> bool {
         std::ptr::eq(self.row, row) && self.lane == lane
     }
 }

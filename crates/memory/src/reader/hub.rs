@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the readers of one memory share: the grace number, the rows, the pin slots.
 
+#[cfg(not(loom))]
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::barrier::Barrier;
@@ -16,6 +18,9 @@ pub(crate) struct Hub {
     grace: Line<AtomicU64>,
     /// Counts published views and seals; a [`crate::CachedMap`] compares it.
     generation: Line<AtomicU64>,
+    /// Counts the memories the hub has served, for what threads keep (see `here`).
+    #[cfg(not(loom))]
+    life: Line<AtomicU64>,
     /// By slot, the bank new pins of a sparse block count in.
     banks: PerSlot<AtomicU64>,
     wake: Wake,
@@ -55,6 +60,8 @@ impl Hub {
         Box::leak(Box::new(Hub {
             grace: Line(AtomicU64::new(1)),
             generation: Line(AtomicU64::new(1)),
+            #[cfg(not(loom))]
+            life: Line(AtomicU64::new(1)),
             banks: PerSlot::new(),
             wake: Wake::new(),
             dirty: Table::new(barrier),
@@ -67,7 +74,10 @@ impl Hub {
     #[cfg(not(loom))]
     pub(crate) fn give_back(&'static self) {
         let mut registry = lock(&self.registry);
+        // What threads have kept is worth nothing from here on: whoever uses it borrows the memory.
+        self.life.0.fetch_add(1, Relaxed);
         let mut rows = std::mem::take(&mut registry.rows);
+        rows.iter().for_each(|row| row.take_back_kept());
         // A row whose owner forgot a guard stays in its section for ever.
         rows.retain(|row| row.owner() == NOBODY);
         rows.iter().for_each(|row| row.clear(registry.slots));
@@ -148,15 +158,36 @@ impl Hub {
         row
     }
 
+    /// Which of its memories the hub serves.
+    #[cfg(not(loom))]
+    #[inline(always)]
+    pub(crate) fn life(&self) -> u64 {
+        self.life.0.load(Relaxed)
+    }
+
+    /// As [`Hub::adopt`], for the calling thread, which keeps the handle beyond the memory: until
+    /// the life that comes with it is over.
+    #[cfg(not(loom))]
+    pub(crate) fn adopt_kept(&'static self) -> (&'static Row, u64) {
+        let row = self.adopt(super::row::make_token(), super::thread_name);
+        row.set_kept(true);
+        (row, self.life())
+    }
+
+    /// Gives up a handle that was kept, if its life is not over.
+    #[cfg(not(loom))]
+    pub(crate) fn disown_kept(&self, life: u64, row: &'static Row) {
+        let _registry = lock(&self.registry);
+        if self.life() == life {
+            row.set_kept(false);
+            row.let_go();
+        }
+    }
+
     /// Gives up one handle on a row; the last frees it for adoption.
     pub(crate) fn disown(&self, row: &'static Row) {
         let _registry = lock(&self.registry);
-        let handles = row.handles() - 1;
-        row.set_handles(handles);
-        // A forgotten guard keeps its section open for ever; nobody may inherit that.
-        if handles == 0 && !row.in_section() {
-            row.set_owner(NOBODY, "");
-        }
+        row.let_go();
     }
 
     // --- grace periods ----------------------------------------------------------------------

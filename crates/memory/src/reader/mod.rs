@@ -4,6 +4,7 @@
 
 pub(crate) mod barrier;
 pub(crate) mod counters;
+pub(crate) mod here;
 pub(crate) mod hub;
 pub(crate) mod published;
 pub(crate) mod row;
@@ -29,10 +30,7 @@ pub struct Reader {
 
 impl Reader {
     pub(crate) fn new(memory: Arc<Memory>, hub: &'static Hub) -> Reader {
-        let row = hub.adopt(row::make_token(), || {
-            let thread = std::thread::current();
-            thread.name().unwrap_or("unnamed thread").to_owned()
-        });
+        let row = hub.adopt(row::make_token(), thread_name);
         Reader {
             memory,
             hub,
@@ -70,6 +68,12 @@ impl Reader {
     pub(crate) fn leave(&self) {
         self.row.leave();
     }
+}
+
+/// What the calling thread is called in reports.
+fn thread_name() -> String {
+    let thread = std::thread::current();
+    thread.name().unwrap_or("unnamed thread").to_owned()
 }
 
 impl Drop for Reader {

@@ -10,6 +10,8 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 use super::barrier::light;
 use super::counters::{Counters, Lane};
 use super::hub::Hub;
+#[cfg(not(loom))]
+use crate::sync::AtomicBool;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, Mutex};
 
 /// Owner of a free row; no thread's token, nor 0, which threads have that never registered.
@@ -55,6 +57,9 @@ struct Shared {
     owner: AtomicU64,
     /// Readers of the owning thread that share the row. Changed under the registry's lock.
     handles: AtomicU32,
+    /// Whether one of the handles is the thread's own (see `here`), which outlives the memory.
+    #[cfg(not(loom))]
+    kept: AtomicBool,
     hub: AtomicPtr<Hub>,
     /// Names the owner in reports; only ever changed under the registry's lock.
     name: Mutex<String>,
@@ -100,6 +105,8 @@ impl Row {
                 watch: AtomicU32::new(0),
                 owner: AtomicU64::new(NOBODY),
                 handles: AtomicU32::new(0),
+                #[cfg(not(loom))]
+                kept: AtomicBool::new(false),
                 hub: AtomicPtr::new(ptr::null_mut()),
                 name: Mutex::new(String::new()),
                 counters: Counters::new(),
@@ -288,6 +295,30 @@ impl Row {
 
     pub(super) fn set_handles(&self, handles: u32) {
         self.shared.0.handles.store(handles, Relaxed);
+    }
+
+    /// Whether the owner keeps a handle beyond its readers.
+    #[cfg(not(loom))]
+    pub(super) fn set_kept(&self, kept: bool) {
+        self.shared.0.kept.store(kept, Relaxed);
+    }
+
+    /// Takes back what the owner has kept; the memory is gone, with all readers.
+    #[cfg(not(loom))]
+    pub(super) fn take_back_kept(&self) {
+        if self.shared.0.kept.swap(false, Relaxed) {
+            self.let_go();
+        }
+    }
+
+    /// Gives up one handle.
+    pub(super) fn let_go(&self) {
+        let handles = self.handles() - 1;
+        self.set_handles(handles);
+        // A forgotten guard keeps its section open for ever; nobody may inherit that.
+        if handles == 0 && !self.in_section() {
+            self.set_owner(NOBODY, "");
+        }
     }
 
     pub(super) fn set_owner(&self, token: u64, name: &str) {

@@ -25,9 +25,9 @@ impl Wake {
 
     /// Wakes the sleeper, now or when it next goes to sleep.
     pub(crate) fn signal(&self) {
-        let mut set = lock(&self.set);
-        if !*set {
-            *set = true;
+        let was_set = std::mem::replace(&mut *lock(&self.set), true);
+        // Outside the lock, which the sleeper takes first of all.
+        if !was_set {
             self.changed.notify_one();
         }
     }

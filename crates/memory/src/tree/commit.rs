@@ -4,11 +4,13 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
+use smallvec::SmallVec;
+
 use super::delta::Delta;
 use super::fixture::Fixture;
 use super::region::Region;
 use crate::flat::Flat;
-use crate::grace::Job;
+use crate::grace::{Job, OldView};
 use crate::index::{Index, View};
 use crate::ticket::Drain;
 use crate::{
@@ -54,7 +56,7 @@ impl Tree {
             index: Index::new(),
         };
         if let Some(mut delta) = state.delta(0, std::slice::from_ref(&(0..u64::MAX))) {
-            state.apply(&mut delta);
+            state.apply(&mut delta, None);
         }
         self.spaces.push(state);
         id
@@ -93,21 +95,20 @@ impl Tree {
         self.check_unplugged(&deltas, unplugged)?;
         self.tell_listeners(&deltas)?;
         let grace = memory.grace_worker();
-        let mut jobs: Vec<Job> = Vec::new();
+        let mut jobs: SmallVec<[Job; 2]> = SmallVec::new();
         for delta in &mut deltas {
             let space = &mut self.spaces[delta.at];
-            let (view, nodes) = space.apply(delta);
+            let (view, nodes) = space.apply(delta, grace.spare_view());
             // A space that is just being dropped has no view to publish.
-            let old_view = space.space.upgrade().map(|space| space.publish(view));
-            let old = (old_view, nodes, std::mem::take(&mut delta.removed));
+            let view = space.space.upgrade().map(|space| space.publish(view));
+            let flats = std::mem::take(&mut delta.removed);
             let sweeper = Arc::clone(memory.sweeper());
-            jobs.push(Job::Retire(Box::new(move || {
-                let (view, nodes, flats) = old;
-                drop((view, nodes));
-                flats
-                    .into_iter()
-                    .for_each(|flat| sweeper.drop_section(flat));
-            })));
+            jobs.push(Job::View(OldView {
+                view,
+                _nodes: nodes,
+                flats,
+                sweeper,
+            }));
         }
         grace.hub().bump_generation();
         for delta in &deltas {
@@ -127,14 +128,15 @@ impl Tree {
         Ok(())
     }
 
-    fn deltas(&self, dirty: &mut [(u64, Range<u64>)]) -> Vec<Delta> {
+    fn deltas(&self, dirty: &mut [(u64, Range<u64>)]) -> SmallVec<[Delta; 1]> {
         dirty.sort_unstable_by_key(|(space, range)| (*space, range.start));
-        let mut deltas = Vec::new();
+        let mut deltas = SmallVec::new();
         for chunk in dirty.chunk_by(|a, b| a.0 == b.0) {
             let Some(at) = self.spaces.iter().position(|space| space.id == chunk[0].0) else {
                 continue;
             };
-            let windows: Vec<Range<u64>> = chunk.iter().map(|(_, range)| range.clone()).collect();
+            let windows: SmallVec<[Range<u64>; 2]> =
+                chunk.iter().map(|(_, range)| range.clone()).collect();
             deltas.extend(self.spaces[at].delta(at, &windows));
         }
         deltas
@@ -212,7 +214,7 @@ impl SpaceState {
     }
 
     pub(crate) fn view(&self) -> Box<View> {
-        self.index.view()
+        self.index.view(None)
     }
 
     pub(crate) fn sections(&self) -> Vec<FlatSection> {

@@ -4,21 +4,30 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::commit::SpaceState;
 use super::fixture::Fixture;
-use super::render::{Piece, render};
+use super::render::{Pieces, goes_on, render};
 use crate::flat::Flat;
+use crate::grace::OldFlats;
 use crate::index::{OldNodes, View};
 use crate::{FlatSection, ListenerError, SectionKind};
+
+/// Addresses, and the sections in them.
+type Windows = SmallVec<[(Range<u64>, Range<usize>); 1]>;
+
+/// The sections of a window: mostly the one that changes and its neighbours.
+type Flats = SmallVec<[Arc<Flat>; 4]>;
 
 /// How one address space changes.
 pub(super) struct Delta {
     /// Index in `Tree::spaces`.
     pub(super) at: usize,
     /// Per window, ascending: sections replaced (as a range of `flats`) and what replaces them.
-    pub(super) windows: Vec<(Range<usize>, Vec<Arc<Flat>>)>,
-    pub(super) removed: Vec<Arc<Flat>>,
-    pub(super) added: Vec<Arc<Flat>>,
+    pub(super) windows: SmallVec<[(Range<usize>, Flats); 1]>,
+    pub(super) removed: OldFlats,
+    pub(super) added: SmallVec<[Arc<Flat>; 2]>,
     /// All fixtures afterwards, if they change.
     fixtures: Option<Vec<Fixture>>,
     fixtures_removed: Vec<Fixture>,
@@ -30,16 +39,16 @@ impl SpaceState {
     pub(super) fn delta(&self, at: usize, windows: &[Range<u64>]) -> Option<Delta> {
         let mut delta = Delta {
             at,
-            windows: Vec::new(),
-            removed: Vec::new(),
-            added: Vec::new(),
+            windows: SmallVec::new(),
+            removed: SmallVec::new(),
+            added: SmallVec::new(),
             fixtures: None,
             fixtures_removed: Vec::new(),
             fixtures_added: Vec::new(),
         };
-        let windows = self.whole_sections(windows);
-        for (window, old) in &windows {
-            let new = self.replace(old.clone(), render(&self.root, window.clone()), &mut delta);
+        let (windows, pieces) = self.render(windows);
+        for ((_, old), pieces) in windows.iter().zip(pieces) {
+            let new = self.replace(old.clone(), pieces, &mut delta);
             delta.windows.push((old.clone(), new));
         }
         self.compare_fixtures(&windows, &mut delta);
@@ -54,17 +63,50 @@ impl SpaceState {
         changes.then_some(delta)
     }
 
-    /// Widens windows to the sections they touch, so that what was cut can become whole again,
-    /// and merges those that meet. Returns each with the sections it holds.
-    fn whole_sections(&self, windows: &[Range<u64>]) -> Vec<(Range<u64>, Range<usize>)> {
-        let mut whole: Vec<(Range<u64>, Range<usize>)> = Vec::new();
+    /// Renders windows, widened to the sections they cut: with those that only touch them where
+    /// something in them goes on.
+    fn render(&self, windows: &[Range<u64>]) -> (Windows, SmallVec<[Pieces; 1]>) {
+        let all = |windows: &Windows| {
+            let pieces = windows.iter().map(|(window, _)| window.clone());
+            pieces.map(|window| render(&self.root, window)).collect()
+        };
+        let cut = self.whole_sections(windows, false);
+        let pieces: SmallVec<[Pieces; 1]> = all(&cut);
+        let mut both = cut.iter().zip(&pieces);
+        if !both.any(|((_, old), pieces)| self.goes_on(old, pieces)) {
+            return (cut, pieces);
+        }
+        let touched = self.whole_sections(windows, true);
+        let pieces = all(&touched);
+        (touched, pieces)
+    }
+
+    /// Whether the first or the last of `pieces`, which replace the sections `old`, is one with the
+    /// section before or behind.
+    fn goes_on(&self, old: &Range<usize>, pieces: &Pieces) -> bool {
+        let shown = |at: Option<usize>| {
+            let section = &self.flats.get(at?)?.section;
+            Some((&section.range, &section.region, section.offset_in_region))
+        };
+        let before = shown(old.start.checked_sub(1)).zip(pieces.first());
+        let behind = shown(Some(old.end)).zip(pieces.last());
+        before.is_some_and(|(flat, first)| goes_on(flat, first.shown()))
+            || behind.is_some_and(|(flat, last)| goes_on(last.shown(), flat))
+    }
+
+    /// Widens windows to the sections they cut, and with `touching` to those they touch, so that
+    /// what was cut can become whole again, and merges those that meet. Returns each with the
+    /// sections it holds.
+    fn whole_sections(&self, windows: &[Range<u64>], touching: bool) -> Windows {
+        let mut whole = Windows::new();
         for window in windows {
+            let reach = u64::from(touching);
+            let (from, to) = (window.start, window.end.saturating_add(reach));
             let first = self
                 .flats
-                .partition_point(|flat| flat.section.range.end < window.start);
-            let last = first
-                + self.flats[first..]
-                    .partition_point(|flat| flat.section.range.start <= window.end);
+                .partition_point(|flat| flat.section.range.end.saturating_add(reach) <= from);
+            let last =
+                first + self.flats[first..].partition_point(|flat| flat.section.range.start < to);
             let (mut start, mut end) = (window.start, window.end);
             if first < last {
                 start = start.min(self.flats[first].section.range.start);
@@ -82,9 +124,9 @@ impl SpaceState {
     }
 
     /// Compares the sections `old` with what is rendered in their place; unchanged ones are kept.
-    fn replace(&self, old: Range<usize>, pieces: Vec<Piece>, delta: &mut Delta) -> Vec<Arc<Flat>> {
+    fn replace(&self, old: Range<usize>, pieces: Pieces, delta: &mut Delta) -> Flats {
         let mut old = self.flats[old].iter().peekable();
-        let mut new = Vec::with_capacity(pieces.len());
+        let mut new = Flats::with_capacity(pieces.len());
         for piece in pieces {
             while let Some(flat) = old.next_if(|flat| flat.section.range.start < piece.range.start)
             {
@@ -237,7 +279,11 @@ impl SpaceState {
     }
 
     /// Brings sections and index up to date; returns the new view and the nodes that are old.
-    pub(super) fn apply(&mut self, delta: &mut Delta) -> (Box<View>, OldNodes) {
+    pub(super) fn apply(
+        &mut self,
+        delta: &mut Delta,
+        spare: Option<Box<View>>,
+    ) -> (Box<View>, OldNodes) {
         for (old, new) in delta.windows.drain(..).rev() {
             self.flats.splice(old, new);
         }
@@ -245,9 +291,10 @@ impl SpaceState {
             self.fixtures = fixtures;
         }
         let both = delta.removed.iter().chain(&delta.added);
-        let mut changed: Vec<Range<u64>> = both.map(|flat| flat.section.range.clone()).collect();
+        let mut changed: SmallVec<[Range<u64>; 2]> =
+            both.map(|flat| flat.section.range.clone()).collect();
         changed.sort_unstable_by_key(|range| range.start);
         let nodes = self.index.update(&self.flats, &changed);
-        (self.index.view(), nodes)
+        (self.index.view(spare), nodes)
     }
 }

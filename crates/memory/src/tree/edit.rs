@@ -4,11 +4,16 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::region::{Child, Region, RegionKind};
 use crate::Error;
 
 /// What hypervisors map.
 const PAGE_BYTES: u64 = 4096;
+
+/// Address spaces (by number) and addresses in them.
+pub(super) type Dirty = SmallVec<[(u64, Range<u64>); 2]>;
 
 pub(super) fn parent_of(child: &Arc<Region>) -> Result<Arc<Region>, Error> {
     child
@@ -63,14 +68,14 @@ pub(super) fn resize(region: &Arc<Region>, size: u64) {
 
 /// Follows a range upwards, through parents and aliases, to the address spaces that show it.
 /// What hides it on the way is ignored: too much dirt costs time, too little would be wrong.
-pub(super) fn mark(region: &Arc<Region>, range: Range<u64>, out: &mut Vec<(u64, Range<u64>)>) {
+pub(super) fn mark(region: &Arc<Region>, range: Range<u64>, out: &mut Dirty) {
     if range.is_empty() {
         return;
     }
     let (spaces, parent, aliases) = {
         let state = region.state();
         (
-            state.spaces.clone(),
+            SmallVec::<[u64; 2]>::from_slice(&state.spaces),
             state.parent.as_ref().and_then(|p| p.upgrade()),
             state.aliases.clone(),
         )

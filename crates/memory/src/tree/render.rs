@@ -6,6 +6,8 @@ use std::collections::BinaryHeap;
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::region::{Region, RegionKind};
 
 /// A contiguous range that one region answers.
@@ -16,17 +18,20 @@ pub(super) struct Piece {
     pub(super) offset: u64,
 }
 
+/// Pieces of a window: mostly the one that changes and its neighbours.
+pub(super) type Pieces = SmallVec<[Piece; 4]>;
+
 /// What `root` shows in `window`, sorted, in as few pieces as possible. O(n log n) in the
 /// regions that touch the window.
-pub(super) fn render(root: &Arc<Region>, window: Range<u64>) -> Vec<Piece> {
-    let mut candidates = Vec::new();
+pub(super) fn render(root: &Arc<Region>, window: Range<u64>) -> Pieces {
+    let mut candidates = Pieces::new();
     collect(root, 0, window, &mut candidates);
     sweep(candidates)
 }
 
 /// Collects what answers in the window, front to back. `base` is the address of the region's
 /// first byte; an alias can put it below zero.
-fn collect(region: &Arc<Region>, base: i128, clip: Range<u64>, out: &mut Vec<Piece>) {
+fn collect(region: &Arc<Region>, base: i128, clip: Range<u64>, out: &mut Pieces) {
     let end = base + i128::from(region.size());
     let start = u64::try_from(base.max(i128::from(clip.start))).unwrap_or(u64::MAX);
     let end = u64::try_from(end.clamp(0, i128::from(clip.end))).unwrap_or(0);
@@ -60,8 +65,19 @@ fn collect(region: &Arc<Region>, base: i128, clip: Range<u64>, out: &mut Vec<Pie
 }
 
 /// Resolves overlaps: candidates come front to back.
-fn sweep(candidates: Vec<Piece>) -> Vec<Piece> {
-    if candidates.len() < 2 {
+fn sweep(mut candidates: Pieces) -> Pieces {
+    let mut by_start: SmallVec<[usize; 8]> = (0..candidates.len()).collect();
+    by_start.sort_by_key(|at| candidates[*at].range.start);
+    let overlap = |pair: &[usize]| candidates[pair[0]].range.end > candidates[pair[1]].range.start;
+    if !by_start.windows(2).any(overlap) {
+        candidates.sort_by_key(|piece| piece.range.start);
+        candidates.dedup_by(|next, last| {
+            let one = goes_on(last.shown(), next.shown());
+            if one {
+                last.range.end = next.range.end;
+            }
+            one
+        });
         return candidates;
     }
     let mut borders: Vec<u64> = candidates
@@ -70,11 +86,9 @@ fn sweep(candidates: Vec<Piece>) -> Vec<Piece> {
         .collect();
     borders.sort_unstable();
     borders.dedup();
-    let mut by_start: Vec<usize> = (0..candidates.len()).collect();
-    by_start.sort_by_key(|at| candidates[*at].range.start);
     let mut coming = by_start.into_iter().peekable();
     let mut present = BinaryHeap::new();
-    let mut pieces: Vec<Piece> = Vec::new();
+    let mut pieces = Pieces::new();
     for pair in borders.windows(2) {
         let (start, end) = (pair[0], pair[1]);
         while let Some(at) = coming.next_if(|at| candidates[*at].range.start <= start) {
@@ -92,7 +106,9 @@ fn sweep(candidates: Vec<Piece>) -> Vec<Piece> {
         let piece = &candidates[*front];
         let offset = piece.offset + (start - piece.range.start);
         match pieces.last_mut() {
-            Some(last) if follows(last, &piece.region, start, offset) => last.range.end = end,
+            Some(last) if goes_on(last.shown(), (&(start..end), &piece.region, offset)) => {
+                last.range.end = end;
+            }
             _ => pieces.push(Piece {
                 range: start..end,
                 region: Arc::clone(&piece.region),
@@ -103,8 +119,18 @@ fn sweep(candidates: Vec<Piece>) -> Vec<Piece> {
     pieces
 }
 
-fn follows(last: &Piece, region: &Arc<Region>, start: u64, offset: u64) -> bool {
-    last.range.end == start
-        && Arc::ptr_eq(&last.region, region)
-        && last.offset + (last.range.end - last.range.start) == offset
+/// A range, the region that answers it, and where in the region it starts.
+pub(super) type Shown<'a> = (&'a Range<u64>, &'a Arc<Region>, u64);
+
+/// Whether `next` is where `last` goes on.
+pub(super) fn goes_on((range, region, offset): Shown<'_>, next: Shown<'_>) -> bool {
+    range.end == next.0.start
+        && Arc::ptr_eq(region, next.1)
+        && offset + (range.end - range.start) == next.2
+}
+
+impl Piece {
+    pub(super) fn shown(&self) -> Shown<'_> {
+        (&self.range, &self.region, self.offset)
+    }
 }

@@ -4,10 +4,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use smallvec::SmallVec;
+
 use super::commit::Tree;
 use super::edit::{
-    attach, check_change, check_end, check_overlap, detach, mark, parent_of, resize, set_disabled,
-    with_place,
+    Dirty, attach, check_change, check_end, check_overlap, detach, mark, parent_of, resize,
+    set_disabled, with_place,
 };
 use super::region::{Child, Ioeventfd, Region, RegionKind};
 use crate::{Error, Memory, RamBlock, Ticket};
@@ -16,9 +18,9 @@ use crate::{Error, Memory, RamBlock, Ticket};
 pub struct Transaction<'a> {
     pub(super) memory: &'a Memory,
     tree: &'a mut Tree,
-    pub(super) undo: Vec<Undo>,
+    pub(super) undo: SmallVec<[Undo; 1]>,
     /// Address spaces (by number) and the addresses in them that may have changed.
-    pub(super) dirty: Vec<(u64, Range<u64>)>,
+    pub(super) dirty: Dirty,
     /// Blocks on their way out.
     pub(super) unplugged: Vec<(Arc<RamBlock>, Arc<crate::ticket::Drain>)>,
 }
@@ -84,8 +86,8 @@ impl<'a> Transaction<'a> {
         Transaction {
             memory,
             tree,
-            undo: Vec::new(),
-            dirty: Vec::new(),
+            undo: SmallVec::new(),
+            dirty: SmallVec::new(),
             unplugged: Vec::new(),
         }
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! vm-memory's bitmaps: where a dirty log is plugged in.
+//! vm-memory's bitmaps: what is written by way of its traits is marked here.
 
 use std::fmt;
 use std::ops::Range;
@@ -19,21 +19,31 @@ pub trait WriteLog: Send + Sync {
     fn is_dirty(&self, block: &RamBlock, offset: u64) -> bool;
 }
 
-/// The part of a RAM block from one offset on, to be told to a log, if there is one.
+/// The part of a RAM block from one offset on: what is written to it is marked in the dirty log of
+/// its memory, and told to another log, if there is one.
 #[derive(Clone, Copy)]
 pub struct Marks<'a> {
     log: Option<&'a dyn WriteLog>,
     block: &'a RamBlock,
     offset: u64,
+    /// Whether `'a` is inside a section that shows the block, or a pin on it.
+    held: bool,
 }
 
 impl<'a> Marks<'a> {
-    pub(super) fn new(
+    /// # Safety
+    /// For all of `'a` a section is open whose view shows the block, or a pin on it is out.
+    pub(super) unsafe fn held(
         log: Option<&'a dyn WriteLog>,
         block: &'a RamBlock,
         offset: u64,
     ) -> Marks<'a> {
-        Marks { log, block, offset }
+        Marks {
+            log,
+            block,
+            offset,
+            held: true,
+        }
     }
 
     /// The part from `offset` bytes further on.
@@ -53,9 +63,16 @@ impl BitmapSlice for Marks<'_> {}
 
 impl<'a> Bitmap for Marks<'a> {
     fn mark_dirty(&self, offset: usize, len: usize) {
+        let start = self.at(offset).offset;
+        let end = start.saturating_add(len as u64);
+        if self.held {
+            // SAFETY: by the promise that `held` was made with.
+            unsafe { self.block.mark_held(start, len as u64) };
+        } else {
+            self.block.mark_dirty(start..end);
+        }
         if let Some(log) = self.log {
-            let start = self.at(offset).offset;
-            log.wrote(self.block, start..start.saturating_add(len as u64));
+            log.wrote(self.block, start..end);
         }
     }
 
@@ -106,6 +123,11 @@ impl Bitmap for Written {
     }
 
     fn slice_at(&self, offset: usize) -> Marks<'_> {
-        Marks::new(self.log.as_deref(), &self.block, offset as u64)
+        Marks {
+            log: self.log.as_deref(),
+            block: &self.block,
+            offset: offset as u64,
+            held: false,
+        }
     }
 }

@@ -8,17 +8,18 @@
 //! | `GuestMemoryBackend` | [`PinnedRam`] | all RAM of one moment: loaders, vhost |
 //! | `GuestMemoryRegion` | [`PinnedRegion`] | one contiguous piece of it |
 //! | `GuestAddressSpace` | [`LocalSpace`], [`DmaSpace`], [`RamSpace`] | what gives the three |
-//! | `Bitmap` | [`Written`], [`Marks`] | tells a [`WriteLog`] what was written |
+//! | `Bitmap` | [`Written`], [`Marks`] | marks what was written, tells a [`WriteLog`] |
 //!
 //! The views refuse writes to ROM, which a `GuestMemoryBackend` cannot.
 
 mod dma;
+mod guarded;
 mod marks;
 mod pieces;
 mod pinned;
 mod section;
 
-pub use dma::{DmaSpace, DmaView};
+pub use dma::{DmaMemory, DmaSpace, DmaView};
 pub use marks::{Marks, WriteLog, Written};
 pub use pinned::{PinnedRam, PinnedRegion, RamSpace};
 pub use section::{LocalSpace, LocalView, SectionView};

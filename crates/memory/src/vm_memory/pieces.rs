@@ -92,6 +92,7 @@ fn refused(gpa: Gpa, error: AccessError) -> Error {
         AccessError::ReadOnly { .. } => {
             Error::IOError(io::Error::new(io::ErrorKind::PermissionDenied, error))
         }
+        AccessError::HostFault { .. } => Error::IOError(io::Error::other(error)),
         AccessError::Overflow { .. } => Error::GuestAddressOverflow,
         _ => Error::InvalidGuestAddress(GuestAddress(gpa.0)),
     }

@@ -3,18 +3,24 @@
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use vm_memory::guest_memory::{Error, Result};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestAddressSpace, GuestMemoryBackend, GuestMemoryRegion,
-    GuestMemoryRegionBytes, GuestUsize, MemoryRegionAddress, VolatileSlice,
+    AtomicAccess, ByteValued, Bytes, FileOffset, GuestAddress, GuestAddressSpace,
+    GuestMemoryBackend, GuestMemoryRegion, GuestUsize, MemoryRegionAddress, ReadVolatile,
+    VolatileSlice, WriteVolatile,
 };
 
+use super::guarded::{self, guarded_bytes};
+use super::pieces::Pieces;
 use super::{Marks, WriteLog, Written};
-use crate::{Access, AddressSpace, Gpa, Pin, Plugged, RamBlock, Reader, SectionKind};
+use crate::fault::Fault;
+use crate::{Access, AccessError, AddressSpace, Gpa, Pin, Plugged, RamBlock, Reader, SectionKind};
 
-/// The writable, plugged RAM that an address space showed at one moment, pinned: what
-/// linux-loader and vhost take.
+/// The writable, plugged RAM of the machine that an address space showed at one moment, pinned:
+/// what linux-loader and vhost take. RAM of devices ([`Region::ram_device`](crate::Region::ram_device))
+/// is not in it; the views reach that.
 ///
 /// `GuestMemoryBackend` promises memory that never changes, so this does not; and it knows
 /// neither ROM nor registers, so there are none in it. As long as it exists it holds up unplugs
@@ -65,6 +71,10 @@ impl PinnedRam {
             else {
                 continue;
             };
+            // No place for a kernel, and nothing that vhost's kernel side could be told of as RAM.
+            if section.is_ram_device() {
+                continue;
+            }
             // Shared by the regions; for vhost-user. A process out of descriptors has none.
             let file = block.fd().and_then(|fd| fd.try_clone_to_owned().ok());
             let file = file.map(|fd| Arc::new(File::from(fd)));
@@ -138,7 +148,8 @@ impl GuestMemoryRegion for PinnedRegion {
     }
 
     fn bitmap(&self) -> Marks<'_> {
-        Marks::new(self.log.as_deref(), &self.block, self.block_offset)
+        // SAFETY: the region has a pin on the block.
+        unsafe { Marks::held(self.log.as_deref(), &self.block, self.block_offset) }
     }
 
     fn file_offset(&self) -> Option<&FileOffset> {
@@ -163,16 +174,140 @@ impl GuestMemoryRegion for PinnedRegion {
             .checked_add(count)
             .filter(|end| *end <= self.pin.len());
         end.ok_or(Error::InvalidBackendAddress)?;
+        let host = self.pin.as_ptr().wrapping_add(start);
         // SAFETY: inside the pinned memory, which stays for as long as `self` is borrowed (M3);
         // everybody else accesses it as vm-memory does, with volatile accesses.
-        Ok(unsafe {
-            let host = self.pin.as_ptr().wrapping_add(start);
-            VolatileSlice::with_bitmap(host, count, self.bitmap().at(start), None)
-        })
+        unsafe {
+            if count > 0 {
+                guarded::probe(&self.block, host, count)
+                    .map_err(|_| self.not_provided(start, Fault { done: 0 }))?;
+            }
+            let marks = self.bitmap().at(start);
+            Ok(VolatileSlice::with_bitmap(host, count, marks, None))
+        }
     }
 }
 
-impl GuestMemoryRegionBytes for PinnedRegion {}
+impl PinnedRegion {
+    /// What of `count` bytes from `at` on lies in the region; the first must, if there is one.
+    fn part(&self, at: MemoryRegionAddress, count: usize) -> Result<VolatileSlice<'_, Marks<'_>>> {
+        if count == 0 {
+            return self.get_slice(MemoryRegionAddress(0), 0);
+        }
+        let left = self.len().checked_sub(at.0).filter(|left| *left != 0);
+        let left = left.ok_or(Error::InvalidBackendAddress)?;
+        self.get_slice(at, count.min(usize::try_from(left).unwrap_or(usize::MAX)))
+    }
+
+    #[cold]
+    fn not_provided(&self, start: usize, fault: Fault) -> Error {
+        let at = self.pin.gpa().0 + (start + fault.done) as u64;
+        guarded::not_provided(Gpa(at))
+    }
+}
+
+/// Copies of bytes and values are guarded against what the host does not provide; those to and
+/// from files, and atomic accesses, are vm-memory's.
+impl Bytes<MemoryRegionAddress> for PinnedRegion {
+    type E = Error;
+
+    fn write(&self, bytes: &[u8], at: MemoryRegionAddress) -> Result<usize> {
+        let part = self.part(at, bytes.len())?;
+        guarded::write(&part, bytes).map_err(|fault| self.not_provided(at.0 as usize, fault))
+    }
+
+    fn read(&self, bytes: &mut [u8], at: MemoryRegionAddress) -> Result<usize> {
+        let part = self.part(at, bytes.len())?;
+        guarded::read(&part, bytes).map_err(|fault| self.not_provided(at.0 as usize, fault))
+    }
+
+    fn write_slice(&self, bytes: &[u8], at: MemoryRegionAddress) -> Result<()> {
+        whole(self.write(bytes, at)?, bytes.len())
+    }
+
+    fn read_slice(&self, bytes: &mut [u8], at: MemoryRegionAddress) -> Result<()> {
+        whole(self.read(bytes, at)?, bytes.len())
+    }
+
+    fn read_volatile_from<F: ReadVolatile>(
+        &self,
+        at: MemoryRegionAddress,
+        source: &mut F,
+        count: usize,
+    ) -> Result<usize> {
+        Ok(self.part(at, count)?.read_volatile_from(0, source, count)?)
+    }
+
+    fn read_exact_volatile_from<F: ReadVolatile>(
+        &self,
+        at: MemoryRegionAddress,
+        source: &mut F,
+        count: usize,
+    ) -> Result<()> {
+        Ok(self
+            .get_slice(at, count)?
+            .read_exact_volatile_from(0, source, count)?)
+    }
+
+    fn write_volatile_to<F: WriteVolatile>(
+        &self,
+        at: MemoryRegionAddress,
+        target: &mut F,
+        count: usize,
+    ) -> Result<usize> {
+        Ok(self.part(at, count)?.write_volatile_to(0, target, count)?)
+    }
+
+    fn write_all_volatile_to<F: WriteVolatile>(
+        &self,
+        at: MemoryRegionAddress,
+        target: &mut F,
+        count: usize,
+    ) -> Result<()> {
+        Ok(self
+            .get_slice(at, count)?
+            .write_all_volatile_to(0, target, count)?)
+    }
+
+    fn store<T: AtomicAccess>(
+        &self,
+        value: T,
+        at: MemoryRegionAddress,
+        order: Ordering,
+    ) -> Result<()> {
+        Ok(self.get_slice(at, size_of::<T>())?.store(value, 0, order)?)
+    }
+
+    fn load<T: AtomicAccess>(&self, at: MemoryRegionAddress, order: Ordering) -> Result<T> {
+        Ok(self.get_slice(at, size_of::<T>())?.load(0, order)?)
+    }
+}
+
+fn whole(completed: usize, expected: usize) -> Result<()> {
+    if completed == expected {
+        return Ok(());
+    }
+    Err(Error::PartialBuffer {
+        expected,
+        completed,
+    })
+}
+
+impl Pieces for PinnedRam {
+    fn piece(
+        &self,
+        gpa: Gpa,
+        len: u64,
+        _access: Access,
+    ) -> std::result::Result<VolatileSlice<'_, Marks<'_>>, AccessError> {
+        let found = self.to_region_addr(GuestAddress(gpa.0));
+        let (region, at) = found.ok_or(AccessError::Unmapped { gpa, len })?;
+        let part = region.part(at, usize::try_from(len).unwrap_or(usize::MAX));
+        part.map_err(|_| AccessError::HostFault { gpa, len })
+    }
+}
+
+guarded_bytes!(PinnedRam);
 
 /// An address space for what wants all RAM at once, vhost's kernel devices for example: its
 /// memory is a new [`PinnedRam`] every time. Costs a walk over all sections: for set-up, not for

@@ -6,8 +6,11 @@ use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{GuestMemorySliceIterator, Result};
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{
+    ByteValued, GuestAddress, GuestAddressSpace, GuestMemory, Permissions, VolatileSlice,
+};
 
+use super::guarded::{self, guarded_bytes};
 use super::pieces::{Pieces, Slices};
 use super::{Marks, PinnedRam, WriteLog, Written};
 use crate::{Access, AccessError, AddressSpace, Gpa, ReadGuard, Reader, SectionKind};
@@ -51,10 +54,19 @@ impl Pieces for SectionView<'_> {
             return Err(AccessError::NotRam { gpa, len });
         };
         let offset = block_offset + (gpa.raw() - section.range.start);
-        let marks = Marks::new(self.log.as_deref(), block, offset);
         // SAFETY: RAM found in the section, which is open for as long as `self` is borrowed (M2,
         // M7); everybody else accesses it as vm-memory does, with volatile accesses.
-        Ok(unsafe { VolatileSlice::with_bitmap(host, count as usize, marks, None) })
+        unsafe {
+            guarded::probe(block, host, count as usize)
+                .map_err(|fault| AccessError::host_fault(gpa, count as usize, fault))?;
+            let marks = Marks::held(self.log.as_deref(), block, offset);
+            Ok(VolatileSlice::with_bitmap(
+                host,
+                count as usize,
+                marks,
+                None,
+            ))
+        }
     }
 }
 
@@ -75,6 +87,8 @@ impl GuestMemory for SectionView<'_> {
         Ok(Slices::new(self, addr, count, access))
     }
 }
+
+guarded_bytes!(SectionView<'_>);
 
 /// A [`SectionView`] that can be handed on.
 #[derive(Clone)]

@@ -1,13 +1,48 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! A memory with one address space, and registers that remember what is done to them.
+//! RAM to start from, a memory with one address space, and registers that remember what is done to them.
 #![allow(dead_code)]
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
-    AddressSpace, Backing, Error, Memory, MemoryConfig, Mmio, RamBlock, RamSpec, Region,
-    Transaction,
+    AddressSpace, Backing, Error, Memory, MemoryConfig, Mmio, Phase, RamBlock, RamSpec, Region,
+    Ticket, Transaction,
 };
+
+/// A memory for RAM blocks of `arena_bytes` in all.
+pub fn memory(arena_bytes: u64) -> Arc<Memory> {
+    Memory::new(MemoryConfig { arena_bytes }).unwrap()
+}
+
+/// A block that is neither growing, sparse nor touched beforehand.
+pub fn spec(name: &str, size_bytes: u64, backing: Backing) -> RamSpec {
+    RamSpec {
+        name: name.to_owned(),
+        size_bytes,
+        max_size_bytes: size_bytes,
+        backing,
+        prefault: false,
+        block_size_bytes: None,
+    }
+}
+
+/// Small pages that belong to nobody else.
+pub const ANON: Backing = Backing::Anon { thp: false };
+
+/// A plain block, or a sparse one with nothing plugged.
+pub fn block(
+    memory: &Memory,
+    name: &str,
+    size_bytes: u64,
+    block_size_bytes: Option<u64>,
+) -> Arc<RamBlock> {
+    let spec = RamSpec {
+        block_size_bytes,
+        ..spec(name, size_bytes, ANON)
+    };
+    memory.ram().add(spec).unwrap()
+}
 
 pub struct Map {
     pub memory: Arc<Memory>,
@@ -17,10 +52,7 @@ pub struct Map {
 
 impl Map {
     pub fn new() -> Map {
-        let memory = Memory::new(MemoryConfig {
-            arena_bytes: 4 << 30,
-        })
-        .unwrap();
+        let memory = memory(4 << 30);
         let root = Region::container("root", 1 << 48);
         let space = memory.address_space("memory", &root).unwrap();
         Map {
@@ -31,15 +63,20 @@ impl Map {
     }
 
     pub fn block(&self, name: &str, size_bytes: u64) -> Arc<RamBlock> {
-        let spec = RamSpec {
-            name: name.to_owned(),
-            size_bytes,
-            max_size_bytes: size_bytes,
-            backing: Backing::Anon { thp: false },
-            prefault: false,
-            block_size_bytes: None,
-        };
-        self.memory.ram().add(spec).unwrap()
+        block(&self.memory, name, size_bytes, None)
+    }
+
+    /// A sparse block of which `plugged_bytes` from its start on are plugged.
+    pub fn sparse(
+        &self,
+        name: &str,
+        size_bytes: u64,
+        block_size_bytes: u64,
+        plugged_bytes: u64,
+    ) -> Arc<RamBlock> {
+        let sparse = block(&self.memory, name, size_bytes, Some(block_size_bytes));
+        sparse.plug(0..plugged_bytes, false).unwrap();
+        sparse
     }
 
     pub fn ram(&self, name: &str, size_bytes: u64) -> Arc<Region> {
@@ -47,7 +84,28 @@ impl Map {
     }
 
     pub fn add(&self, region: &Arc<Region>, offset: u64) {
-        self.change(|map| map.add(&self.root, region, offset, 0));
+        self.add_over(region, offset, 0);
+    }
+
+    pub fn add_over(&self, region: &Arc<Region>, offset: u64, priority: i32) {
+        self.change(|map| map.add(&self.root, region, offset, priority));
+    }
+
+    /// Takes a region out of the map, and gives its memory back once nobody uses it.
+    pub fn unplug(&self, region: &Arc<Region>) {
+        self.end(self.change(|map| map.unplug(region)));
+    }
+
+    /// Waits for the end of an unplug, and gives the memory back.
+    pub fn end(&self, ticket: Ticket) {
+        let end = Instant::now() + Duration::from_secs(20);
+        while ticket.phase() != Phase::Drained {
+            assert!(Instant::now() < end, "{:?}", ticket.holders());
+            self.memory.synchronize();
+        }
+        ticket
+            .destroy()
+            .unwrap_or_else(|(_, error)| panic!("{error}"));
     }
 
     pub fn change<T>(&self, f: impl FnOnce(&mut Transaction<'_>) -> Result<T, Error>) -> T {
