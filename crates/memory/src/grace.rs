@@ -169,6 +169,7 @@ impl Worker {
         let mut reported = 0;
         loop {
             let next = self.turn();
+            let alarm = self.ring_alarms();
             let wake = self.grace.hub.wake();
             match (next, &self.in_grace) {
                 (Next::End, _) => break,
@@ -176,17 +177,30 @@ impl Worker {
                     wake.wait(Some(LINGER));
                 }
                 (Next::Sleep, Some((target, _))) if *target != reported => {
-                    if !wake.wait(Some(LATE)) {
+                    let limit = alarm.map_or(LATE, |alarm| alarm.min(LATE));
+                    if !wake.wait(Some(limit)) && limit == LATE {
                         reported = *target;
                         let readers = self.grace.hub.late_readers(*target);
                         tracing::warn!(?readers, "a read section is open for long: unplugs wait");
                     }
                 }
                 (Next::Sleep, _) => {
-                    wake.wait(None);
+                    wake.wait(alarm);
                 }
             }
         }
+    }
+
+    /// Tells who wanted to know of unplugs that take long; the time until the next wants to.
+    fn ring_alarms(&self) -> Option<Duration> {
+        let waiting = self.in_grace.iter().flat_map(|(_, jobs)| jobs);
+        let waiting = waiting.chain(&self.queued).filter_map(|job| match job {
+            Job::Drain(drain) => Some(drain),
+            Job::Retire(_) | Job::Grace(_) | Job::Fence(_) => None,
+        });
+        let next = waiting.chain(&self.drains).filter_map(|drain| drain.ring());
+        let next = next.min()?;
+        Some(next.saturating_duration_since(Instant::now()))
     }
 
     /// Does all that can be done now.
