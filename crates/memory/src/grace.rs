@@ -164,6 +164,11 @@ impl Worker {
         }
     }
 
+    #[cfg(loom)]
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.grace.hub
+    }
+
     /// Runs until the memory is gone and nothing is left to do.
     pub(crate) fn run(mut self) {
         let mut reported = 0;
@@ -217,6 +222,8 @@ impl Worker {
                     self.in_grace = Some((target, jobs));
                     break;
                 }
+                #[cfg(seeded = "late_joins_grace")]
+                let jobs = jobs.into_iter().chain(self.queued.drain(..)).collect();
                 self.after_grace(jobs);
             }
             if !self.should_begin(closing) {
@@ -331,6 +338,23 @@ impl Worker {
             return Next::Linger;
         }
         Next::Sleep
+    }
+
+    /// What decides what comes next.
+    #[cfg(loom)]
+    pub(crate) fn state(&self) -> String {
+        let kind = |job: &Job| match job {
+            Job::Retire(_) => "retire".to_owned(),
+            Job::Grace(_) => "grace".to_owned(),
+            Job::Drain(drain) => format!("drain {}", drain.slot()),
+            Job::Fence(fence) => format!("fence {}", fence.slot()),
+        };
+        let kinds = |jobs: &Vec<Job>| jobs.iter().map(kind).collect::<Vec<_>>();
+        let inbox = kinds(&lock(&self.grace.inbox).jobs);
+        let waiting = self.in_grace.as_ref().map(|(_, jobs)| kinds(jobs));
+        let drains: Vec<_> = self.drains.iter().map(|drain| drain.slot()).collect();
+        let queued = kinds(&self.queued);
+        format!("{inbox:?} {queued:?} {waiting:?} {drains:?}")
     }
 
     fn all_pins_gone(&mut self) -> bool {

@@ -70,20 +70,31 @@ impl Memory {
     }
 
     fn with_barrier(config: MemoryConfig, barrier: Barrier) -> Result<Arc<Memory>, Error> {
+        Memory::with_worker(config, barrier, |worker, arena| {
+            let run = move || {
+                worker.run();
+                // Until here pins may have pointed into it.
+                drop(arena);
+            };
+            let name = "memory-grace";
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
+            let source = |source| Error::Thread { name, source };
+            thread.map(Some).map_err(source)
+        })
+    }
+
+    /// With the worker handed to `start`, which has it run as long as there may be pins, with the
+    /// arena kept.
+    pub(crate) fn with_worker(
+        config: MemoryConfig,
+        barrier: Barrier,
+        start: impl FnOnce(Worker, Arc<Arena>) -> Result<Option<JoinHandle<()>>, Error>,
+    ) -> Result<Arc<Memory>, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         fault::install().map_err(Error::FaultSignals)?;
         let arena = Arc::new(Arena::new(config.arena_bytes)?);
         let grace = Grace::new(barrier);
-        let worker = Worker::new(Arc::clone(&grace));
-        let keep = Arc::clone(&arena);
-        let run = move || {
-            worker.run();
-            // Until here pins may have pointed into it.
-            drop(keep);
-        };
-        let name = "memory-grace";
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
-        let worker = thread.map_err(|source| Error::Thread { name, source })?;
+        let worker = start(Worker::new(Arc::clone(&grace)), Arc::clone(&arena))?;
         let sweeper = Arc::default();
         Ok(Arc::new(Memory {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -94,7 +105,7 @@ impl Memory {
             writer: AtomicU64::new(0),
             dropped: Mutex::default(),
             sweeper,
-            worker: Some(worker),
+            worker,
         }))
     }
 

@@ -155,6 +155,8 @@ impl Hub {
         row.set_handles(handles);
         // A forgotten guard keeps its section open for ever; nobody may inherit that.
         if handles == 0 && !row.in_section() {
+            #[cfg(seeded = "exit_forgets_pins")]
+            row.clear(_registry.slots);
             row.set_owner(NOBODY, "");
         }
     }
@@ -290,6 +292,16 @@ impl Hub {
             }
         }
         holders
+    }
+
+    /// What decides what comes next: of each row, and of each slot the pins that are out.
+    #[cfg(loom)]
+    pub(crate) fn state(&self) -> String {
+        let (slots, now) = (self.slots(), self.grace_number());
+        let pins: Vec<_> = (0..slots).map(|slot| self.holders(slot)).collect();
+        let registry = lock(&self.registry);
+        let rows: Vec<_> = registry.rows.iter().map(|row| row.state(now)).collect();
+        format!("{rows:?} {pins:?} {:?} {:?}", registry.armed, registry.free)
     }
 
     /// Slots handed out, the free ones included.
