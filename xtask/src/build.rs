@@ -105,15 +105,22 @@ pub fn release(packages: &[&str]) -> Result<PathBuf> {
 /// # Errors
 /// When the build fails or there is no such test.
 pub fn test_programs(package: &str, prefix: &str) -> Result<Vec<PathBuf>> {
-    let text = output(&mut cargo(&[
-        "test",
-        "--no-run",
-        "--quiet",
-        "--message-format=json",
-        "--package",
-        package,
-    ]))?;
-    let programs: Vec<PathBuf> = text
+    let mut command = cargo(&["test", "--no-run", "--quiet", "--message-format=json"]);
+    let programs = programs(command.args(["--package", package]), prefix)?;
+    if programs.is_empty() {
+        bail!("{package} has no test {prefix}*");
+    }
+    Ok(programs)
+}
+
+/// The programs that a build with messages in JSON makes of targets whose name starts with
+/// `prefix`.
+///
+/// # Errors
+/// When the build fails.
+pub fn programs(command: &mut Command, prefix: &str) -> Result<Vec<PathBuf>> {
+    let text = output(command)?;
+    Ok(text
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
         .filter(|m| {
@@ -122,9 +129,5 @@ pub fn test_programs(package: &str, prefix: &str) -> Result<Vec<PathBuf>> {
                 .is_some_and(|n| n.starts_with(prefix))
         })
         .filter_map(|m| m["executable"].as_str().map(PathBuf::from))
-        .collect();
-    if programs.is_empty() {
-        bail!("{package} has no test {prefix}*");
-    }
-    Ok(programs)
+        .collect())
 }

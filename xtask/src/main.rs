@@ -10,6 +10,7 @@ mod lint;
 mod models;
 mod soak;
 mod test;
+mod torture;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,8 @@ enum Task {
     Bench(bench::BenchArgs),
     /// The long forms of the system tests
     Soak(soak::SoakArgs),
+    /// Do everything to the memory core at once, on real memory, and count what goes wrong
+    Torture(torture::TortureArgs),
     /// Run the concurrency models and check that each seeded bug is found
     Models(models::ModelsArgs),
     /// Check that crates depend on each other only in layer order
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Bench(args) => bench::run(&args),
         Task::Soak(args) => soak::run(&args),
+        Task::Torture(args) => torture::run(&args),
         Task::Models(args) => models::run(&args),
         Task::Layers => layers::run(),
         Task::Lint => lint::run(),

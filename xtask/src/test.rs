@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use crate::{build, lab, lint, models};
+use crate::{build, lab, lint, models, torture};
 
 #[derive(clap::Args)]
 pub struct TestArgs {
@@ -36,8 +36,8 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "models",
-        what: "concurrency models and their seeded bugs",
-        run: || models::run(&models::ModelsArgs::default()),
+        what: "concurrency models and their seeded bugs, beside the torture of the memory core",
+        run: models_and_torture,
     },
     Layer {
         name: "kvm",
@@ -75,6 +75,21 @@ fn system() -> Result<()> {
 
 fn unit() -> Result<()> {
     build::run(&mut build::cargo(&["test", "--workspace", "--quiet"]))
+}
+
+/// Neither minds to be slow, as other tests do: they run side by side.
+fn models_and_torture() -> Result<()> {
+    std::thread::scope(|scope| {
+        let torture = scope.spawn(|| torture::run(&torture::TortureArgs::default()));
+        let models = models::run(&models::ModelsArgs::default());
+        let torture = torture
+            .join()
+            .unwrap_or_else(|_| bail!("the torture's thread panicked"));
+        match (models, torture) {
+            (Err(models), Err(torture)) => bail!("{models:#}\n{torture:#}"),
+            (models, torture) => models.and(torture),
+        }
+    })
 }
 
 /// Runs the layers in order, to the end also when one fails.

@@ -209,27 +209,46 @@ impl Worker {
         }
     }
 
+    #[cfg(loom)]
+    pub(crate) fn hub(&self) -> &'static Hub {
+        self.grace.hub
+    }
+
     /// Runs until the memory is gone and nothing is left to do.
     pub(crate) fn run(mut self) {
         let mut reported = 0;
         loop {
             let next = self.turn();
+            let alarm = self.ring_alarms();
             let wake = self.grace.hub.wake();
             match (next, &self.in_grace) {
                 (Next::End, _) => break,
                 (Next::Linger, _) => self.quiet = !wake.wait(Some(LINGER)),
                 (Next::Sleep, Some((target, _))) if *target != reported => {
-                    if !wake.wait(Some(LATE)) {
+                    let limit = alarm.map_or(LATE, |alarm| alarm.min(LATE));
+                    if !wake.wait(Some(limit)) && limit == LATE {
                         reported = *target;
                         let readers = self.grace.hub.late_readers(*target);
                         tracing::warn!(?readers, "a read section is open for long: unplugs wait");
                     }
                 }
                 (Next::Sleep, _) => {
-                    wake.wait(None);
+                    wake.wait(alarm);
                 }
             }
         }
+    }
+
+    /// Tells who wanted to know of unplugs that take long; the time until the next wants to.
+    fn ring_alarms(&self) -> Option<Duration> {
+        let waiting = self.in_grace.iter().flat_map(|(_, jobs)| jobs);
+        let waiting = waiting.chain(&self.queued).filter_map(|job| match job {
+            Job::Drain(drain) => Some(drain),
+            Job::View(_) | Job::Retire(_) | Job::Grace(_) | Job::Fence(_) => None,
+        });
+        let next = waiting.chain(&self.drains).filter_map(|drain| drain.ring());
+        let next = next.min()?;
+        Some(next.saturating_duration_since(Instant::now()))
     }
 
     /// Does all that can be done now.
@@ -254,6 +273,8 @@ impl Worker {
                     self.in_grace = Some((target, jobs));
                     break;
                 }
+                #[cfg(seeded = "late_joins_grace")]
+                let jobs = jobs.into_iter().chain(self.queued.drain(..)).collect();
                 self.after_grace(jobs);
             }
             if !self.should_begin(closing) {
@@ -374,6 +395,23 @@ impl Worker {
             return Next::Linger;
         }
         Next::Sleep
+    }
+
+    /// What decides what comes next.
+    #[cfg(loom)]
+    pub(crate) fn state(&self) -> String {
+        let kind = |job: &Job| match job {
+            Job::Retire(_) => "retire".to_owned(),
+            Job::Grace(_) => "grace".to_owned(),
+            Job::Drain(drain) => format!("drain {}", drain.slot()),
+            Job::Fence(fence) => format!("fence {}", fence.slot()),
+        };
+        let kinds = |jobs: &Vec<Job>| jobs.iter().map(kind).collect::<Vec<_>>();
+        let inbox = kinds(&lock(&self.grace.inbox).jobs);
+        let waiting = self.in_grace.as_ref().map(|(_, jobs)| kinds(jobs));
+        let drains: Vec<_> = self.drains.iter().map(|drain| drain.slot()).collect();
+        let queued = kinds(&self.queued);
+        format!("{inbox:?} {queued:?} {waiting:?} {drains:?}")
     }
 
     fn all_pins_gone(&mut self) -> bool {

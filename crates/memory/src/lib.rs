@@ -141,6 +141,7 @@ mod sweeper;
 mod sync;
 mod ticket;
 mod tree;
+mod turns;
 #[cfg(feature = "vm-memory")]
 mod vm_memory;
 
@@ -167,7 +168,7 @@ pub use ram::{
 pub use reader::Reader;
 pub use slice::GuestSlice;
 pub use space::AddressSpace;
-pub use ticket::{Holder, Phase, Ticket};
+pub use ticket::{Holder, Phase, Phases, Ticket, UnplugReport};
 pub use tree::{AccessRules, Endian, Ioeventfd, Mmio, Region, Registers, Transaction};
 #[cfg(feature = "vm-memory")]
 pub use vm_memory::{

@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use crate::grace::{Grace, Job, Worker};
@@ -14,6 +14,7 @@ use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
 use crate::tree::Tree;
+use crate::turns::{Turn, Turns};
 use crate::{
     AddressSpace, DirtyLog, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction,
     fault,
@@ -44,6 +45,9 @@ pub struct Memory {
     id: u64,
     grace: Arc<Grace>,
     ram: RamList,
+    /// Whose turn it is to hold `tree`: no vCPU keeps another, or the control thread, from it.
+    turns: Turns,
+    /// Never waited for.
     tree: Mutex<Tree>,
     /// Token of the thread that holds `tree`, or 0.
     writer: AtomicU64,
@@ -66,30 +70,42 @@ impl Memory {
     }
 
     fn with_barrier(config: MemoryConfig, barrier: Barrier) -> Result<Arc<Memory>, Error> {
+        Memory::with_worker(config, barrier, |worker, arena| {
+            let run = move || {
+                worker.run();
+                // Until here pins may have pointed into it.
+                drop(arena);
+            };
+            let name = "memory-grace";
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
+            let source = |source| Error::Thread { name, source };
+            thread.map(Some).map_err(source)
+        })
+    }
+
+    /// With the worker handed to `start`, which has it run as long as there may be pins, with the
+    /// arena kept.
+    pub(crate) fn with_worker(
+        config: MemoryConfig,
+        barrier: Barrier,
+        start: impl FnOnce(Worker, Arc<Arena>) -> Result<Option<JoinHandle<()>>, Error>,
+    ) -> Result<Arc<Memory>, Error> {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         fault::install().map_err(Error::FaultSignals)?;
         let arena = Arc::new(Arena::new(config.arena_bytes)?);
         let grace = Grace::new(barrier);
-        let worker = Worker::new(Arc::clone(&grace));
-        let keep = Arc::clone(&arena);
-        let run = move || {
-            worker.run();
-            // Until here pins may have pointed into it.
-            drop(keep);
-        };
-        let name = "memory-grace";
-        let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
-        let worker = thread.map_err(|source| Error::Thread { name, source })?;
+        let worker = start(Worker::new(Arc::clone(&grace)), Arc::clone(&arena))?;
         let sweeper = Arc::default();
         Ok(Arc::new(Memory {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
             ram: RamList::new(&grace, &sweeper, arena),
             grace,
+            turns: Turns::new(),
             tree: Mutex::default(),
             writer: AtomicU64::new(0),
             dropped: Mutex::default(),
             sweeper,
-            worker: Some(worker),
+            worker,
         }))
     }
 
@@ -137,8 +153,8 @@ impl Memory {
     /// Changes the tree: `f` makes the changes, which are then rendered, told to the listeners
     /// and published as one. Readers see the old views or the new ones. Never waits for readers.
     ///
-    /// Calls are serialised; `f` and the listeners run under the writer's lock and must make no
-    /// blocking call.
+    /// Calls are served one by one in the order they come; `f` and the listeners run under the
+    /// writer's lock and must make no blocking call.
     ///
     /// # Errors
     /// What `f` returns; `Listener` when a listener refuses; `StillMapped` when RAM that was
@@ -218,17 +234,23 @@ impl Memory {
         if self.writer.load(Ordering::Relaxed) == token {
             return Err(Error::Reentrant);
         }
+        let mut guard = self.enter_tree(self.turns.take(), token);
+        self.forget_dropped(&mut guard.tree);
+        Ok(guard)
+    }
+
+    /// The writer's lock for the thread of `token`, whose turn it is.
+    fn enter_tree<'a>(&'a self, turn: Turn<'a>, token: u64) -> TreeGuard<'a> {
         let tree = self
             .tree
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner());
         self.writer.store(token, Ordering::Relaxed);
-        let mut guard = TreeGuard {
+        TreeGuard {
             tree,
             writer: &self.writer,
-        };
-        self.forget_dropped(&mut guard.tree);
-        Ok(guard)
+            _turn: turn,
+        }
     }
 
     /// Takes note that an address space is gone.
@@ -238,17 +260,10 @@ impl Memory {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
             .push((id, view));
         // Whoever holds the lock, perhaps this thread, is followed by somebody who does it.
-        let tree = match self.tree.try_lock() {
-            Ok(tree) => tree,
-            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => return,
-        };
-        self.writer.store(make_token(), Ordering::Relaxed);
-        let mut guard = TreeGuard {
-            tree,
-            writer: &self.writer,
-        };
-        self.forget_dropped(&mut guard.tree);
+        if let Some(turn) = self.turns.try_take() {
+            let mut guard = self.enter_tree(turn, make_token());
+            self.forget_dropped(&mut guard.tree);
+        }
     }
 
     fn forget_dropped(&self, tree: &mut Tree) {
@@ -292,6 +307,8 @@ impl Drop for Change<'_> {
 pub(crate) struct TreeGuard<'a> {
     pub(crate) tree: MutexGuard<'a, Tree>,
     writer: &'a AtomicU64,
+    /// Last: whose turn is next finds the lock free.
+    _turn: Turn<'a>,
 }
 
 impl Drop for TreeGuard<'_> {
@@ -333,6 +350,45 @@ impl Drop for Memory {
 mod tests {
     use super::*;
     use crate::{Access, Backing, Gpa, RamSpec};
+
+    /// Four threads change the map all the time, as vCPUs do that move BARs: whoever comes then
+    /// waits for those before it, each of them once.
+    #[test]
+    fn writers_take_turns() {
+        const WRITERS: u64 = 4;
+        let memory = Memory::new(MemoryConfig {
+            arena_bytes: 1 << 30,
+        })
+        .unwrap();
+        let (changes, stop) = (AtomicU64::new(0), AtomicU64::new(0));
+        thread::scope(|scope| {
+            for _ in 0..WRITERS {
+                scope.spawn(|| {
+                    while stop.load(Ordering::Relaxed) == 0 {
+                        let change = || changes.fetch_add(1, Ordering::Relaxed);
+                        memory.update(|_| Ok(change())).unwrap();
+                    }
+                });
+            }
+            let wait_for = |queued| {
+                while memory.turns.queued() != queued {
+                    thread::yield_now();
+                }
+            };
+            for _ in 0..50 {
+                let guard = memory.lock_tree().unwrap();
+                wait_for(1 + WRITERS);
+                let before = changes.load(Ordering::Relaxed);
+                let (memory, changes) = (&memory, &changes);
+                let since = move || changes.load(Ordering::Relaxed) - before;
+                let control = scope.spawn(move || memory.update(|_| Ok(since())).unwrap());
+                wait_for(2 + WRITERS);
+                drop(guard);
+                assert_eq!(control.join().unwrap(), WRITERS);
+            }
+            stop.store(1, Ordering::Relaxed);
+        });
+    }
 
     /// A process without `membarrier`: readers use real fences.
     #[test]

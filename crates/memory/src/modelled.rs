@@ -14,10 +14,11 @@ use crate::reader::barrier::Barrier;
 use crate::reader::counters::Lane;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
-use crate::reader::row::{Row, make_token};
+use crate::reader::row::{Row, make_token, set_token};
 use crate::reader::wake::Level;
 use crate::ticket::{Drain, Holds, Phase};
-use crate::{Access, BounceGrant, BounceWait, Iommu, Translation};
+use crate::turns::{Turn, Turns};
+use crate::{Access, BounceGrant, BounceWait, Error, Iommu, Memory, MemoryConfig, Translation};
 
 pub use crate::dirty::modelled::Dirty;
 
@@ -68,10 +69,20 @@ impl Core {
         Waiting { level, wanted: 1 }
     }
 
-    /// As a commit that unplugs the block of `slot`.
+    /// As a commit that unplugs the block of `slot`, which nobody maps.
     pub fn unplug(&self, slot: u32) -> Waiting {
+        self.unplug_mapped(slot, &self.mapped())
+    }
+
+    /// The external mappers of a block: none yet.
+    pub fn mapped(&self) -> Mapped {
+        Mapped(Holds::new(self.grace.hub()))
+    }
+
+    /// As a commit that unplugs the block of `slot`, which `mapped` may map.
+    pub fn unplug_mapped(&self, slot: u32, mapped: &Mapped) -> Waiting {
         self.grace.hub().bump_generation();
-        let drain = Drain::new(slot, Holds::new(self.grace.hub()));
+        let drain = Drain::new(slot, Arc::clone(&mapped.0));
         drain.unpublish();
         self.grace.submit(Job::Drain(Arc::clone(&drain)));
         Waiting {
@@ -88,6 +99,11 @@ impl Core {
             fence,
             core: self.clone(),
         }
+    }
+
+    /// Plays the worker once.
+    pub fn work_once(&self, worker: &mut WorkerThread) {
+        worker.0.turn();
     }
 
     /// Plays the worker until `waiting` is over.
@@ -123,8 +139,89 @@ impl Core {
     }
 }
 
+/// The external mappers of a block.
+pub struct Mapped(Arc<Holds>);
+
+impl Mapped {
+    /// As `FlatSection::hold`.
+    pub fn hold(&self) -> Hold {
+        let id = self.0.add("mapper");
+        Hold(Arc::clone(&self.0), id)
+    }
+}
+
+/// As `RegionHold`.
+pub struct Hold(Arc<Holds>, u64);
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        self.0.remove(self.1);
+    }
+}
+
+/// Who may change the map.
+pub struct MapLock(Turns);
+
+impl Default for MapLock {
+    fn default() -> MapLock {
+        MapLock(Turns::new())
+    }
+}
+
+impl MapLock {
+    /// As `Memory::update` does first, and undoes when what it gives is dropped.
+    pub fn take(&self) -> MapTurn<'_> {
+        MapTurn(self.0.take())
+    }
+
+    /// As the end of an address space does.
+    pub fn try_take(&self) -> Option<MapTurn<'_>> {
+        self.0.try_take().map(MapTurn)
+    }
+}
+
+/// The right to change it.
+pub struct MapTurn<'a>(#[allow(dead_code)] Turn<'a>);
+
+/// A memory whose worker is played.
+pub fn memory(config: MemoryConfig) -> Result<(Arc<Memory>, WorkerThread), Error> {
+    let mut played = None;
+    let memory = Memory::with_worker(config, Barrier::choose(), |worker, _| {
+        played = Some(WorkerThread(worker));
+        Ok(None)
+    })?;
+    let worker = played.unwrap_or_else(|| unreachable!("handed out above"));
+    Ok((memory, worker))
+}
+
+/// Has the calling thread be thread number `thread` from here on.
+pub fn play(thread: u64) {
+    set_token(thread + 1);
+}
+
 /// The worker's state.
 pub struct WorkerThread(Worker);
+
+impl WorkerThread {
+    /// Whether the worker would run.
+    pub fn is_woken(&self) -> bool {
+        self.0.hub().wake().is_set()
+    }
+
+    /// What the worker does when it is woken.
+    pub fn turn(&mut self) {
+        if self.is_woken() {
+            self.0.hub().wake().wait(None);
+        }
+        self.0.turn();
+    }
+
+    /// All that decides what the worker, and a reader, does next.
+    pub fn state(&self) -> String {
+        let woken = self.is_woken();
+        format!("{woken} {} {}", self.0.state(), self.0.hub().state())
+    }
+}
 
 /// Something that the worker brings about.
 pub struct Waiting {

@@ -6,14 +6,14 @@
 pub(crate) use crate::counted::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64};
 #[cfg(loom)]
 pub(crate) use loom::{
-    sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, fence},
+    sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering, fence},
     sync::{Condvar, Mutex, MutexGuard},
 };
 #[cfg(not(any(test, loom)))]
 pub(crate) use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64};
 #[cfg(not(loom))]
 pub(crate) use std::{
-    sync::atomic::fence,
+    sync::atomic::{Ordering, fence},
     sync::{Condvar, Mutex, MutexGuard},
 };
 

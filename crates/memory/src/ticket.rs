@@ -7,7 +7,7 @@
 
 use std::fmt;
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{self, Arc};
 use std::time::{Duration, Instant};
 
 use crate::Error;
@@ -15,6 +15,9 @@ use crate::ram::{ListShared, RamBlock};
 use crate::reader::hub::Hub;
 use crate::reader::wake::Level;
 use crate::sync::{Mutex, lock};
+
+/// What an alarm is set to that is to ring after more than the clock can count.
+const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// How far an unplug is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +32,18 @@ pub enum Phase {
     Drained,
     /// The memory is given back.
     Gone,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Phase::Live => "live",
+            Phase::Unpublished => "unpublished",
+            Phase::Draining => "draining",
+            Phase::Drained => "drained",
+            Phase::Gone => "gone",
+        })
+    }
 }
 
 impl Phase {
@@ -46,11 +61,11 @@ impl Phase {
 /// Who keeps memory that is to be unplugged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
-    /// The thread that took the pins, or the external mapper.
+    /// The thread that took the pins or has a read section open, or the external mapper.
     pub what: String,
-    /// How many pins or holds.
+    /// How many pins, holds or sections.
     pub count: u64,
-    /// They are at least this old: a hold knows its age, a pin is older than the unpublishing.
+    /// They are at least this old: a hold knows its age, the rest is older than the unpublishing.
     pub age: Duration,
 }
 
@@ -63,6 +78,58 @@ impl fmt::Display for Holder {
             self.count,
             self.age.as_millis()
         )
+    }
+}
+
+/// Where an unplug stands, for who is told of one that takes long.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct UnplugReport {
+    /// The RAM block.
+    pub block: String,
+    /// How far it is.
+    pub phase: Phase,
+    /// Time since the memory was unpublished.
+    pub age: Duration,
+    /// Who is left.
+    pub holders: Vec<Holder>,
+}
+
+impl fmt::Display for UnplugReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (block, phase, age) = (&self.block, self.phase, self.age.as_millis());
+        write!(f, "RAM block {block} is {phase} after {age} ms")?;
+        for (at, holder) in self.holders.iter().enumerate() {
+            write!(f, "{} {holder}", if at == 0 { ":" } else { "," })?;
+        }
+        Ok(())
+    }
+}
+
+/// The phases of one unplug as they come. It outlives the ticket.
+///
+/// None is left out: a phase that was passed meanwhile is told, too.
+#[derive(Clone)]
+pub struct Phases {
+    level: Arc<Level>,
+    told: u8,
+}
+
+impl Phases {
+    /// How far the unplug is.
+    pub fn current(&self) -> Phase {
+        Phase::from_level(self.level.get())
+    }
+
+    /// The next phase, ready once it is reached; `None` after [`Phase::Gone`]. Never ready for a
+    /// change that was taken back. A call that was dropped before it was ready has told nothing.
+    pub async fn next(&mut self) -> Option<Phase> {
+        if self.told >= Phase::Gone as u8 {
+            return None;
+        }
+        let next = self.told + 1;
+        self.level.reached(next).await;
+        self.told = next;
+        Some(Phase::from_level(next))
     }
 }
 
@@ -109,7 +176,7 @@ impl Holds {
         list.holds.retain(|hold| hold.id != id);
         let last = list.holds.is_empty();
         drop(list);
-        if last {
+        if last && !cfg!(seeded = "no_hold_wake") {
             self.hub.wake().signal();
         }
     }
@@ -134,6 +201,13 @@ pub(crate) struct Drain {
     holds: Arc<Holds>,
     level: Arc<Level>,
     unpublished: Mutex<Option<Instant>>,
+    /// When to tell whom that it takes long. No part of the protocol, and none of its models.
+    alarms: sync::Mutex<Vec<Alarm>>,
+}
+
+struct Alarm {
+    at: Instant,
+    rung: Arc<Level>,
 }
 
 impl Drain {
@@ -143,6 +217,7 @@ impl Drain {
             holds,
             level: Level::new(0),
             unpublished: Mutex::new(None),
+            alarms: sync::Mutex::default(),
         })
     }
 
@@ -166,15 +241,94 @@ impl Drain {
     }
 
     pub(crate) fn has_holds(&self) -> bool {
-        !self.holds.is_empty()
+        !cfg!(seeded = "hold_ignored") && !self.holds.is_empty()
     }
 
     pub(crate) fn finish(&self) {
         self.level.raise(Phase::Drained as u8);
+        let alarms = std::mem::take(&mut *self.alarms());
+        alarms.iter().for_each(|alarm| alarm.rung.raise(1));
+    }
+
+    /// Rings the alarms whose time has come; when the next one's will have.
+    pub(crate) fn ring(&self) -> Option<Instant> {
+        let mut alarms = self.alarms();
+        if alarms.is_empty() {
+            return None;
+        }
+        let now = Instant::now();
+        let due: Vec<Alarm> = alarms.extract_if(.., |alarm| alarm.at <= now).collect();
+        let next = alarms.iter().map(|alarm| alarm.at).min();
+        drop(alarms);
+        due.iter().for_each(|alarm| alarm.rung.raise(1));
+        next
+    }
+
+    /// What rings `limit` after the unpublishing, or after now while that is to come, and at the
+    /// latest when the block has drained.
+    fn set_alarm(&self, limit: Duration) -> Arc<Level> {
+        let rung = Level::new(0);
+        let from = lock(&self.unpublished).unwrap_or_else(Instant::now);
+        let mut alarms = self.alarms();
+        if self.level.get() >= Phase::Drained as u8 {
+            rung.raise(1);
+        } else {
+            let at = from.checked_add(limit).unwrap_or(from + NEVER);
+            let rung = Arc::clone(&rung);
+            alarms.push(Alarm { at, rung });
+        }
+        drop(alarms);
+        self.holds.hub.wake().signal();
+        rung
+    }
+
+    fn alarms(&self) -> sync::MutexGuard<'_, Vec<Alarm>> {
+        let alarms = self.alarms.lock();
+        alarms.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn phase(&self) -> Phase {
+        Phase::from_level(self.level.get())
     }
 
     fn age(&self) -> Duration {
         lock(&self.unpublished).map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn holders(&self, block: &RamBlock) -> Vec<Holder> {
+        let phase = self.phase();
+        if phase >= Phase::Drained {
+            return Vec::new();
+        }
+        let age = self.age();
+        let pins = block.pin_holders().into_iter();
+        let mut holders: Vec<Holder> = pins
+            .map(|(thread, count)| Holder {
+                what: format!("pins of {thread}"),
+                count,
+                age,
+            })
+            .collect();
+        if phase == Phase::Unpublished {
+            let hub = self.holds.hub;
+            let late = hub.late_readers(hub.grace_number()).into_iter();
+            holders.extend(late.map(|thread| Holder {
+                what: format!("a read section of {thread}"),
+                count: 1,
+                age,
+            }));
+        }
+        holders.extend(self.holds.list());
+        holders
+    }
+
+    fn report(&self, block: &RamBlock) -> UnplugReport {
+        UnplugReport {
+            block: block.name().to_owned(),
+            phase: self.phase(),
+            age: self.age(),
+            holders: self.holders(block),
+        }
     }
 }
 
@@ -210,7 +364,7 @@ impl Ticket {
 
     /// How far it is.
     pub fn phase(&self) -> Phase {
-        Phase::from_level(self.drain.level.get())
+        self.drain.phase()
     }
 
     /// Ready when nobody uses the memory any more.
@@ -223,22 +377,38 @@ impl Ticket {
         self.drain.level.reached(phase as u8)
     }
 
+    /// The phases from here on: the first to be told is [`Phase::Unpublished`].
+    pub fn phases(&self) -> Phases {
+        Phases {
+            level: Arc::clone(&self.drain.level),
+            told: Phase::Live as u8,
+        }
+    }
+
     /// Who is left; empty when drained.
     pub fn holders(&self) -> Vec<Holder> {
-        if self.phase() >= Phase::Drained {
-            return Vec::new();
+        self.drain.holders(&self.block)
+    }
+
+    /// Where it stands.
+    pub fn report(&self) -> UnplugReport {
+        self.drain.report(&self.block)
+    }
+
+    /// Tells of an unplug that takes long: ready `limit` after the unpublishing with who is in the
+    /// way then, or with `None` as soon as the block has drained. It only tells; call it again to
+    /// be told again.
+    pub fn overdue(
+        &self,
+        limit: Duration,
+    ) -> impl Future<Output = Option<UnplugReport>> + Send + 'static {
+        let rung = self.drain.set_alarm(limit);
+        let (drain, block) = (Arc::clone(&self.drain), Arc::clone(&self.block));
+        async move {
+            rung.reached(1).await;
+            let report = drain.report(&block);
+            (report.phase < Phase::Drained).then_some(report)
         }
-        let age = self.age();
-        let pins = self.block.pin_holders().into_iter();
-        let mut holders: Vec<Holder> = pins
-            .map(|(thread, count)| Holder {
-                what: format!("pins of {thread}"),
-                count,
-                age,
-            })
-            .collect();
-        holders.extend(self.drain.holds.list());
-        holders
     }
 
     /// Time since the memory was unpublished.

@@ -51,10 +51,16 @@ fn gone(memory: &Memory, block: Arc<RamBlock>) {
 
 /// A refusal leaves no block, no version, no room taken.
 fn refused(memory: &Memory, spec: RamSpec, policy: &RamPolicy) -> Error {
-    let before = (memory.ram().version(), memory.ram().snapshot().len());
+    let state = || {
+        (
+            memory.ram().version(),
+            memory.ram().dump(),
+            memory.mtree(true),
+        )
+    };
+    let before = state();
     let error = memory.ram().add_with(spec, policy).unwrap_err();
-    let after = (memory.ram().version(), memory.ram().snapshot().len());
-    assert_eq!(before, after, "{error}");
+    assert_eq!(state(), before, "{error}");
     error
 }
 

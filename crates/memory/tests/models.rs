@@ -7,6 +7,10 @@
 
 #[path = "models/dma.rs"]
 mod dma;
+#[path = "models/mapper.rs"]
+mod mapper;
+#[path = "models/unplug.rs"]
+mod unplug;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};

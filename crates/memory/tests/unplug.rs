@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
     Access, AddressSpace, Backing, Error, FlatSection, Gpa, Listener, ListenerError, Memory,
-    MemoryConfig, Phase, RamBlock, RamSpec, Region, RegionHold,
+    MemoryConfig, Phase, Pin, RamBlock, RamSpec, Region, RegionHold,
 };
 
 struct Unpark(Thread);
@@ -344,4 +344,212 @@ fn a_thread_may_end_before_its_pins() {
     drop(pin);
     wait(ticket.drained(), LONG).unwrap();
     drop(reader);
+}
+
+/// What the map and the list of blocks look like.
+fn dump(machine: &Machine) -> String {
+    let memory = &machine.memory;
+    memory.mtree(false) + &memory.mtree(true) + &memory.ram().dump()
+}
+
+fn pin_at(machine: &Machine, address: u64) -> Pin {
+    let reader = machine.memory.register();
+    let guard = machine.space.read(&reader);
+    guard.pin(Gpa(address), 64, Access::ReadWrite).unwrap()
+}
+
+#[test]
+fn what_is_being_unplugged_is_not_unplugged_again() {
+    let machine = machine();
+    let (block, region) = machine.dimm("dimm0", 0);
+    let pin = pin_at(&machine, 0);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    wait(ticket.reached(Phase::Draining), LONG).unwrap();
+    let before = dump(&machine);
+    let refuse = |error: Error| {
+        assert!(
+            matches!(&error, Error::Unplugged(name) if name == "dimm0"),
+            "{error}"
+        );
+        assert_eq!(dump(&machine), before);
+        assert_eq!(ticket.phase(), Phase::Draining);
+    };
+    let update = |f: &dyn Fn(&mut ebbtide_memory::Transaction<'_>) -> Result<(), Error>| {
+        machine.memory.update(|t| f(t)).unwrap_err()
+    };
+    refuse(update(&|t| t.unplug(&region).map(drop)));
+    refuse(update(&|t| t.retire(&block).map(drop)));
+    refuse(update(&|t| t.add(&machine.root, &region, 0, 0)));
+    refuse(machine.memory.ram().grow(&block, 4 << 20).unwrap_err());
+    drop(pin);
+    wait(ticket.drained(), LONG).unwrap();
+    ticket.destroy().map_err(|(_, error)| error).unwrap();
+    // Gone is as good as on its way.
+    let error = update(&|t| t.unplug(&region).map(drop));
+    assert!(matches!(error, Error::Unplugged(_)), "{error}");
+    // Twice in one change: nothing of it happens.
+    let (_, region) = machine.dimm("dimm1", 0);
+    let before = dump(&machine);
+    let error = update(&|t| {
+        drop(t.unplug(&region)?);
+        t.unplug(&region).map(drop)
+    });
+    assert!(matches!(error, Error::Unplugged(_)), "{error}");
+    assert_eq!(dump(&machine), before);
+    drop(pin_at(&machine, 0));
+}
+
+#[test]
+fn the_address_is_used_again_while_what_was_there_drains() {
+    let machine = machine();
+    let (_, first) = machine.dimm("dimm0", 0);
+    let old = pin_at(&machine, 0);
+    old.write_at(0, b"the first").unwrap();
+    let leaving = machine.memory.update(|t| t.unplug(&first)).unwrap();
+    // The name is taken until the block is gone, the address is not.
+    let (second, region) = machine.dimm("dimm1", 0);
+    assert_ne!(second.host(), leaving.block().host());
+    let new = pin_at(&machine, 0);
+    new.write_at(0, b"a second!").unwrap();
+    wait(leaving.reached(Phase::Draining), LONG).unwrap();
+    assert_eq!(
+        (leaving.holders().len(), leaving.holders()[0].count),
+        (1, 1)
+    );
+    // The second goes as well, and a third comes: none waits for another.
+    let going = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    let (_third, _) = machine.dimm("dimm2", 0);
+    drop(new);
+    wait(going.drained(), LONG).unwrap();
+    going.destroy().map_err(|(_, error)| error).unwrap();
+    assert_eq!(leaving.phase(), Phase::Draining);
+    let mut bytes = [0; 9];
+    old.read_at(0, &mut bytes).unwrap();
+    assert_eq!(&bytes, b"the first");
+    drop(old);
+    wait(leaving.drained(), LONG).unwrap();
+    leaving.destroy().map_err(|(_, error)| error).unwrap();
+    let reader = machine.memory.register();
+    assert_eq!(machine.space.load(&reader, 0, 8), 0);
+}
+
+#[test]
+fn every_phase_is_told_once_and_in_order() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let pin = pin_at(&machine, 0);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    let mut phases = ticket.phases();
+    for phase in [Phase::Unpublished, Phase::Draining] {
+        assert_eq!(wait(phases.next(), LONG), Some(Some(phase)));
+    }
+    assert_eq!(wait(phases.next(), SHORT), None);
+    assert_eq!(phases.current(), Phase::Draining);
+    drop(pin);
+    assert_eq!(wait(phases.next(), LONG), Some(Some(Phase::Drained)));
+    // One that comes late and one that has fallen behind hear of all, also when there is no
+    // ticket any more.
+    let mut late = ticket.phases();
+    ticket.destroy().map_err(|(_, error)| error).unwrap();
+    assert_eq!(late.current(), Phase::Gone);
+    let all = [
+        Phase::Unpublished,
+        Phase::Draining,
+        Phase::Drained,
+        Phase::Gone,
+    ];
+    for phase in all {
+        assert_eq!(wait(late.next(), SHORT), Some(Some(phase)));
+    }
+    assert_eq!(wait(late.next(), SHORT), Some(None));
+    assert_eq!(wait(phases.next(), SHORT), Some(Some(Phase::Gone)));
+}
+
+#[test]
+fn a_time_out_tells_and_frees_nothing() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let pin = pin_at(&machine, 0);
+    let reader = machine.memory.register();
+    let guard = machine.space.read(&reader);
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    let me = thread::current().name().unwrap().to_owned();
+    // While a section is open, it is that.
+    let report = wait(ticket.overdue(SHORT), LONG).unwrap().unwrap();
+    assert_eq!(
+        (report.phase, report.block.as_str()),
+        (Phase::Unpublished, "dimm0")
+    );
+    let what: Vec<&str> = report.holders.iter().map(|h| h.what.as_str()).collect();
+    assert_eq!(
+        what,
+        [format!("pins of {me}"), format!("a read section of {me}")]
+    );
+    drop(guard);
+    wait(ticket.reached(Phase::Draining), LONG).unwrap();
+    for round in 2..5 {
+        let report = wait(ticket.overdue(SHORT * round), LONG).unwrap().unwrap();
+        assert!(report.phase == Phase::Draining && report.age >= SHORT * round);
+        assert!(report.holders.len() == 1 && report.holders[0].age >= SHORT * round);
+        let text = report.to_string();
+        assert!(
+            text.starts_with("RAM block dimm0 is draining after "),
+            "{text}"
+        );
+        assert!(
+            text.contains(&format!(" ms: pins of {me} (1, for ")),
+            "{text}"
+        );
+    }
+    pin.write_at(0, b"still there").unwrap();
+    // Those that wait longer than it takes, for ever even, hear that it has drained.
+    let (later, never) = (ticket.overdue(LONG * 100), ticket.overdue(Duration::MAX));
+    drop(pin);
+    assert_eq!(wait(later, LONG), Some(None));
+    assert_eq!(wait(never, LONG), Some(None));
+    assert_eq!(wait(ticket.overdue(Duration::ZERO), LONG), Some(None));
+}
+
+#[test]
+fn a_thread_that_ends_with_nothing_holds_nothing_up() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let (memory, space) = (Arc::clone(&machine.memory), Arc::clone(&machine.space));
+    let looker = thread::spawn(move || {
+        let reader = memory.register();
+        drop(space.read(&reader).pin(Gpa(0), 8, Access::Write).unwrap());
+        space.read(&reader).write(Gpa(64), 1u64).unwrap();
+    });
+    looker.join().unwrap();
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    wait(ticket.drained(), LONG).unwrap();
+    assert_eq!(ticket.holders(), []);
+}
+
+#[test]
+fn threads_may_end_while_others_hold_clones_of_their_pins() {
+    let machine = machine();
+    let (_, region) = machine.dimm("dimm0", 0);
+    let mut held = Vec::new();
+    for _ in 0..3 {
+        let (memory, space) = (Arc::clone(&machine.memory), Arc::clone(&machine.space));
+        let pinner = thread::spawn(move || {
+            let reader = memory.register();
+            let pin = space.read(&reader).pin(Gpa(0), 8, Access::Write).unwrap();
+            let clone = pin.clone();
+            drop(pin);
+            clone
+        });
+        held.push(pinner.join().unwrap());
+    }
+    let ticket = machine.memory.update(|t| t.unplug(&region)).unwrap();
+    wait(ticket.reached(Phase::Draining), LONG).unwrap();
+    let count =
+        |ticket: &ebbtide_memory::Ticket| ticket.holders().iter().map(|h| h.count).sum::<u64>();
+    while let Some(pin) = held.pop() {
+        assert_eq!(count(&ticket), held.len() as u64 + 1);
+        assert!(wait(ticket.drained(), SHORT).is_none());
+        thread::spawn(move || drop(pin)).join().unwrap();
+    }
+    wait(ticket.drained(), LONG).unwrap();
 }

@@ -320,7 +320,9 @@ impl ListShared {
             |notifier| notifier.removed(block.host(), block.size_bytes(), block.max_size_bytes()),
         );
         block.destroy()?;
-        block.grace().hub().free_slot(block.slot());
+        if !cfg!(seeded = "slot_at_unpublish") {
+            block.grace().hub().free_slot(block.slot());
+        }
         Ok(())
     }
 }

@@ -159,7 +159,9 @@ impl RamSpec {
     }
 
     fn check_host(&self) -> Result<(), Error> {
-        if !matches!(self.backing, Backing::Anon { .. } | Backing::Memfd { .. }) {
+        // A model makes a hundred thousand blocks of a page each; asking is what would take long.
+        let asks = matches!(self.backing, Backing::Anon { .. } | Backing::Memfd { .. });
+        if !asks || cfg!(loom) {
             return Ok(());
         }
         let host = HostMemory::read();

@@ -186,8 +186,11 @@ impl Hub {
 
     /// Gives up one handle on a row; the last frees it for adoption.
     pub(crate) fn disown(&self, row: &'static Row) {
-        let _registry = lock(&self.registry);
-        row.let_go();
+        let registry = lock(&self.registry);
+        let free = row.let_go();
+        if free && cfg!(seeded = "exit_forgets_pins") {
+            row.clear(registry.slots);
+        }
     }
 
     // --- grace periods ----------------------------------------------------------------------
@@ -321,6 +324,16 @@ impl Hub {
             }
         }
         holders
+    }
+
+    /// What decides what comes next: of each row, and of each slot the pins that are out.
+    #[cfg(loom)]
+    pub(crate) fn state(&self) -> String {
+        let (slots, now) = (self.slots(), self.grace_number());
+        let pins: Vec<_> = (0..slots).map(|slot| self.holders(slot)).collect();
+        let registry = lock(&self.registry);
+        let rows: Vec<_> = registry.rows.iter().map(|row| row.state(now)).collect();
+        format!("{rows:?} {pins:?} {:?} {:?}", registry.armed, registry.free)
     }
 
     /// Slots handed out, the free ones included.

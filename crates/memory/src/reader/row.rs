@@ -94,6 +94,12 @@ pub(crate) fn make_token() -> u64 {
     fresh
 }
 
+/// Has the calling thread act as the one that `token` names: a search plays all threads on one.
+#[cfg(loom)]
+pub(crate) fn set_token(token: u64) {
+    TOKEN.with(|own| own.set(token));
+}
+
 impl Row {
     pub(super) fn new() -> Box<Row> {
         Box::new(Row {
@@ -311,14 +317,16 @@ impl Row {
         }
     }
 
-    /// Gives up one handle.
-    pub(super) fn let_go(&self) {
+    /// Gives up one handle; true: it was the last, and the row can be adopted.
+    pub(super) fn let_go(&self) -> bool {
         let handles = self.handles() - 1;
         self.set_handles(handles);
         // A forgotten guard keeps its section open for ever; nobody may inherit that.
-        if handles == 0 && !self.in_section() {
+        let free = handles == 0 && !self.in_section();
+        if free {
             self.set_owner(NOBODY, "");
         }
+        free
     }
 
     pub(super) fn set_owner(&self, token: u64, name: &str) {
@@ -350,6 +358,16 @@ impl Row {
     /// Forgets the pins of the first `slots` slots, for the next memory.
     pub(super) fn clear(&self, slots: u32) {
         self.shared.0.counters.clear(slots);
+    }
+
+    /// What decides what comes next, but for the counters: owner, section (open, and before the
+    /// last grace period), flags.
+    #[cfg(loom)]
+    pub(super) fn state(&self, now: u64) -> String {
+        let section = self.own.0.section.load(Relaxed);
+        let section = (section != 0, self.is_before(now));
+        let watch = self.shared.0.watch.load(Relaxed);
+        format!("{}:{section:?}:{watch}", self.owner())
     }
 
     /// Frees the row; only the models do, which know that all threads have ended.

@@ -32,6 +32,12 @@ impl Wake {
         }
     }
 
+    /// Whether a sleeper would be woken.
+    #[cfg(loom)]
+    pub(crate) fn is_set(&self) -> bool {
+        *lock(&self.set)
+    }
+
     /// Sleeps until signalled, or for `limit`; takes the signal and returns whether there was one.
     pub(crate) fn wait(&self, limit: Option<Duration>) -> bool {
         let mut set = lock(&self.set);

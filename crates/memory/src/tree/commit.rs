@@ -119,6 +119,8 @@ impl Tree {
                 .for_each(|(_, _, listener)| listener.commit());
         }
         for (_, drain) in unplugged {
+            #[cfg(seeded = "slot_at_unpublish")]
+            grace.hub().free_slot(drain.slot());
             drain.unpublish();
             jobs.push(Job::Drain(Arc::clone(drain)));
         }

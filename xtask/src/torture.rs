@@ -1,0 +1,158 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! `cargo xtask torture`: everything the memory core does at once, on real memory, for as long as
+//! one likes; what was done, what went wrong and what is left.
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value};
+
+use crate::build;
+
+const PACKAGE: &str = "ebbtide-memory";
+const TEST: &str = "torture";
+/// The only target of ours that has both the sanitizer and the table of faults.
+const ASAN_TARGET: &str = "x86_64-unknown-linux-gnu";
+
+#[derive(clap::Args)]
+pub struct TortureArgs {
+    /// How long, in seconds
+    #[arg(long, default_value_t = SECONDS)]
+    seconds: u32,
+    /// Under AddressSanitizer
+    #[arg(long)]
+    asan: bool,
+    /// Optimized, and without debug assertions
+    #[arg(long)]
+    release: bool,
+    /// Print the summary as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// What the test of the whole tree takes.
+const SECONDS: u32 = 60;
+
+impl Default for TortureArgs {
+    fn default() -> TortureArgs {
+        TortureArgs {
+            seconds: SECONDS,
+            asan: false,
+            release: false,
+            json: false,
+        }
+    }
+}
+
+/// Builds the torture, runs it, prints the summary.
+///
+/// # Errors
+/// When it fails, or can't be built or run; with what it printed.
+pub fn run(args: &TortureArgs) -> Result<()> {
+    if args.seconds == 0 {
+        bail!("--seconds 0: at least 1");
+    }
+    let program = program(args)?;
+    let mut command = Command::new(&program);
+    command
+        .current_dir(build::root())
+        .args(["--nocapture", "--test-threads", "1"])
+        .env("EBBTIDE_TORTURE_SECONDS", args.seconds.to_string());
+    let out = command
+        .output()
+        .with_context(|| format!("{}: can't be started", program.display()))?;
+    let text = String::from_utf8_lossy(&out.stdout);
+    let summary = summary(&text);
+    if !out.status.success() {
+        let errors = String::from_utf8_lossy(&out.stderr);
+        bail!("torture: {}\n{text}\n{errors}", out.status);
+    }
+    let summary = summary.with_context(|| format!("torture: no summary in\n{text}"))?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&summary)?);
+    } else {
+        print(&summary);
+    }
+    Ok(())
+}
+
+/// The program to run.
+fn program(args: &TortureArgs) -> Result<PathBuf> {
+    let mut command = build::cargo(&["test", "--no-run", "--quiet", "--message-format=json"]);
+    command.args(["--package", PACKAGE, "--test", TEST]);
+    if args.release {
+        command.arg("--release");
+    }
+    if args.asan {
+        check_asan()?;
+        command
+            .args(["--target", ASAN_TARGET, "--target-dir"])
+            .arg(build::target_dir().join("asan"))
+            // The option is one of nightly compilers, or of any that is told to pass for one.
+            .env("RUSTC_BOOTSTRAP", "1")
+            .env("RUSTFLAGS", "-Zsanitizer=address");
+    }
+    let mut programs = build::programs(&mut command, TEST)?;
+    match (programs.pop(), programs.is_empty()) {
+        (Some(program), true) => Ok(program),
+        _ => bail!("{PACKAGE} has not one test {TEST}"),
+    }
+}
+
+/// Whether the compiler comes with the sanitizer's runtime.
+fn check_asan() -> Result<()> {
+    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let printed = build::output(Command::new(rustc).args(["--print", "target-libdir"]))?;
+    let folder = PathBuf::from(printed.trim());
+    let is_runtime = |name: &str| name.starts_with("librustc") && name.ends_with("rt.asan.a");
+    let found = std::fs::read_dir(&folder)
+        .with_context(|| format!("{}", folder.display()))?
+        .filter_map(Result::ok)
+        .any(|entry| is_runtime(&entry.file_name().to_string_lossy()));
+    let folder = folder.display().to_string();
+    if !found || !folder.contains(ASAN_TARGET) {
+        bail!(
+            "--asan: can't run: no runtime of AddressSanitizer for {ASAN_TARGET} in {folder}; \
+             rustup's toolchains for Linux on x86-64 have one"
+        );
+    }
+    Ok(())
+}
+
+/// What the test printed last.
+fn summary(text: &str) -> Option<Map<String, Value>> {
+    let json = text
+        .lines()
+        .rev()
+        .find_map(|l| l.strip_prefix("TORTURE "))?;
+    serde_json::from_str(json).ok()
+}
+
+/// Each part of the summary on a line of its own.
+fn print(summary: &Map<String, Value>) {
+    for (part, counts) in summary {
+        let shown = match counts.as_object() {
+            Some(counts) => {
+                let counts = counts.iter().map(|(name, count)| format!("{name} {count}"));
+                counts.collect::<Vec<_>>().join(", ")
+            }
+            None => counts.to_string(),
+        };
+        println!("{part:<11} {shown}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_summary_counts() {
+        let text = "running 1 test\nTORTURE {\"seconds\":1}\nTORTURE {\"seconds\":2}\n.\n";
+        let found = summary(text).unwrap();
+        assert_eq!(found["seconds"], 2);
+        assert!(summary("TORTURE of prose\n").is_none());
+        assert!(summary("").is_none());
+    }
+}
