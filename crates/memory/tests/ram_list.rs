@@ -193,10 +193,10 @@ fn readers_and_late_notifiers_while_blocks_come_and_go() {
                 followers.lock().unwrap().push(sizes);
             }
         });
-        changers
-            .into_iter()
-            .for_each(|changer| changer.join().unwrap());
+        let changed: Vec<_> = changers.into_iter().map(|changer| changer.join()).collect();
+        // Also when one failed: the others would go on for ever.
         stop.store(true, Relaxed);
+        changed.into_iter().for_each(|changer| changer.unwrap());
     });
     let wanted = sizes_of(&memory);
     assert_eq!(wanted.len(), 100);

@@ -440,12 +440,14 @@ impl RamBlock {
         self.mapping.is_file()
     }
 
-    pub(super) fn grow(&self, new: u64) -> Result<u64, Error> {
-        let old = self.size_bytes();
-        self.mapping.grow(old, new)?;
+    pub(super) fn make_room(&self, new: u64) -> Result<(), Error> {
+        self.mapping.grow(self.size_bytes(), new)
+    }
+
+    /// From here on the block has the size there was [made room](Self::make_room) for.
+    pub(super) fn set_size(&self, new: u64) {
         self.size.store(new, Release);
         self.log_growth();
-        Ok(old)
     }
 
     /// Whether no range is on its way in or out and nobody listens to its discards.

@@ -196,9 +196,13 @@ impl RamList {
         if new_bytes == used {
             return Ok(());
         }
-        block.grow(new_bytes)?;
+        block.make_room(new_bytes)?;
         self.shared.change(
-            |blocks| Some(blocks.resized()),
+            // With the notifiers locked: one that comes now is told the size before or the size after, and then no resize.
+            |blocks| {
+                block.set_size(new_bytes);
+                Some(blocks.resized())
+            },
             |notifier| notifier.resized(block.host(), used, new_bytes),
         );
         Ok(())
