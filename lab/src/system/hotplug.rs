@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 use models::Model;
-use residue::Residue;
+pub(super) use residue::Residue;
 
 /// A guest notices a device, or lets go of it, within this.
 const GUEST: Duration = Duration::from_secs(30);
@@ -154,7 +154,11 @@ pub fn reuse(ground: &Ground) -> Result<()> {
     let begun = Instant::now();
     loop {
         if begun.elapsed() > GUEST {
-            bail!("it does not go: {}\n{}", removals(&mut vmm), kernel_log(&mut vmm)?);
+            bail!(
+                "it does not go: {}\n{}",
+                removals(&mut vmm),
+                kernel_log(&mut vmm)?
+            );
         }
         let events = vmm.qmp().take_events()?;
         let gone = events.iter().any(|e| e.name == "DEVICE_DELETED");
