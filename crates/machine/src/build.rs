@@ -20,7 +20,7 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::hotplug::{AnyUse, BlockNode, Devices, Made, Place, Surface};
+use crate::hotplug::{AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
@@ -198,16 +198,20 @@ impl ColdFunction {
             parent: None,
         };
         let mut uses: Vec<Box<dyn AnyUse>> = Vec::new();
+        let mut face = Face::Plain;
         if let Some(node) = self.node {
+            face = Face::Disk {
+                node: self.id.clone(),
+            };
             // Named like its device, as its user has named only that.
             let taken = devices.blocks().add(&self.id, node);
             let node = taken.and_then(|()| devices.blocks().take(&self.id, &self.id));
             uses.push(Box::new(node.map_err(|e| Error::part(&self.id, e.desc))?));
         }
         let made = Made {
-            function: self.function,
-            port: None,
             uses,
+            face,
+            ..Made::new(self.function)
         };
         devices
             .plug(

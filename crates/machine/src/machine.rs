@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use ebbtide_bus::acpi;
@@ -219,10 +219,24 @@ impl Machine {
     /// # Errors
     /// When the kernel does not fit or a vCPU refuses its state.
     pub async fn start(&self, events: &EventSink) -> Result<(), Error> {
-        self.devices.serve(events);
+        self.devices.serve(events, self.ram_gauge());
         self.load().await?;
         self.take(Step::Go, events).await;
         Ok(())
+    }
+
+    /// Tells how much memory the guest has when its balloon is empty. It keeps no device.
+    fn ram_gauge(&self) -> impl Fn() -> u64 + 'static {
+        let boot = self.boot_ram_bytes();
+        let devices: Vec<_> = self
+            .slots
+            .iter()
+            .map(|slot| Arc::downgrade(&slot.device))
+            .collect();
+        move || {
+            let devices = devices.iter().filter_map(Weak::upgrade);
+            boot + devices.map(|d| d.status().plugged_bytes).sum::<u64>()
+        }
     }
 
     /// Serves requests that change the run state until one ends the VM.

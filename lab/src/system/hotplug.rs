@@ -154,7 +154,11 @@ pub fn reuse(ground: &Ground) -> Result<()> {
     let begun = Instant::now();
     loop {
         if begun.elapsed() > GUEST {
-            bail!("it does not go: {}\n{}", removals(&mut vmm), kernel_log(&mut vmm)?);
+            bail!(
+                "it does not go: {}\n{}",
+                removals(&mut vmm),
+                kernel_log(&mut vmm)?
+            );
         }
         let events = vmm.qmp().take_events()?;
         let gone = events.iter().any(|e| e.name == "DEVICE_DELETED");

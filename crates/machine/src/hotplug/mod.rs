@@ -12,6 +12,9 @@ pub(crate) mod blocks;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;
+pub(crate) mod netdevs;
+mod news;
+pub(crate) mod objects;
 mod pci;
 mod places;
 mod removal;
@@ -29,12 +32,16 @@ use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port};
 use ebbtide_device::{Eject, GuestEject, Identity, NodeId, PlugError, Tree};
 use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
 use ebbtide_memory::AddressSpace;
+use ebbtide_net::Netdev;
 use ebbtide_qmp::{EventSink, QmpError};
 
 pub(crate) use backends::{AnyUse, Shelf};
 pub(crate) use blocks::BlockNode;
-pub(crate) use drivers::{Driver, Made};
+use drivers::Below;
+pub(crate) use drivers::{Driver, Face, Made};
 pub(crate) use ejector::{Ejector, SlotKey};
+use news::News;
+pub(crate) use objects::Object;
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 
@@ -42,18 +49,26 @@ pub(crate) use places::Place;
 pub(crate) struct Info {
     /// The model's name.
     pub(crate) driver: &'static str,
-    /// The bus it is on.
-    pub(crate) bus: Arc<Bus>,
-    /// Where it is on that.
-    pub(crate) at: Devfn,
-    /// Its function; the model in the tree keeps it alive.
-    pub(crate) function: ArcWeak<dyn Removable>,
+    /// Where it is on a PCI bus; None: it is below another device, which has the rest.
+    pub(crate) seat: Option<Seat>,
+    /// What commands about its kind do with it.
+    pub(crate) face: Face,
     /// It, where it is a bridge.
     pub(crate) port: Option<ArcWeak<Port>>,
     /// The slot it is in, where that can change while the guest runs.
     pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
     /// What it stands on, until it is gone.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
+}
+
+/// A place on a PCI bus with what is there.
+pub(crate) struct Seat {
+    /// The bus.
+    pub(crate) bus: Arc<Bus>,
+    /// Where on it.
+    pub(crate) at: Devfn,
+    /// The function; the model in the tree keeps it alive.
+    pub(crate) function: ArcWeak<dyn Removable>,
 }
 
 impl Info {
@@ -75,6 +90,9 @@ pub(crate) struct Surface {
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
     blocks: Shelf<BlockNode>,
+    netdevs: Shelf<Arc<Netdev>>,
+    objects: Shelf<Object>,
+    news: News,
     surface: Surface,
     ejector: Arc<Ejector>,
     root_slots: OnceCell<Arc<PciHotplug>>,
@@ -103,6 +121,9 @@ impl Devices {
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
+            netdevs: Shelf::new("Netdev"),
+            objects: Shelf::new("object"),
+            news: News::new(),
             surface,
             ejector: Ejector::new(ejected.notifier()),
             root_slots: OnceCell::new(),
@@ -123,6 +144,21 @@ impl Devices {
     /// The block nodes.
     pub(crate) fn blocks(&self) -> &Shelf<BlockNode> {
         &self.blocks
+    }
+
+    /// The network backends.
+    pub(crate) fn netdevs(&self) -> &Shelf<Arc<Netdev>> {
+        &self.netdevs
+    }
+
+    /// The objects.
+    pub(crate) fn objects(&self) -> &Shelf<Object> {
+        &self.objects
+    }
+
+    /// Where devices say what management is to hear.
+    pub(crate) fn news(&self) -> &News {
+        &self.news
     }
 
     /// Threads for what may block.
@@ -155,9 +191,11 @@ impl Devices {
         &*self.surface.msi
     }
 
-    /// Begins to serve what guests eject; events go to `events`.
-    pub(crate) fn serve(&self, events: &EventSink) {
+    /// Begins to serve what guests eject and to tell `events` what devices say. `ram_bytes` is how much memory the guest
+    /// has without a balloon.
+    pub(crate) fn serve(&self, events: &EventSink, ram_bytes: impl Fn() -> u64 + 'static) {
         let _ = self.events.set(events.clone());
+        self.news.serve(&self.local, events, ram_bytes);
         let Some(mut ejected) = self.ejected.borrow_mut().take() else {
             return;
         };
@@ -229,6 +267,7 @@ impl Devices {
         let Made {
             function,
             port,
+            face,
             uses,
         } = made;
         let gate = Arc::clone(function.config().gate());
@@ -238,9 +277,12 @@ impl Devices {
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let info = Info {
             driver,
-            bus: Arc::clone(&place.bus),
-            at: place.at,
-            function: Arc::downgrade(&function),
+            seat: Some(Seat {
+                bus: Arc::clone(&place.bus),
+                at: place.at,
+                function: Arc::downgrade(&function),
+            }),
+            face,
             port,
             slot: place.slot.clone(),
             uses,
@@ -258,7 +300,7 @@ impl Devices {
             self.local.now(),
         );
         let node = plugged.map_err(|(error, model)| {
-            removal::unwind(self, identity, model, &place);
+            removal::unwind(self, identity, model, Some(&place));
             plug_error(&error)
         })?;
         if let (Some(key), Some(eject)) = (key, eject) {
@@ -268,6 +310,47 @@ impl Devices {
             slot.plugged();
         }
         Ok(node)
+    }
+
+    /// Puts what was made below another device into the tree. The device it is below tells the guest of it.
+    ///
+    /// # Errors
+    /// What it is below of is going; it is taken off again.
+    pub(crate) fn plug_below(
+        &self,
+        id: Option<&str>,
+        driver: &'static str,
+        below: Below,
+        policy: GuestEject,
+    ) -> Result<NodeId, QmpError> {
+        let Below {
+            parent,
+            model,
+            face,
+            uses,
+        } = below;
+        let info = Info {
+            driver,
+            seat: None,
+            face,
+            port: None,
+            slot: None,
+            uses,
+        };
+        let eject = Eject::new(policy, model.gate());
+        let identity = self.identity(id);
+        let plugged = self.tree.borrow_mut().plug(
+            Some(parent),
+            identity.clone(),
+            model,
+            Some(eject),
+            info,
+            self.local.now(),
+        );
+        plugged.map_err(|(error, model)| {
+            removal::unwind(self, identity, model, None);
+            plug_error(&error)
+        })
     }
 
     fn identity(&self, id: Option<&str>) -> Identity {

@@ -7,7 +7,7 @@ use ebbtide_bus::pci::{Bus, Devfn, HotplugSlot, PciError};
 use ebbtide_device::{NodeId, Phase};
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Devices, Driver};
+use super::{Devices, Driver, Seat};
 
 /// A free place.
 #[derive(Clone)]
@@ -94,7 +94,8 @@ impl Devices {
         }
         let tree = self.tree.borrow();
         let mut nodes = tree.iter().map(|(_, node)| node);
-        let owner = nodes.find(|node| Arc::ptr_eq(&node.info.bus, bus) && node.info.at == at);
+        let here = |seat: &Seat| Arc::ptr_eq(&seat.bus, bus) && seat.at == at;
+        let owner = nodes.find(|node| node.info.seat.as_ref().is_some_and(here));
         let owner = owner.map_or("the host bridge".to_owned(), |node| {
             let leaving = if node.phase() >= Phase::Draining {
                 ", which is being removed"

@@ -10,7 +10,8 @@ use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::ebbtide::WaitPhase;
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Devices, blocks, drivers};
+use super::drivers::Make;
+use super::{Devices, blocks, drivers, netdevs, objects};
 use crate::Error;
 use crate::config::MachineConfig;
 
@@ -20,6 +21,16 @@ impl Devices {
     /// # Errors
     /// Names the one that can't be had.
     pub(crate) async fn add_cold(&self, config: &MachineConfig) -> Result<(), Error> {
+        for object in &config.objects {
+            let id = &object.id;
+            let added = objects::add(self, object.clone()).await;
+            added.map_err(|e| Error::part(format!("--object {id}"), e.desc))?;
+        }
+        for netdev in &config.netdevs {
+            let id = &netdev.id;
+            let added = netdevs::add(self, netdev.clone()).await;
+            added.map_err(|e| Error::part(format!("--netdev {id}"), e.desc))?;
+        }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
             let added = blocks::add(&self.blocks, self.blocking(), node.clone()).await;
@@ -46,11 +57,20 @@ impl Devices {
         }
         let mut properties = args.properties;
         let policy = policy(&mut properties)?;
-        let place = self.place(driver, args.bus.as_deref(), &mut properties, cold)?;
         let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
-        let made = (driver.make)(self, &name, &mut properties)?;
-        properties.finish_device(driver.name)?;
-        self.plug(args.id.as_deref(), driver.name, made, place, policy, cold)
+        let (id, bus) = (args.id.as_deref(), args.bus.as_deref());
+        match driver.make {
+            Make::Pci(make) => {
+                let place = self.place(driver, bus, &mut properties, cold)?;
+                let made = make(self, &name, &mut properties)?;
+                properties.finish_device(driver.name)?;
+                self.plug(id, driver.name, made, place, policy, cold)
+            }
+            Make::Below(make) => {
+                let below = make(self, &name, bus, properties)?;
+                self.plug_below(id, driver.name, below, policy)
+            }
+        }
     }
 
     /// Asks the guest to let go of a device.
@@ -65,6 +85,8 @@ impl Devices {
             tree.get(node).and_then(|node| node.info.slot.clone())
         };
         let Some(slot) = slot else {
+            // It has no hot-plug hardware that could ask: the device it is below tells the guest when it is gone.
+            drop(self.remove(node));
             return Ok(());
         };
         match slot.request_removal() {

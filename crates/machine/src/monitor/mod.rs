@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! QMP: what each command does to this machine.
 
+mod backends;
 mod blocks;
 mod devices;
 mod hmp;
@@ -50,7 +51,7 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 version: env!("CARGO_PKG_VERSION").into(),
             })
         });
-    blocks::add(devices::add(qom::add(memory::add(table))))
+    backends::add(blocks::add(devices::add(qom::add(memory::add(table)))))
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an
