@@ -139,15 +139,7 @@ fn stream(properties: &mut Properties) -> Result<PathBuf, QmpError> {
     if properties.take_bool("server")? == Some(true) {
         return Err(refused("server", "on", "connecting is what is supported"));
     }
-    // A command line brings the members of `addr` flat.
-    let nested = properties.take_object("addr")?;
-    let mut flat = Properties::new();
-    for member in ["type", "path"] {
-        if let Some(value) = properties.take_value(&format!("addr.{member}")) {
-            flat.set(member, value);
-        }
-    }
-    let mut address = nested.unwrap_or(flat);
+    let mut address = properties.take_object("addr")?.unwrap_or_default();
     let kind = address
         .take_string("type")?
         .ok_or_else(|| QmpError::missing_parameter("addr.type"))?;
@@ -203,8 +195,10 @@ mod tests {
         let stream = Source::Stream("/run/s".into());
         let nested = json!({"server": false, "addr": {"type": "unix", "path": "/run/s"}});
         assert_eq!(of("stream", nested).unwrap(), stream);
-        let flat = json!({"addr.type": "unix", "addr.path": "/run/s"});
-        assert_eq!(of("stream", flat).unwrap(), stream);
+        let text = "stream,addr.type=unix,addr.path=/run/s";
+        let mut option = Properties::parse(text, "type").unwrap();
+        option.take_string("type").unwrap();
+        assert_eq!(source("stream", option).unwrap(), stream);
         let tap = json!({"ifname": "t0", "script": "no", "downscript": "no", "vhost": "off"});
         let expected = TapSpec {
             interface: Some("t0".into()),

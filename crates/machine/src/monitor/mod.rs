@@ -5,6 +5,7 @@ mod backends;
 mod blocks;
 mod devices;
 mod hmp;
+mod inventory;
 mod memory;
 mod qom;
 
@@ -51,7 +52,8 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 version: env!("CARGO_PKG_VERSION").into(),
             })
         });
-    backends::add(blocks::add(devices::add(qom::add(memory::add(table)))))
+    let table = devices::add(qom::add(memory::add(table)));
+    inventory::add(backends::add(blocks::add(table)))
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an

@@ -242,6 +242,9 @@ fn queue_count(driver: &str, property: &str, properties: &mut Properties) -> Res
     Err(QmpError::property_value(driver, property, &value))
 }
 
+/// What the bus of a SCSI adapter with this id is called.
+pub(crate) use scsi::bus_name as scsi_bus_name;
+
 /// The driver of this name.
 ///
 /// # Errors
