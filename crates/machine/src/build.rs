@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
-use ebbtide_bus::pci::{HostBridge, Windows};
+use ebbtide_bus::pci::{HostBridge, IntxWires, Windows};
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
 use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
@@ -18,10 +18,10 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_MMIO32};
+use crate::layout::{ACPI_TABLES, ECAM, LAST_BUS, Layout, PCI_IO, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PciDevice, PowerOn};
-use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
+use crate::platform::{EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
 /// Address space kept for RAM blocks beyond what the machine has at once, for blocks that come
@@ -191,15 +191,18 @@ impl Parts {
         let windows = Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         };
         let bridge = HostBridge::new(&memory, windows).map_err(|e| Error::part("PCI", e))?;
         let ecam = Region::mmio("pcie-ecam", ECAM.end - ECAM.start, bridge.ecam());
         memory
             .update(|t| {
                 t.add(&root, bridge.container(), 0, HostBridge::PRIORITY)?;
-                t.add(&root, &ecam, ECAM.start, 0)
+                t.add(&root, &ecam, ECAM.start, 0)?;
+                t.add(&port_root, bridge.io_container(), 0, HostBridge::PRIORITY)
             })
             .map_err(failed)?;
+        wire_interrupts(&bridge, &**vm)?;
         Ok(Parts {
             memory,
             root,
@@ -360,6 +363,21 @@ fn add_ram(
         .map_err(failed)
 }
 
+/// Gives the interrupt pins of PCI functions their inputs of the interrupt controller.
+fn wire_interrupts(bridge: &HostBridge, vm: &dyn Vm) -> Result<(), Error> {
+    let mut inputs = Vec::new();
+    for gsi in INTX_GSIS {
+        let line = vm
+            .irq_line(gsi)
+            .map_err(|e| Error::part(format!("interrupt line {gsi}"), e))?;
+        inputs.push((gsi, line));
+    }
+    if let Some(wires) = IntxWires::new(inputs) {
+        bridge.wire_interrupts(wires);
+    }
+    Ok(())
+}
+
 fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error> {
     let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
         range: range.clone(),
@@ -378,12 +396,14 @@ fn tables(config: &MachineConfig, layout: &Layout) -> Result<acpi::Tables, Error
         windows: Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         },
         serial: Some(acpi::SerialPort {
             port: ebbtide_devices::serial::SerialPort::COM1,
             gsi: SERIAL_GSI,
         }),
         event_gsi: EVENT_GSI,
+        intx_gsis: INTX_GSIS.collect(),
     };
     let tables = description
         .build(ACPI_TABLES.start)

@@ -10,9 +10,9 @@ use super::bar::{Bar, BarInfo, BarSpace, BarSpec};
 use super::msix::{CONTROL_ENABLE, CONTROL_FUNCTION_MASK, Msix};
 use super::registers::{
     BAR0, CACHE_LINE, CAPABILITIES, COMMAND, EXTENDED, HEADER_END, HEADER_TYPE, INTERRUPT_LINE,
-    REVISION, Registers, STATUS, SUBSYSTEM_VENDOR, VENDOR, touches,
+    INTERRUPT_PIN, REVISION, Registers, STATUS, SUBSYSTEM_VENDOR, VENDOR, touches,
 };
-use super::{BarKind, CONFIG_SIZE_BYTES, PciError};
+use super::{BarKind, CONFIG_SIZE_BYTES, Devfn, InterruptPin, IntxPin, IntxWires, PciError};
 use crate::gated;
 use crate::log_limit::LogLimit;
 
@@ -20,6 +20,8 @@ use crate::log_limit::LogLimit;
 const CAPABILITY_MSIX: u8 = 0x11;
 /// STATUS bit: there is a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// STATUS bit: the function asserts its interrupt pin.
+const STATUS_INTERRUPT: u16 = 1 << 3;
 /// STATUS bits a guest clears by writing ones: parity and abort errors.
 const STATUS_ERRORS: u16 = 0xf900;
 /// HEADER_TYPE bit: functions 1 to 7 may exist.
@@ -47,6 +49,8 @@ pub struct Ids {
 pub struct Command(pub u16);
 
 impl Command {
+    /// I/O BARs are decoded.
+    pub const IO: u16 = 1 << 0;
     /// Memory BARs are decoded.
     pub const MEMORY: u16 = 1 << 1;
     /// The function may access memory and send messages.
@@ -57,13 +61,18 @@ impl Command {
     const SERR: u16 = 1 << 8;
     /// The interrupt pin is not to be used.
     pub const INTX_DISABLE: u16 = 1 << 10;
-    /// What a guest may set. I/O decoding is not there: no function has I/O BARs.
+    /// What a guest may set. I/O decoding joins them with the first I/O BAR.
     const WRITABLE: u16 =
         Self::MEMORY | Self::MASTER | Self::PARITY | Self::SERR | Self::INTX_DISABLE;
 
     /// Whether memory BARs are decoded.
     pub fn memory(self) -> bool {
         self.0 & Self::MEMORY != 0
+    }
+
+    /// Whether the interrupt pin is kept from its wire.
+    pub fn intx_disable(self) -> bool {
+        self.0 & Self::INTX_DISABLE != 0
     }
 
     /// Whether the function is a bus master.
@@ -79,6 +88,7 @@ impl Command {
 pub struct Config {
     gate: Arc<Gate>,
     msix: Option<(Arc<Msix>, u16)>,
+    interrupt_pin: Option<Arc<InterruptPin>>,
     state: Mutex<State>,
     refused: LogLimit,
 }
@@ -113,6 +123,7 @@ impl Config {
         Self {
             gate: Arc::clone(gate),
             msix: None,
+            interrupt_pin: None,
             state: Mutex::new(State {
                 registers,
                 bars: Vec::new(),
@@ -158,6 +169,11 @@ impl Config {
             });
         }
         spec.define(index, &mut state.registers);
+        if spec.kind == BarKind::Io {
+            let writable = Command::WRITABLE | Command::IO;
+            let registers = &mut state.registers;
+            registers.define(COMMAND, &[0; 2], &writable.to_le_bytes());
+        }
         state.bars.push(Bar {
             index,
             spec,
@@ -267,6 +283,15 @@ impl Config {
         Ok(())
     }
 
+    /// Gives the function an interrupt pin, for the device to drive.
+    pub fn add_interrupt_pin(&mut self, pin: IntxPin) -> Arc<InterruptPin> {
+        let registers = &mut self.state_mut().registers;
+        registers.define(INTERRUPT_PIN, &[pin.register()], &[]);
+        let pin = InterruptPin::new(pin);
+        self.interrupt_pin = Some(Arc::clone(&pin));
+        pin
+    }
+
     /// Says that the slot has more functions than this one, its function 0.
     pub fn set_multifunction(&mut self) {
         self.state_mut()
@@ -303,7 +328,16 @@ impl Config {
 
     /// What a guest reads: 1, 2 or 4 bytes, little-endian. All ones outside of the space.
     pub fn read(&self, offset: u16, size: u8) -> u32 {
-        self.state().registers.read(offset, size)
+        let value = self.state().registers.read(offset, size);
+        if let Some(pin) = &self.interrupt_pin
+            && touches(offset, size, STATUS, 1)
+            && offset <= STATUS
+            && size <= 4
+            && pin.is_asserted()
+        {
+            return value | u32::from(STATUS_INTERRUPT) << (8 * (STATUS - offset));
+        }
+        value
     }
 
     /// What a guest's write of 1, 2 or 4 bytes does.
@@ -313,6 +347,11 @@ impl Config {
         let bars = 4 * u16::from(super::bar::BAR_COUNT);
         if touches(offset, size, COMMAND, 2) || touches(offset, size, BAR0, bars) {
             self.follow(&mut state);
+        }
+        if let Some(pin) = &self.interrupt_pin
+            && touches(offset, size, COMMAND, 2)
+        {
+            pin.set_disabled(Command(state.registers.read_u16(COMMAND)).intx_disable());
         }
         if let Some((msix, control)) = &self.msix
             && touches(offset, size, *control, 2)
@@ -326,11 +365,14 @@ impl Config {
         self.state().registers.set(offset, bytes);
     }
 
-    /// Power-on state: BARs unmapped and zero, MSI-X off and masked.
+    /// Power-on state: BARs unmapped and zero, MSI-X off and masked. The interrupt pin is for the device to lower.
     pub fn reset(&self) {
         let mut state = self.state();
         state.registers.reset();
         self.follow(&mut state);
+        if let Some(pin) = &self.interrupt_pin {
+            pin.set_disabled(false);
+        }
         if let Some((msix, _)) = &self.msix {
             msix.reset();
         }
@@ -339,6 +381,12 @@ impl Config {
     /// Puts the function on a bus.
     pub(super) fn attach(&self, space: &BarSpace) -> Result<(), PciError> {
         let mut state = self.state();
+        if space.windows.io.is_empty() && state.bars.iter().any(|bar| bar.spec.kind == BarKind::Io)
+        {
+            return Err(PciError::NoIoSpace {
+                name: self.gate.name().to_owned(),
+            });
+        }
         let adopted = space.adopt(&mut state.bars);
         adopted.map_err(|source| PciError::Memory {
             name: self.gate.name().to_owned(),
@@ -349,7 +397,25 @@ impl Config {
         Ok(())
     }
 
-    /// Takes the BARs out of the memory map for good: whatever a guest still writes has no effect on the map.
+    /// Puts the interrupt pin, if there is one, on its wire of the bus.
+    pub(super) fn wire(&self, wires: Option<&IntxWires>, devfn: Devfn) -> Result<(), PciError> {
+        match (&self.interrupt_pin, wires) {
+            (None, _) => Ok(()),
+            (Some(_), None) => Err(PciError::NoIntx {
+                name: self.gate.name().to_owned(),
+            }),
+            (Some(pin), Some(wires)) => {
+                let [gsi, ..] = pin.connect(wires, devfn).to_le_bytes();
+                self.state()
+                    .registers
+                    .define(INTERRUPT_LINE, &[gsi], &[0xff]);
+                Ok(())
+            }
+        }
+    }
+
+    /// Takes the BARs out of the memory map for good, and the interrupt pin off its wire: whatever a guest still writes
+    /// has no effect on the map, whatever the device still drives reaches nobody.
     pub(super) fn release(&self) -> Result<(), PciError> {
         let mut state = self.state();
         let State { bars, space, .. } = &mut *state;
@@ -361,6 +427,9 @@ impl Config {
             })?;
         }
         state.space = None;
+        if let Some(pin) = &self.interrupt_pin {
+            pin.disconnect();
+        }
         Ok(())
     }
 
@@ -374,8 +443,8 @@ impl Config {
         else {
             return;
         };
-        let decode = Command(registers.read_u16(COMMAND)).memory();
-        if let Err(error) = space.follow(bars, registers, decode)
+        let command = Command(registers.read_u16(COMMAND));
+        if let Err(error) = space.follow(bars, registers, command)
             && let Some(suppressed) = self.refused.allow()
         {
             tracing::warn!(device = self.gate.name(), %error, suppressed, "a bar stays unmapped");

@@ -2,7 +2,9 @@
 //! The root of the PCI hierarchy: bus 0, its functions, and the two ways to their configuration space.
 
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{
+    Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+};
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_memory::{Memory, Mmio, Region};
@@ -10,7 +12,7 @@ use ebbtide_memory::{Memory, Mmio, Region};
 use super::bar::{BarSpace, Windows, bar_offset};
 use super::placement::{Placement, Request};
 use super::registers::COMMAND;
-use super::{CONFIG_SIZE_BYTES, Command, Config, Devfn, Entered, Function, Ids, PciError};
+use super::{CONFIG_SIZE_BYTES, Config, Devfn, Entered, Function, Ids, IntxWires, PciError};
 use crate::gated::all_ones;
 
 /// The bridge's own function. The project has no vendor id of its own; this is the one registered for a PCIe host bridge
@@ -33,12 +35,14 @@ const ADDRESS_ENABLE: u32 = 1 << 31;
 /// A PCIe host bridge with bus 0.
 ///
 /// A function's BARs appear in [`container`](Self::container), which the machine adds to its memory at guest-physical 0
-/// with a priority below everything else ([`HostBridge::PRIORITY`]).
+/// with a priority below everything else ([`HostBridge::PRIORITY`]); I/O BARs in [`io_container`](Self::io_container), for
+/// port 0 likewise.
 pub struct HostBridge {
     space: BarSpace,
     functions: RwLock<Box<Slots>>,
     placement: Mutex<Placement>,
     config_address: AtomicU32,
+    intx: OnceLock<IntxWires>,
 }
 
 /// The functions of the bus, by [`Devfn`].
@@ -70,11 +74,13 @@ impl HostBridge {
             space: BarSpace {
                 memory: Arc::clone(memory),
                 container,
+                io_container: Region::container("pci-io", 1 << 16),
                 windows,
             },
             functions: RwLock::new(vec![None; DEVFNS].into_boxed_slice()),
             placement: Mutex::default(),
             config_address: AtomicU32::new(0),
+            intx: OnceLock::new(),
         });
         let own = OwnFunction(Config::new(&Gate::new("pci-host-bridge"), BRIDGE_IDS));
         bridge.attach(Some(0), Arc::new(own))?;
@@ -84,6 +90,16 @@ impl HostBridge {
     /// The region the BARs appear in, 2^64 bytes.
     pub fn container(&self) -> &Arc<Region> {
         &self.space.container
+    }
+
+    /// The region the I/O BARs appear in, 2^16 ports.
+    pub fn io_container(&self) -> &Arc<Region> {
+        &self.space.io_container
+    }
+
+    /// Wires the interrupt pins of the bus; without, functions that have one are refused. Only the first call counts.
+    pub fn wire_interrupts(&self, wires: IntxWires) {
+        let _ = self.intx.set(wires);
     }
 
     /// Puts a single-function device into slot `slot`, or into the lowest free one. Returns the slot.
@@ -110,6 +126,7 @@ impl HostBridge {
         if self.read().get(devfn.index()).is_some_and(Option::is_some) {
             return Err(PciError::InUse(devfn));
         }
+        function.config().wire(self.intx.get(), devfn)?;
         function.config().attach(&self.space)?;
         if let Some(entry) = self.write().get_mut(devfn.index()) {
             *entry = Some(function);
@@ -287,8 +304,11 @@ impl HostBridge {
 /// Writes a function's BARs with decoding off, then turns it on: one change of the memory map.
 fn program_bars(function: &dyn Function, address_of: impl Fn(u8) -> Option<u64>) {
     let command = function.read_config(COMMAND, 2);
-    function.write_config(COMMAND, 2, command & !u32::from(Command::MEMORY));
     let bars = function.config().bars();
+    let decode = bars
+        .iter()
+        .fold(0, |bits, bar| bits | bar.spec.kind.enable());
+    function.write_config(COMMAND, 2, command & !u32::from(decode));
     for bar in &bars {
         let Some(address) = address_of(bar.index) else {
             continue;
@@ -299,7 +319,7 @@ fn program_bars(function: &dyn Function, address_of: impl Fn(u8) -> Option<u64>)
         }
     }
     if !bars.is_empty() {
-        function.write_config(COMMAND, 2, command | u32::from(Command::MEMORY));
+        function.write_config(COMMAND, 2, command | u32::from(decode));
     }
 }
 

@@ -5,15 +5,17 @@
 //! guest ── ECAM / ports 0xcf8.. ──▶ HostBridge ── gate ──▶ Function ──▶ Config ──┬─▶ BARs: Memory::update
 //!                                                                              └─▶ Msix: table in a BAR, routes
 //! device ── MsixVector::signal ──▶ Msix ──▶ MsiRoute
+//! device ── InterruptPin::set ──▶ InterruptPin ──▶ wire shared by several functions ──▶ IrqLine
 //! ```
 //!
 //! Locks, in the order they may be taken: the bridge's placement of BARs (control thread only), a function's
-//! configuration space, then either the memory map's writer lock or MSI-X (function, then one vector). The bridge's table
-//! of functions is locked only to look one up, never during an access.
+//! configuration space, then either the memory map's writer lock, or MSI-X (function, then one vector), or the interrupt
+//! pin (then its wire). The bridge's table of functions is locked only to look one up, never during an access.
 
 mod bar;
 mod config;
 mod host_bridge;
+pub mod intx;
 mod msix;
 mod placement;
 mod registers;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 pub use bar::{BarInfo, BarKind, BarSpec, Windows};
 pub use config::{Command, Config, Ids};
 pub use host_bridge::HostBridge;
+pub use intx::{InterruptPin, IntxPin, IntxWires};
 pub use msix::{Msix, MsixVector};
 
 /// Bytes of one function's configuration space.
@@ -163,6 +166,18 @@ pub enum PciError {
         /// Why.
         #[source]
         source: ebbtide_memory::Error,
+    },
+    /// The function has an I/O BAR, the bus forwards no ports.
+    #[error("{name} needs i/o ports: this pci bus has none")]
+    NoIoSpace {
+        /// The device.
+        name: String,
+    },
+    /// The function has an interrupt pin, the bus no wires.
+    #[error("{name} needs an interrupt wire (INTx): this pci bus has none")]
+    NoIntx {
+        /// The device.
+        name: String,
     },
     /// No interrupt route.
     #[error(transparent)]

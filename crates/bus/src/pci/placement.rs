@@ -90,6 +90,7 @@ impl Placement {
 fn windows_for(windows: &Windows, kind: BarKind) -> impl Iterator<Item = &Range<u64>> {
     let (first, second) = match kind {
         BarKind::Mem32 => (&windows.mmio32, None),
+        BarKind::Io => (&windows.io, None),
         BarKind::Mem64 {
             prefetchable: false,
         } => (&windows.mmio32, Some(&windows.mmio64)),
@@ -109,6 +110,7 @@ mod tests {
         Windows {
             mmio32: 0xc000_0000..0xc040_0000,
             mmio64: 1 << 36..(1 << 36) + 64 * MIB,
+            io: 0xc000..0x1_0000,
         }
     }
 

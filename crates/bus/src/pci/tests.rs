@@ -4,6 +4,7 @@
 mod bars;
 mod functions;
 mod hostile;
+mod legacy;
 
 use std::sync::Arc;
 
