@@ -161,7 +161,7 @@ fn io_bars_are_from_4_to_256_ports() {
 fn status_shows_the_pin_and_intx_disable_keeps_it_from_the_wire() {
     let bench = Bench::new();
     let (machine, device) = (&bench.machine, bench.attach(5));
-    assert_eq!(machine.config(5, 0x3c, 2), 0x0100 | 16 + 5, "INTA# on 21");
+    assert_eq!(machine.config(5, 0x3c, 2), 0x0100 | (16 + 5), "INTA# on 21");
     let line = &bench.lines[5];
     let status = || {
         let word = machine.config(5, 6, 2);
@@ -181,7 +181,7 @@ fn status_shows_the_pin_and_intx_disable_keeps_it_from_the_wire() {
     machine.bridge.reset();
     assert!(!device.config().command().intx_disable());
     assert!(line.is_high(), "the device has not let go");
-    assert_eq!(machine.config(5, 0x3c, 2), 0x0100 | 16 + 5);
+    assert_eq!(machine.config(5, 0x3c, 2), 0x0100 | (16 + 5));
 }
 
 #[test]
