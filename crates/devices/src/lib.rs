@@ -17,5 +17,6 @@ mod error;
 pub mod legacy;
 pub mod reset;
 pub mod serial;
+pub mod serial_pci;
 
 pub use error::Error;

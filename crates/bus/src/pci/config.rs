@@ -12,7 +12,7 @@ use super::registers::{
     BAR0, CACHE_LINE, CAPABILITIES, COMMAND, EXTENDED, HEADER_END, HEADER_TYPE, INTERRUPT_LINE,
     INTERRUPT_PIN, REVISION, Registers, STATUS, SUBSYSTEM_VENDOR, VENDOR, touches,
 };
-use super::{BarKind, CONFIG_SIZE_BYTES, Devfn, InterruptPin, IntxPin, IntxWires, PciError};
+use super::{BarKind, CONFIG_SIZE_BYTES, Devfn, InterruptPin, IntxWires, PciError};
 use crate::gated;
 use crate::log_limit::LogLimit;
 
@@ -283,13 +283,11 @@ impl Config {
         Ok(())
     }
 
-    /// Gives the function an interrupt pin, for the device to drive.
-    pub fn add_interrupt_pin(&mut self, pin: IntxPin) -> Arc<InterruptPin> {
+    /// Gives the function its interrupt pin, which the device drives.
+    pub fn add_interrupt_pin(&mut self, pin: &Arc<InterruptPin>) {
         let registers = &mut self.state_mut().registers;
         registers.define(INTERRUPT_PIN, &[pin.register()], &[]);
-        let pin = InterruptPin::new(pin);
-        self.interrupt_pin = Some(Arc::clone(&pin));
-        pin
+        self.interrupt_pin = Some(Arc::clone(pin));
     }
 
     /// Says that the slot has more functions than this one, its function 0.

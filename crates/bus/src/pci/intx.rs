@@ -38,11 +38,6 @@ pub enum IntxPin {
 impl IntxPin {
     /// All of them, in order.
     pub const ALL: [IntxPin; PINS as usize] = [Self::A, Self::B, Self::C, Self::D];
-
-    /// The value of the Interrupt Pin register.
-    pub(super) fn register(self) -> u8 {
-        self as u8 + 1
-    }
 }
 
 /// The wire that `pin` of `slot` is on, of a bus that has `wires` of them: neighbours use different ones, and with four
@@ -142,11 +137,16 @@ impl State {
 
 impl InterruptPin {
     /// A pin that is on no wire and not asserted.
-    pub(super) fn new(pin: IntxPin) -> Arc<Self> {
+    pub fn new(pin: IntxPin) -> Arc<Self> {
         Arc::new(Self {
             pin,
             state: Mutex::default(),
         })
+    }
+
+    /// The value of the Interrupt Pin register.
+    pub(super) fn register(&self) -> u8 {
+        self.pin as u8 + 1
     }
 
     /// Whether the device asserts it: the Interrupt Status bit, which INTX_DISABLE does not change.

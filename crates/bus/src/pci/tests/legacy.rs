@@ -39,7 +39,8 @@ fn legacy(name: &str) -> Arc<Legacy> {
             .add_bar(index, BarSpec { size_bytes, kind }, region)
             .unwrap();
     }
-    let pin = config.add_interrupt_pin(IntxPin::A);
+    let pin = InterruptPin::new(IntxPin::A);
+    config.add_interrupt_pin(&pin);
     Arc::new(Legacy { config, pin })
 }
 
