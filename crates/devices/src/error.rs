@@ -32,6 +32,27 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// A watchdog cannot do that.
+    #[error("watchdog action \"{0}\": expected reset, shutdown, poweroff, pause, debug or none")]
+    WatchdogAction(String),
+    /// Nor that, though other machines can.
+    #[error(
+        "watchdog action inject-nmi is not supported: this machine cannot raise an NMI in a guest"
+    )]
+    WatchdogNmi,
+    /// The thread a device needs is ending.
+    #[error("{name}: thread {thread}: {source}")]
+    Stopped {
+        /// The device.
+        name: String,
+        /// The thread.
+        thread: String,
+        /// What it said.
+        source: ebbtide_iothread::Stopped,
+    },
+    /// A PCI function could not be made.
+    #[error(transparent)]
+    Pci(#[from] ebbtide_bus::pci::PciError),
     /// Standard input or output could not be used.
     #[error("standard input and output: {0}")]
     Stdio(io::Error),

@@ -14,9 +14,11 @@
 
 pub mod chardev;
 mod error;
+pub mod i6300esb;
 pub mod legacy;
 pub mod reset;
 pub mod serial;
 pub mod serial_pci;
+mod sync;
 
 pub use error::Error;

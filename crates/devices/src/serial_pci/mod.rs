@@ -20,11 +20,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_bus::gated::{self, all_ones};
 use ebbtide_bus::irq::IrqLine;
-use ebbtide_bus::pci::{BarKind, BarSpec, Config, Function, Ids, InterruptPin, IntxPin, PciError};
+use ebbtide_bus::pci::{BarKind, BarSpec, Config, Function, Ids, InterruptPin, IntxPin};
 use ebbtide_gate::{Entry, Gate, Owned};
 use ebbtide_memory::{Mmio, Region};
 
 use self::uart::Uart;
+use crate::Error;
 use crate::chardev::{InputKey, Wire};
 
 /// The id that guests know a virtual 16550 by; the class says the rest: serial controller, 16550-compatible.
@@ -59,7 +60,7 @@ impl SerialPci {
     ///
     /// # Errors
     /// The function cannot be made.
-    pub fn new(name: &str, wire: &Arc<Wire>) -> Result<Arc<SerialPci>, PciError> {
+    pub fn new(name: &str, wire: &Arc<Wire>) -> Result<Arc<SerialPci>, Error> {
         let pin = InterruptPin::new(IntxPin::A);
         let port = Owned::new(
             name,
