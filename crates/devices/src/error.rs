@@ -40,6 +40,24 @@ pub enum Error {
         "watchdog action inject-nmi is not supported: this machine cannot raise an NMI in a guest"
     )]
     WatchdogNmi,
+    /// Memory that cannot be shared with a guest by ivshmem.
+    #[error("{name}: memdev {memdev}: {reason}")]
+    SharedMemory {
+        /// The device.
+        name: String,
+        /// The RAM block.
+        memdev: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A kind of device there is none of.
+    #[error("device {driver} is not supported: {reason}")]
+    Unsupported {
+        /// What it is called.
+        driver: String,
+        /// Why not, and what there is instead.
+        reason: &'static str,
+    },
     /// The thread a device needs is ending.
     #[error("{name}: thread {thread}: {source}")]
     Stopped {

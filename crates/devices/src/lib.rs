@@ -15,6 +15,7 @@
 pub mod chardev;
 mod error;
 pub mod i6300esb;
+pub mod ivshmem;
 pub mod legacy;
 pub mod reset;
 pub mod serial;

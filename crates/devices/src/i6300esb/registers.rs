@@ -289,7 +289,7 @@ mod tests {
 
     fn unlock(registers: &mut Registers) {
         for key in UNLOCK {
-            assert_eq!(registers.write(at::RELOAD, 1, key.into()), Timer::Keep);
+            assert_eq!(registers.write(at::RELOAD, 1, u64::from(key)), Timer::Keep);
         }
     }
 
@@ -349,13 +349,13 @@ mod tests {
         assert_eq!(registers.read(at::INTERRUPT_STATUS, 4), 1);
         assert!(!registers.interrupt(), "no interrupt was asked for");
         assert_eq!(registers.expire(), (Timer::Stop, true));
-        assert_eq!(registers.read(at::RELOAD, 2), TIMEOUT.into());
+        assert_eq!(registers.read(at::RELOAD, 2), u64::from(TIMEOUT));
         assert_eq!(registers.expire(), (Timer::Keep, false));
         registers.reset();
-        assert_eq!(registers.read(at::RELOAD, 2), TIMEOUT.into(), "sticky");
+        assert_eq!(registers.read(at::RELOAD, 2), u64::from(TIMEOUT), "sticky");
         assert_eq!(registers.config(config_at::LOCK), 0);
         unlock(&mut registers);
-        registers.write(at::RELOAD, 2, (TIMEOUT | RELOAD).into());
+        registers.write(at::RELOAD, 2, u64::from(TIMEOUT | RELOAD));
         assert_eq!(registers.read(at::RELOAD, 2), 0);
     }
 
@@ -367,13 +367,16 @@ mod tests {
         registers.write(at::INTERRUPT_STATUS, 4, 1);
         assert!(!registers.interrupt());
         unlock(&mut registers);
-        let Timer::Run(first) = registers.write(at::RELOAD, 2, RELOAD.into()) else {
+        let Timer::Run(first) = registers.write(at::RELOAD, 2, u64::from(RELOAD)) else {
             panic!("not reloaded");
         };
         assert_eq!(millis(first), 503);
         assert_eq!(registers.set_config(config_at::LOCK, 0xff, 0), Timer::Stop);
         unlock(&mut registers);
-        assert_eq!(registers.write(at::RELOAD, 2, RELOAD.into()), Timer::Keep);
+        assert_eq!(
+            registers.write(at::RELOAD, 2, u64::from(RELOAD)),
+            Timer::Keep
+        );
     }
 
     #[test]
