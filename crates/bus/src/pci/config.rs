@@ -395,20 +395,23 @@ impl Config {
         Ok(())
     }
 
-    /// Puts the interrupt pin, if there is one, on its wire of the bus.
-    pub(super) fn wire(&self, wires: Option<&IntxWires>, devfn: Devfn) -> Result<(), PciError> {
-        match (&self.interrupt_pin, wires) {
-            (None, _) => Ok(()),
-            (Some(_), None) => Err(PciError::NoIntx {
-                name: self.gate.name().to_owned(),
-            }),
-            (Some(pin), Some(wires)) => {
-                let [gsi, ..] = pin.connect(wires, devfn).to_le_bytes();
-                self.state()
-                    .registers
-                    .define(INTERRUPT_LINE, &[gsi], &[0xff]);
-                Ok(())
-            }
+    /// Whether a bus with these wires is enough for the function's interrupt pin.
+    pub(super) fn check_wires(&self, wires: Option<&IntxWires>) -> Result<(), PciError> {
+        if self.interrupt_pin.is_none() || wires.is_some() {
+            return Ok(());
+        }
+        Err(PciError::NoIntx {
+            name: self.gate.name().to_owned(),
+        })
+    }
+
+    /// Puts the interrupt pin, if there is one, on its wire of the bus, and says in the Interrupt Line register which
+    /// input that is.
+    pub(super) fn wire(&self, wires: Option<&IntxWires>, devfn: Devfn) {
+        if let (Some(pin), Some(wires)) = (&self.interrupt_pin, wires) {
+            let [gsi, ..] = pin.connect(wires, devfn).to_le_bytes();
+            let registers = &mut self.state().registers;
+            registers.define(INTERRUPT_LINE, &[gsi], &[0xff]);
         }
     }
 

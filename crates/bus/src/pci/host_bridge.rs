@@ -126,8 +126,10 @@ impl HostBridge {
         if self.read().get(devfn.index()).is_some_and(Option::is_some) {
             return Err(PciError::InUse(devfn));
         }
-        function.config().wire(self.intx.get(), devfn)?;
-        function.config().attach(&self.space)?;
+        let (config, wires) = (function.config(), self.intx.get());
+        config.check_wires(wires)?;
+        config.attach(&self.space)?;
+        config.wire(wires, devfn);
         if let Some(entry) = self.write().get_mut(devfn.index()) {
             *entry = Some(function);
         }

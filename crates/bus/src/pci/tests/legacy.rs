@@ -147,6 +147,16 @@ fn a_bus_without_ports_or_wires_refuses_who_needs_them() {
 }
 
 #[test]
+fn a_function_that_is_on_the_bus_keeps_its_wire_when_another_slot_refuses_it() {
+    let bench = Bench::new();
+    let device = bench.attach(2);
+    device.pin.set(true);
+    let refused = bench.machine.bridge.attach(Some(3), device.clone());
+    assert!(matches!(refused, Err(PciError::Memory { .. })));
+    assert!(bench.lines[2].is_high() && !bench.lines[3].is_high());
+}
+
+#[test]
 fn io_bars_are_from_4_to_256_ports() {
     let mut config = Config::new(&Gate::new("io"), DEVICE_IDS);
     for size_bytes in [0, 1, 2, 3, 12, 512, 4096] {
