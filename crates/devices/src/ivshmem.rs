@@ -133,6 +133,12 @@ impl IvshmemPlain {
         &self.block
     }
 
+    /// Ends the driver's use of the device as a reset does: there is nothing to end, the memory keeps what it holds. For a
+    /// reset of the machine, with the vCPUs stopped.
+    pub fn quiesce(&self) -> impl Future<Output = ()> + Send + 'static {
+        std::future::ready(())
+    }
+
     /// Takes the function away from the guest: from now on its registers read all ones and take no writes. The future is
     /// ready when nothing of the function is in use any more; of the shared memory that is for [`retire`](Self::retire)
     /// to say. Idempotent.

@@ -186,6 +186,24 @@ fn the_first_stage_interrupts_until_it_is_acknowledged() {
 }
 
 #[test]
+fn quiesced_it_is_as_at_power_on_but_for_the_sticky_bit() {
+    let bench = Bench::new();
+    let (device, slot) = bench.plug();
+    start(&slot, 2);
+    bench.pass(1_010);
+    bench.pass(1_010);
+    assert_eq!(bench.barks(), [Action::Reset]);
+    start(&slot, 2);
+    bench.pass(900);
+    wait(device.quiesce());
+    bench.pass(60_000);
+    assert!(bench.barks().is_empty());
+    assert_eq!(slot.config(LOCK, 1), 0);
+    assert_eq!(slot.load(0, TIMER1, 8), 0x000f_ffff_000f_ffff);
+    assert_eq!(slot.load(0, RELOAD, 2), 0x200);
+}
+
+#[test]
 fn time_stands_still_with_the_machine() {
     let bench = Bench::new();
     let (device, slot) = bench.plug();

@@ -118,6 +118,17 @@ fn reset_is_power_on_and_keeps_what_was_typed() {
 }
 
 #[test]
+fn quiesced_it_asserts_nothing() {
+    let (board, wire) = (Board::new(), Wire::new());
+    let (device, slot) = plug(&board, &wire);
+    slot.outp(IER, 1, 2);
+    assert!(slot.line().is_high());
+    board::wait(device.quiesce());
+    assert!(!slot.line().is_high());
+    assert_eq!(slot.inp(IER, 1), 0);
+}
+
+#[test]
 fn it_is_removed_at_once_with_a_full_character_device() {
     let (board, wire) = (Board::new(), Wire::new());
     let (device, slot) = plug(&board, &wire);

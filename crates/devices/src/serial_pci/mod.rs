@@ -97,6 +97,13 @@ impl SerialPci {
         self.port.gate()
     }
 
+    /// Ends the driver's use of the port as a reset does, at once: nothing of it is ever in flight, so the future is ready.
+    /// For a reset of the machine, with the vCPUs stopped.
+    pub fn quiesce(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.port.get().change(|uart| *uart = Uart::default());
+        std::future::ready(())
+    }
+
     /// Takes the function away from the guest: from now on its registers read all ones and take no writes, and it takes
     /// no input from the wire. The future is ready when nothing of it is in use any more; it waits for register accesses
     /// that are under way and for nothing else. What was sent stays with the wire. Idempotent.
@@ -117,7 +124,7 @@ impl Function for SerialPci {
     }
 
     fn reset(&self) {
-        self.port.get().change(|uart| *uart = Uart::default());
+        drop(self.quiesce());
         self.config.reset();
     }
 }
