@@ -84,7 +84,6 @@ impl SerialPci {
                 port.change(|_| ());
             }
         });
-        port.get().change(|_| ());
         Ok(Arc::new(SerialPci {
             port,
             config,
