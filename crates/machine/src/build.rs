@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
-use ebbtide_bus::pci::{HostBridge, PciError, Windows};
+use ebbtide_bus::pci::{HostBridge, IntxWires, PciError, Windows};
 use ebbtide_device::GuestEject;
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
@@ -21,10 +21,10 @@ use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
 use crate::hotplug::{AnyUse, BlockNode, Devices, Made, Place, Surface};
-use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
+use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
-use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
+use crate::platform::{EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
 /// Address space kept for RAM blocks beyond what the machine has at once, for blocks that come
@@ -259,15 +259,18 @@ impl Parts {
         let windows = Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         };
         let bridge = HostBridge::new(&memory, windows).map_err(|e| Error::part("PCI", e))?;
         let ecam = Region::mmio("pcie-ecam", ECAM.end - ECAM.start, bridge.ecam());
         memory
             .update(|t| {
                 t.add(&root, bridge.container(), 0, HostBridge::PRIORITY)?;
-                t.add(&root, &ecam, ECAM.start, 0)
+                t.add(&root, &ecam, ECAM.start, 0)?;
+                t.add(&port_root, bridge.io_container(), 0, HostBridge::PRIORITY)
             })
             .map_err(failed)?;
+        wire_interrupts(&bridge, &**vm)?;
         Ok(Parts {
             memory,
             root,
@@ -430,6 +433,21 @@ fn add_ram(
         .map_err(failed)
 }
 
+/// Gives the interrupt pins of PCI functions their inputs of the interrupt controller.
+fn wire_interrupts(bridge: &HostBridge, vm: &dyn Vm) -> Result<(), Error> {
+    let mut inputs = Vec::new();
+    for gsi in INTX_GSIS {
+        let line = vm
+            .irq_line(gsi)
+            .map_err(|e| Error::part(format!("interrupt line {gsi}"), e))?;
+        inputs.push((gsi, line));
+    }
+    if let Some(wires) = IntxWires::new(inputs) {
+        bridge.wire_interrupts(wires);
+    }
+    Ok(())
+}
+
 fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi::Tables, Error> {
     let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
         range: range.clone(),
@@ -449,6 +467,7 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
         windows: Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         },
         pci_hotplug: true,
         serial: Some(acpi::SerialPort {
@@ -456,6 +475,7 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
             gsi: SERIAL_GSI,
         }),
         event_gsi: EVENT_GSI,
+        intx_gsis: INTX_GSIS.collect(),
     };
     let tables = description
         .build(ACPI_TABLES.start)
