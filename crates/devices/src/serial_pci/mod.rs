@@ -84,7 +84,6 @@ impl SerialPci {
                 port.change(|_| ());
             }
         });
-        port.get().change(|_| ());
         Ok(Arc::new(SerialPci {
             port,
             config,
@@ -136,10 +135,11 @@ impl Drop for SerialPci {
 }
 
 impl Port {
-    /// Does something to the chip, lets in what it has room for, and sets the interrupt pin to what follows. The pin is
-    /// driven under the chip's lock, or an older level could be the last.
+    /// Does something to the chip, lets in what it has room for before and after, and sets the interrupt pin to what
+    /// follows. The pin is driven under the chip's lock, or an older level could be the last.
     fn change<T>(&self, change: impl FnOnce(&mut Uart) -> T) -> T {
         let mut uart = self.uart();
+        self.refill(&mut uart);
         let result = change(&mut uart);
         self.refill(&mut uart);
         self.pin.set(uart.interrupt());
