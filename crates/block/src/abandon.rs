@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use crate::op::OpKind;
 
-/// Operations of one disk that have begun and have not ended, by kind.
+/// Operations of one disk that have begun and have not ended, by kind. One whose future was dropped is not counted any
+/// more; what it gave to the kernel is the ring's to keep until the kernel has answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct InFlight {
     /// Reads.

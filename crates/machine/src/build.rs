@@ -9,6 +9,7 @@ use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
 use ebbtide_bus::pci::{HostBridge, IntxWires, PciError, Windows};
 use ebbtide_device::GuestEject;
+use ebbtide_devices::dimm::{DimmArea, DimmBank, SECTION_BYTES};
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
 use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
@@ -73,6 +74,7 @@ impl Prepared {
         let layout = Arc::new(Layout::new(
             config.ram.size_bytes,
             &sizes,
+            config.ram.dimm_slots,
             vm.limits().phys_bits,
         )?);
         let (memory_sender, memory_events) = channel();
@@ -122,10 +124,20 @@ impl Prepared {
             &parts.port_root,
             &parts.bridge,
             &sender,
-            Arc::clone(devices.ejector()) as _,
+            devices.ejector(),
+            config.ram.dimm_slots,
             local,
         )?;
         devices.set_root_slots(platform.pci_hotplug());
+        if let Some(registers) = platform.memory_hotplug() {
+            let area = DimmArea {
+                range: layout.dimms.clone(),
+                unit_bytes: SECTION_BYTES,
+                priority: RAM_PRIORITY,
+            };
+            let bank = DimmBank::new(&parts.memory, &parts.root, registers, area);
+            devices.set_dimms(bank.map_err(|e| Error::part("DIMM slots", e))?);
+        }
         for cold in parts.functions.drain(..) {
             cold.plug(&devices)?;
         }
@@ -459,7 +471,10 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
             .collect(),
         ram: layout.ram().iter().map(on_node_0).collect(),
         hotplug: layout.device_memory.iter().map(on_node_0).collect(),
-        dimms: None,
+        dimms: (config.ram.dimm_slots > 0).then(|| acpi::Dimms {
+            slots: config.ram.dimm_slots,
+            area: on_node_0(&layout.dimms),
+        }),
         ecam: acpi::Ecam {
             base: ECAM.start,
             last_bus,

@@ -159,9 +159,11 @@ impl Machine {
         self.config.ram.size_bytes
     }
 
-    /// Bytes plugged in all memory devices.
+    /// Bytes plugged in all memory devices, DIMMs included.
     pub fn plugged_bytes(&self) -> u64 {
-        self.slots.iter().map(|s| s.status().plugged_bytes).sum()
+        let sizes = self.slots.iter().map(|s| s.status().plugged_bytes);
+        let dimms = self.devices.dimm_infos().into_iter().map(|d| d.size_bytes);
+        sizes.chain(dimms).sum()
     }
 
     /// Loads the kernel and puts the vCPUs to its entry. They must be parked.

@@ -4,12 +4,22 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
+use rustix::io::Errno;
+
 /// Bytes of the header in front of each frame (virtio 1.3, 5.1.6, `struct virtio_net_hdr` with `num_buffers`).
 pub const HEADER_BYTES: usize = 12;
 /// The longest frame: an IP packet of 64 KiB with Ethernet header and VLAN tag.
 pub const FRAME_BYTES_MAX: usize = 65535 + 14 + 4;
 /// The longest packet: header and frame.
 pub const PACKET_BYTES_MAX: usize = HEADER_BYTES + FRAME_BYTES_MAX;
+
+/// Whether an error of [`NetBackend::send`] or [`NetBackend::flush`] is about the peer, which is gone, and not about one
+/// packet.
+pub fn is_of_peer(error: &io::Error) -> bool {
+    let gone = [Errno::PIPE, Errno::CONNRESET, Errno::NOTCONN, Errno::BADFD];
+    let errno = error.raw_os_error();
+    gone.iter().any(|it| Some(it.raw_os_error()) == errno)
+}
 
 /// What a backend may leave to the guest in packets it hands out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

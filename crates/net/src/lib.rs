@@ -23,7 +23,9 @@ mod tap;
 mod tests;
 mod tun;
 
-pub use backend::{FRAME_BYTES_MAX, HEADER_BYTES, NetBackend, Offloads, PACKET_BYTES_MAX};
+pub use backend::{
+    FRAME_BYTES_MAX, HEADER_BYTES, NetBackend, Offloads, PACKET_BYTES_MAX, is_of_peer,
+};
 pub use error::NetError;
 pub use mac::{MacAddress, MacError};
 pub use netdev::{Claim, Netdev};

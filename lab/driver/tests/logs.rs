@@ -99,7 +99,7 @@ fn a_guest_cannot_fill_the_log() {
     assert_eq!(rig.ask(Kind::State, 0, 1), Answer::Ack);
 
     let mut rig = disk::Rig::new();
-    let broken = heard("blk/serve.rs", || {
+    let broken = heard("src/service.rs", || {
         for _ in 0..100 {
             let nowhere = Part::writable(Gpa(1 << 35), 1);
             rig.queue.add(&[nowhere], Layout::Direct).unwrap();

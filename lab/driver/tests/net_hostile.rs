@@ -248,6 +248,19 @@ fn a_frame_that_waits_for_buffers_holds_nothing_up() {
     assert!(rig.timed_close() < AT_ONCE);
 }
 
+/// Nobody waits for the peer, for a frame of its waits for buffers: then the next frame to it tells.
+#[test]
+fn a_peer_that_goes_unnoticed() {
+    let (mut rig, peer) = Rig::new();
+    send(&peer, &frame(MAC, 1000, 1));
+    std::thread::sleep(device::SOON);
+    peer.shutdown(std::net::Shutdown::Both).unwrap();
+    rig.transmit(&frame(MAC, 100, 1));
+    assert!(poll(|| !rig.card.link_is_up()));
+    assert_eq!(rig.card.metrics().refused, 1);
+    assert!(rig.timed_close() < AT_ONCE);
+}
+
 /// Posted buffers are addresses: the memory they are in can go.
 #[test]
 fn memory_that_waits_for_frames_can_go() {

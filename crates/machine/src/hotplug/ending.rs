@@ -44,7 +44,7 @@ impl Devices {
             let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             // All gates close before the first wait.
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
-                let function = entry.info.function.upgrade()?;
+                let function = entry.info.site.function()?;
                 let name = name(entry);
                 Some((Stuck { node, name }, function.quiesce()))
             };

@@ -9,9 +9,11 @@
 
 mod backends;
 pub(crate) mod blocks;
+mod dimm;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;
+mod objects;
 mod pci;
 mod places;
 mod removal;
@@ -25,16 +27,20 @@ use std::time::Duration;
 
 use ebbtide_bus::acpi::PciHotplug;
 use ebbtide_bus::irq::MsiController;
-use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port};
-use ebbtide_device::{Eject, GuestEject, Identity, NodeId, PlugError, Tree};
+use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
+use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
+use ebbtide_devices::dimm::DimmBank;
 use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
 use ebbtide_memory::AddressSpace;
 use ebbtide_qmp::{EventSink, QmpError};
 
 pub(crate) use backends::{AnyUse, Shelf};
 pub(crate) use blocks::BlockNode;
+pub(crate) use dimm::DimmSite;
 pub(crate) use drivers::{Driver, Made};
+use ejector::OstReport;
 pub(crate) use ejector::{Ejector, SlotKey};
+pub(crate) use objects::{MEMORY_BACKENDS, MemoryObject};
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 
@@ -42,24 +48,107 @@ pub(crate) use places::Place;
 pub(crate) struct Info {
     /// The model's name.
     pub(crate) driver: &'static str,
-    /// The bus it is on.
-    pub(crate) bus: Arc<Bus>,
-    /// Where it is on that.
-    pub(crate) at: Devfn,
-    /// Its function; the model in the tree keeps it alive.
-    pub(crate) function: ArcWeak<dyn Removable>,
-    /// It, where it is a bridge.
-    pub(crate) port: Option<ArcWeak<Port>>,
+    /// Where it is.
+    pub(crate) site: Site,
     /// The slot it is in, where that can change while the guest runs.
-    pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
+    pub(crate) slot: Option<Slot>,
     /// What it stands on, until it is gone.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
 }
 
-impl Info {
-    fn slot_key(&self) -> Option<SlotKey> {
-        let slot = self.slot.as_ref()?;
-        Some(SlotKey::Pci(slot.address().clone()))
+/// Where a device is.
+pub(crate) enum Site {
+    /// On a PCI bus.
+    Pci {
+        /// The bus.
+        bus: Arc<Bus>,
+        /// Where on that.
+        at: Devfn,
+        /// Its function; the model in the tree keeps it alive.
+        function: ArcWeak<dyn Removable>,
+        /// It, where it is a bridge.
+        port: Option<ArcWeak<Port>>,
+    },
+    /// In a DIMM slot.
+    Dimm(Arc<DimmSite>),
+}
+
+impl Site {
+    /// The bridge it is.
+    pub(crate) fn port(&self) -> Option<Arc<Port>> {
+        match self {
+            Site::Pci { port, .. } => port.as_ref()?.upgrade(),
+            Site::Dimm(_) => None,
+        }
+    }
+
+    /// The function it is.
+    pub(crate) fn function(&self) -> Option<Arc<dyn Removable>> {
+        match self {
+            Site::Pci { function, .. } => function.upgrade(),
+            Site::Dimm(_) => None,
+        }
+    }
+}
+
+/// A slot that a guest can be asked to give up.
+#[derive(Clone)]
+pub(crate) enum Slot {
+    /// Of a PCI bus.
+    Pci(Arc<dyn HotplugSlot>),
+    /// Of a DIMM.
+    Dimm(Arc<DimmSite>),
+}
+
+impl Slot {
+    /// How the guest's eject names it.
+    pub(crate) fn key(&self) -> SlotKey {
+        match self {
+            Slot::Pci(slot) => SlotKey::Pci(slot.address().clone()),
+            Slot::Dimm(dimm) => SlotKey::Dimm(dimm.info().slot),
+        }
+    }
+
+    /// Asks the guest to let go of what is in it. False: the guest does not use it, there is nobody to wait for.
+    ///
+    /// # Errors
+    /// Why it can't be asked now.
+    pub(crate) fn request(&self) -> Result<bool, QmpError> {
+        match self {
+            Slot::Pci(slot) => match slot.request_removal() {
+                Ok(asked) => Ok(asked == Removal::Asked),
+                Err(reason) => Err(QmpError::generic(reason.to_string())),
+            },
+            Slot::Dimm(dimm) => dimm.request().map(|()| true),
+        }
+    }
+
+    /// Takes a request back before the tree does. False: it is too late.
+    pub(crate) fn cancel(&self) -> bool {
+        match self {
+            Slot::Pci(slot) => {
+                slot.cancel();
+                true
+            }
+            Slot::Dimm(dimm) => dimm.cancel(),
+        }
+    }
+
+    /// Tells the guest that what it has ejected uninvited is still there.
+    pub(crate) fn still_occupied(&self) {
+        match self {
+            Slot::Pci(slot) => slot.plugged(),
+            // The registers have refused by themselves.
+            Slot::Dimm(_) => {}
+        }
+    }
+
+    /// Tells the guest that the slot is empty.
+    pub(crate) fn vacated(&self, _notice: GuestNotice) {
+        match self {
+            Slot::Pci(slot) => slot.detached(),
+            Slot::Dimm(dimm) => dimm.detach(),
+        }
     }
 }
 
@@ -75,6 +164,10 @@ pub(crate) struct Surface {
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
     blocks: Shelf<BlockNode>,
+    memory_objects: Shelf<MemoryObject>,
+    dimms: OnceCell<Arc<DimmBank>>,
+    /// What the guest said last about each DIMM slot.
+    ost: RefCell<BTreeMap<u16, OstReport>>,
     surface: Surface,
     ejector: Arc<Ejector>,
     root_slots: OnceCell<Arc<PciHotplug>>,
@@ -103,6 +196,9 @@ impl Devices {
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
+            memory_objects: Shelf::new("object"),
+            dimms: OnceCell::new(),
+            ost: RefCell::default(),
             surface,
             ejector: Ejector::new(ejected.notifier()),
             root_slots: OnceCell::new(),
@@ -123,6 +219,21 @@ impl Devices {
     /// The block nodes.
     pub(crate) fn blocks(&self) -> &Shelf<BlockNode> {
         &self.blocks
+    }
+
+    /// The memory backends.
+    pub(crate) fn memory_objects(&self) -> &Shelf<MemoryObject> {
+        &self.memory_objects
+    }
+
+    /// The DIMM slots, if the machine has any.
+    pub(crate) fn dimms(&self) -> Option<&Arc<DimmBank>> {
+        self.dimms.get()
+    }
+
+    /// Gives the machine its DIMM slots. Once, before anything is plugged.
+    pub(crate) fn set_dimms(&self, bank: Arc<DimmBank>) {
+        let _ = self.dimms.set(bank);
     }
 
     /// Threads for what may block.
@@ -181,6 +292,7 @@ impl Devices {
             let Some(node) = tree.get(occupant.node) else {
                 continue;
             };
+            let refused = occupant.take_guest_refused();
             if occupant.take_refused()
                 && let Some(slot) = &node.info.slot
             {
@@ -188,13 +300,21 @@ impl Devices {
                     "{}: the guest ejects it uninvited; it stays",
                     node.identity.path
                 );
-                slot.plugged();
+                slot.still_occupied();
             }
             let taken = node.model().is_none();
             drop(tree);
             if occupant.eject.is_isolated() && !taken {
                 drop(self.remove(occupant.node));
+            } else if refused {
+                self.tree
+                    .borrow_mut()
+                    .cancel(occupant.node, self.local.now());
+                self.refused(occupant.node);
             }
+        }
+        for report in self.ejector.take_reports() {
+            self.report(&report);
         }
     }
 
@@ -238,14 +358,16 @@ impl Devices {
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let info = Info {
             driver,
-            bus: Arc::clone(&place.bus),
-            at: place.at,
-            function: Arc::downgrade(&function),
-            port,
-            slot: place.slot.clone(),
+            site: Site::Pci {
+                bus: Arc::clone(&place.bus),
+                at: place.at,
+                function: Arc::downgrade(&function),
+                port,
+            },
+            slot: place.slot.clone().map(Slot::Pci),
             uses,
         };
-        let key = info.slot_key();
+        let key = info.slot.as_ref().map(Slot::key);
         let eject = key.is_some().then(|| Eject::new(policy, &gate));
         let identity = self.identity(id);
         let model = Box::new(PciModel::new(function, &place.bus, place.at));

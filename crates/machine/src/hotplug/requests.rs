@@ -3,14 +3,14 @@
 
 use std::task::Poll;
 
-use ebbtide_bus::pci::Removal;
 use ebbtide_device::{GuestEject, NodeId, Phase, RemoveError};
 use ebbtide_qmp::schema::Event;
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::ebbtide::WaitPhase;
+use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Devices, blocks, drivers};
+use super::{Devices, MEMORY_BACKENDS, blocks, dimm, drivers};
 use crate::Error;
 use crate::config::MachineConfig;
 
@@ -20,6 +20,10 @@ impl Devices {
     /// # Errors
     /// Names the one that can't be had.
     pub(crate) async fn add_cold(&self, config: &MachineConfig) -> Result<(), Error> {
+        for object in &config.objects {
+            let added = self.add_object(object.clone()).await;
+            added.map_err(|e| Error::part(format!("--object {}", object.id), e.desc))?;
+        }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
             let added = blocks::add(&self.blocks, self.blocking(), node.clone()).await;
@@ -33,17 +37,43 @@ impl Devices {
         Ok(())
     }
 
+    /// Makes an object.
+    ///
+    /// # Errors
+    /// What is wrong with it, or why the host can't.
+    pub(crate) async fn add_object(&self, args: ObjectAdd) -> Result<(), QmpError> {
+        drivers::check_id(&args.id)?;
+        if self.memory_objects().get(&args.id).is_some() {
+            return Err(QmpError::duplicate_object_id(&args.id));
+        }
+        if MEMORY_BACKENDS.contains(&&*args.qom_type) {
+            return self.add_memory_object(args).await;
+        }
+        Err(QmpError::invalid_object_type(&args.qom_type))
+    }
+
+    /// Takes an object away.
+    ///
+    /// # Errors
+    /// There is none, or a device uses it.
+    pub(crate) async fn remove_object(&self, id: &str) -> Result<(), QmpError> {
+        if self.memory_objects().get(id).is_some() {
+            return self.remove_memory_object(id).await;
+        }
+        Err(QmpError::object_not_found(id))
+    }
+
     /// Makes and plugs a device. Unless it is `cold` the guest is told.
     ///
     /// # Errors
     /// What is wrong with the arguments, or why the host can't; nothing has changed.
     pub(crate) async fn device_add(&self, args: DeviceAdd, cold: bool) -> Result<NodeId, QmpError> {
-        let driver = drivers::find(&args.driver)?;
-        if let Some(id) = &args.id {
-            drivers::check_id(id)?;
-            let free = self.tree.borrow().check_id(id);
-            free.map_err(|e| super::plug_error(&e))?;
+        if args.driver == dimm::DRIVER {
+            self.check_id(args.id.as_deref())?;
+            return self.add_dimm(args, cold).await;
         }
+        let driver = drivers::find(&args.driver)?;
+        self.check_id(args.id.as_deref())?;
         let mut properties = args.properties;
         let policy = policy(&mut properties)?;
         let place = self.place(driver, args.bus.as_deref(), &mut properties, cold)?;
@@ -51,6 +81,14 @@ impl Devices {
         let made = (driver.make)(self, &name, &mut properties)?;
         properties.finish_device(driver.name)?;
         self.plug(args.id.as_deref(), driver.name, made, place, policy, cold)
+    }
+
+    /// Whether a new device may have this id.
+    fn check_id(&self, id: Option<&str>) -> Result<(), QmpError> {
+        let Some(id) = id else { return Ok(()) };
+        drivers::check_id(id)?;
+        let free = self.tree.borrow().check_id(id);
+        free.map_err(|e| super::plug_error(&e))
     }
 
     /// Asks the guest to let go of a device.
@@ -67,30 +105,34 @@ impl Devices {
         let Some(slot) = slot else {
             return Ok(());
         };
-        match slot.request_removal() {
-            Ok(Removal::Asked) => Ok(()),
+        match slot.request() {
+            Ok(true) => Ok(()),
             // The guest does not use it: there is nobody to wait for.
-            Ok(Removal::Unused) => {
+            Ok(false) => {
                 drop(self.remove(node));
                 Ok(())
             }
-            Err(reason) => {
+            Err(refused) => {
                 self.tree.borrow_mut().cancel(node, self.local.now());
-                Err(QmpError::generic(reason.to_string()))
+                Err(refused)
             }
         }
     }
 
     /// Withdraws a request. False: there is none, or it is too late.
     pub(crate) fn cancel_removal(&self, node: NodeId) -> bool {
-        let cancelled = self.tree.borrow_mut().cancel(node, self.local.now());
-        if cancelled {
+        let slot = {
             let tree = self.tree.borrow();
-            if let Some(slot) = tree.get(node).and_then(|n| n.info.slot.as_ref()) {
-                slot.cancel();
+            let Some(entry) = tree.get(node) else {
+                return false;
+            };
+            if !entry.eject().is_some_and(|eject| eject.is_requested()) {
+                return false;
             }
-        }
-        cancelled
+            entry.info.slot.clone()
+        };
+        slot.is_some_and(|slot| slot.cancel())
+            && self.tree.borrow_mut().cancel(node, self.local.now())
     }
 
     /// Takes a device away without asking the guest again: a removal that waits for the guest goes on without it, one
@@ -166,7 +208,7 @@ fn refuse(error: &RemoveError) -> QmpError {
 }
 
 /// The property `guest-eject` of every device that can be taken out.
-fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
+pub(super) fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
     match properties.take_string("guest-eject")?.as_deref() {
         None | Some("requested") => Ok(GuestEject::Requested),
         Some("on") => Ok(GuestEject::On),

@@ -7,7 +7,6 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::Gate;
 use ebbtide_iothread::Local;
 use ebbtide_memory::{AccessError, AddressSpace, Discard, Gpa, ReadGuard, Reader};
@@ -41,8 +40,6 @@ pub(super) struct Pages {
     gate: Arc<Gate>,
     space: Arc<AddressSpace>,
     reader: Reader,
-    name: Arc<str>,
-    complaints: Arc<LogLimit>,
 }
 
 /// A chain to work through.
@@ -60,8 +57,6 @@ impl Pages {
             gate: Arc::clone(&setup.gate),
             space: Arc::clone(&setup.space),
             reader: setup.space.memory().register(),
-            name: Arc::clone(&setup.name),
-            complaints: Arc::clone(&setup.complaints),
         }
     }
 }
@@ -199,8 +194,8 @@ impl Pages {
             Ok(Discard::NotThere) => add(&counters.not_ram, 1),
             Err(error) => {
                 add(&counters.refused_bytes, bytes);
-                if let Some(suppressed) = self.complaints.allow() {
-                    tracing::warn!(device = &*self.name, suppressed, %error, "the host does not take pages back");
+                if let Some(suppressed) = self.shared.refusals.allow() {
+                    tracing::warn!(device = &*self.shared.id, suppressed, %error, "the host does not take pages back");
                 }
             }
         }

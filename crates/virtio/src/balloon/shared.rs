@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_iothread::Sender;
 
 use super::metrics::Counters;
@@ -26,6 +27,8 @@ pub(super) struct Shared {
     pub tracker: Mutex<Tracker>,
     pub stats: Stats,
     pub counters: Counters,
+    /// For what the host does not take.
+    pub refusals: LogLimit,
 }
 
 impl Shared {
@@ -42,6 +45,7 @@ impl Shared {
             tracker: Mutex::default(),
             stats: Stats::new(stats_interval),
             counters: Counters::default(),
+            refusals: LogLimit::default(),
         })
     }
 

@@ -9,12 +9,13 @@
 //!
 //! A frame is answered when the backend has taken it: sent, or kept, one at most. Frames behind it stay in the queue.
 
+use std::io;
 use std::sync::Arc;
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_iothread::Local;
 use ebbtide_memory::{AddressSpace, Reader};
-use ebbtide_net::{HEADER_BYTES, PACKET_BYTES_MAX};
+use ebbtide_net::{HEADER_BYTES, PACKET_BYTES_MAX, is_of_peer};
 
 use super::header;
 use super::metrics::{count, count_frame};
@@ -136,9 +137,9 @@ impl Transmit {
     fn has_room(&self) -> bool {
         match self.shared.claim.flush() {
             Ok(()) => true,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => false,
-            Err(_) => {
-                count(&self.shared.counters.refused);
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => false,
+            Err(error) => {
+                self.refused(&error);
                 true
             }
         }
@@ -180,7 +181,15 @@ impl Transmit {
         }
         match self.shared.claim.send(&self.packet) {
             Ok(()) => count_frame(&counters.sent, &counters.sent_bytes, self.packet.len()),
-            Err(_) => count(&counters.refused),
+            Err(error) => self.refused(&error),
+        }
+    }
+
+    /// The receive queue may wait for chains and not notice that the peer is gone.
+    fn refused(&self, error: &io::Error) {
+        count(&self.shared.counters.refused);
+        if is_of_peer(error) {
+            self.shared.peer_is_gone(error);
         }
     }
 }

@@ -50,7 +50,7 @@ const DRIVERS: &[Driver] = &[
 ];
 
 /// The types of `object-add`.
-pub(crate) const OBJECTS: &[&str] = &[];
+pub(crate) const OBJECTS: &[&str] = super::MEMORY_BACKENDS;
 
 /// Models that exist elsewhere and not here, each with the reason.
 const REFUSED: &[(&str, &str)] = &[
