@@ -113,6 +113,7 @@ impl Prepared {
             system: Arc::clone(&parts.system),
             msi: vm.msi(),
             blocking: Arc::clone(&parts.blocking),
+            requests: sender.clone(),
         };
         let threads = std::mem::take(&mut parts.threads);
         let devices = Devices::new(surface, threads, local, config.drain_timeout)

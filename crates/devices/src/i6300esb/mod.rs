@@ -12,7 +12,7 @@
 //! shut gate, and the removal ends when the task has ended. While the machine is stopped, so is the time
 //! ([`I6300Esb::pause`]).
 //!
-//! Locks: the registers, then the orders or the interrupt pin.
+//! Locks: the registers, then the orders, the interrupt pin or what the bark takes.
 //!
 //! Linux: `i6300esb` (a module in Debian).
 
@@ -49,7 +49,8 @@ const BAR: u8 = 0;
 /// The registers are the first 16 bytes; a BAR is a page.
 const BAR_BYTES: u64 = 4096;
 
-/// What is called when WDT_TOUT# falls, on the iothread, with no lock held. It must only post a message.
+/// What is called when WDT_TOUT# falls, on the iothread, with the registers locked: after a reset of them nothing that was
+/// due before is heard of. It must only post a message.
 pub type Bark = Box<dyn Fn(Action) + Send + Sync>;
 
 /// The watchdog on the PCI bus.
@@ -236,7 +237,6 @@ impl Watchdog {
         }
         let (timer, barks) = state.registers.expire();
         self.follow(&mut state, timer);
-        drop(state);
         if barks {
             (self.bark)(self.action.get());
         }

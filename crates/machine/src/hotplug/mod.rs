@@ -9,6 +9,7 @@
 
 mod backends;
 pub(crate) mod blocks;
+mod chardevs;
 mod dimm;
 pub(crate) mod drivers;
 mod ejector;
@@ -30,12 +31,16 @@ use ebbtide_bus::irq::MsiController;
 use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
 use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
 use ebbtide_devices::dimm::DimmBank;
+use ebbtide_devices::i6300esb::SharedAction;
 use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
 use ebbtide_memory::AddressSpace;
 use ebbtide_qmp::{EventSink, QmpError};
 
-pub(crate) use backends::{AnyUse, Shelf};
+use crate::lifecycle::Requests;
+
+pub(crate) use backends::{AnyUse, Shelf, Use};
 pub(crate) use blocks::BlockNode;
+pub(crate) use chardevs::CharNode;
 pub(crate) use dimm::DimmSite;
 pub(crate) use drivers::{Driver, Made};
 use ejector::OstReport;
@@ -158,17 +163,21 @@ pub(crate) struct Surface {
     pub(crate) system: Arc<AddressSpace>,
     pub(crate) msi: Arc<dyn MsiController>,
     pub(crate) blocking: Arc<Blocking>,
+    pub(crate) requests: Requests,
 }
 
 /// All devices of a machine. Belongs to the control thread.
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
     blocks: Shelf<BlockNode>,
+    chardevs: Shelf<CharNode>,
     memory_objects: Shelf<MemoryObject>,
     dimms: OnceCell<Arc<DimmBank>>,
     /// What the guest said last about each DIMM slot.
     ost: RefCell<BTreeMap<u16, OstReport>>,
     surface: Surface,
+    /// What watchdogs do that have no action of their own.
+    watchdog_action: Arc<SharedAction>,
     ejector: Arc<Ejector>,
     root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
@@ -196,10 +205,12 @@ impl Devices {
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
+            chardevs: Shelf::new("Chardev"),
             memory_objects: Shelf::new("object"),
             dimms: OnceCell::new(),
             ost: RefCell::default(),
             surface,
+            watchdog_action: Arc::default(),
             ejector: Ejector::new(ejected.notifier()),
             root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
@@ -221,6 +232,11 @@ impl Devices {
         &self.blocks
     }
 
+    /// The character devices.
+    pub(crate) fn chardevs(&self) -> &Shelf<CharNode> {
+        &self.chardevs
+    }
+
     /// The memory backends.
     pub(crate) fn memory_objects(&self) -> &Shelf<MemoryObject> {
         &self.memory_objects
@@ -234,6 +250,16 @@ impl Devices {
     /// Gives the machine its DIMM slots. Once, before anything is plugged.
     pub(crate) fn set_dimms(&self, bank: Arc<DimmBank>) {
         let _ = self.dimms.set(bank);
+    }
+
+    /// What watchdogs do that have no action of their own.
+    pub(crate) fn watchdog_action(&self) -> &Arc<SharedAction> {
+        &self.watchdog_action
+    }
+
+    /// Where changes of the run state are asked for.
+    pub(crate) fn requests(&self) -> &Requests {
+        &self.surface.requests
     }
 
     /// Threads for what may block.

@@ -24,6 +24,10 @@ impl Devices {
             let added = self.add_object(object.clone()).await;
             added.map_err(|e| Error::part(format!("--object {}", object.id), e.desc))?;
         }
+        for chardev in &config.chardevs {
+            let added = self.add_chardev(chardev.clone()).await;
+            added.map_err(|e| Error::part(format!("--chardev {}", chardev.id), e.desc))?;
+        }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
             let added = blocks::add(&self.blocks, self.blocking(), node.clone()).await;

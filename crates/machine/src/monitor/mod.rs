@@ -2,6 +2,7 @@
 //! QMP: what each command does to this machine.
 
 mod blocks;
+mod chardevs;
 mod devices;
 mod hmp;
 mod memory;
@@ -50,7 +51,7 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 version: env!("CARGO_PKG_VERSION").into(),
             })
         });
-    blocks::add(devices::add(qom::add(memory::add(table))))
+    chardevs::add(blocks::add(devices::add(qom::add(memory::add(table)))))
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an

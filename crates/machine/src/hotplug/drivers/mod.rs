@@ -4,6 +4,9 @@
 
 mod blk;
 mod ports;
+mod serial;
+mod testdev;
+mod watchdog;
 
 use std::sync::{Arc, Weak};
 
@@ -47,6 +50,9 @@ const DRIVERS: &[Driver] = &[
     ports::DOWNSTREAM,
     ports::PCI_BRIDGE,
     ports::DMI_BRIDGE,
+    serial::DRIVER,
+    testdev::DRIVER,
+    watchdog::DRIVER,
 ];
 
 /// The types of `object-add`.
