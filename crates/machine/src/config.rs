@@ -23,6 +23,7 @@ pub const MEMORY_GRANULE: u64 = 2 * MIB;
 pub const MIN_RAM: u64 = 32 * MIB;
 /// Longer nobody waits for requests in flight.
 pub const MAX_DRAIN_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
+pub use ebbtide_bus::acpi::MAX_DIMM_SLOTS;
 /// vCPUs of one machine.
 pub const MAX_CPUS: u8 = 4;
 
@@ -68,6 +69,8 @@ pub struct RamConfig {
     pub backing: Backing,
     /// Populate all of it before the guest starts.
     pub prefault: bool,
+    /// Slots for DIMMs, up to [`MAX_DIMM_SLOTS`].
+    pub dimm_slots: u16,
 }
 
 /// One virtio-mem device.
@@ -136,6 +139,12 @@ impl MachineConfig {
             return config_error(format!(
                 "memory size={size}: at least {} MiB are needed",
                 MIN_RAM / MIB
+            ));
+        }
+        let slots = self.ram.dimm_slots;
+        if slots > MAX_DIMM_SLOTS {
+            return config_error(format!(
+                "memory slots={slots}: 0 to {MAX_DIMM_SLOTS} are accepted"
             ));
         }
         if self.drain_timeout > MAX_DRAIN_TIMEOUT {
@@ -281,6 +290,7 @@ mod tests {
                 size_bytes: 512 * MIB,
                 backing: Backing::Anon { thp: true },
                 prefault: false,
+                dimm_slots: 0,
             },
             memory_devices: vec![MemoryDeviceConfig {
                 id: "vmem0".into(),

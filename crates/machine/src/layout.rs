@@ -8,6 +8,7 @@
 //! 0xfec0_0000          IOAPIC          0xfee0_0000  local APICs
 //! 4 GiB                high RAM
 //!                      device memory: virtio-mem, aligned to 2 GiB
+//!                      DIMMs, where there are slots for them: up to 128 GiB, a quarter of what is left
 //!                      64-bit PCI window, to the end of the physical address space (at most 512 GiB of it)
 //! ```
 
@@ -26,6 +27,8 @@ pub const LOW_RAM_LIMIT: u64 = 3 * GIB;
 pub const HIGH_RAM_START: u64 = 4 * GIB;
 /// The 32-bit window of the PCI host bridge.
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+/// The ports of the PCI host bridge: above everything a PC has at fixed ones.
+pub const PCI_IO: Range<u64> = 0xc000..0x1_0000;
 /// PCIe configuration space (ECAM): room for buses 0 to 255. The guest is told of those that bridges answer for: Linux
 /// looks into every bus that the tables name and its scan has not found, 32 accesses each, which for 256 of them costs a
 /// guest a second of its boot under an emulated KVM.
@@ -37,6 +40,8 @@ pub const EBDA_START: u64 = 0x9_fc00;
 
 /// Device memory is aligned so that guests with 2 GiB memory blocks lose no edge of it.
 const DEVICE_MEMORY_ALIGN: u64 = 2 * GIB;
+/// What the addresses of DIMMs are cut to.
+const DIMMS_MAX: u64 = 128 * GIB;
 /// What the 64-bit PCI window is cut to: enough for every BAR the machine can have.
 const MMIO64_MAX: u64 = 512 * GIB;
 /// The smallest 64-bit PCI window worth having.
@@ -51,6 +56,8 @@ pub struct Layout {
     pub high_ram: Range<u64>,
     /// Room for each memory device, in the order asked for.
     pub device_memory: Vec<Range<u64>>,
+    /// Where DIMMs go; empty without slots for them.
+    pub dimms: Range<u64>,
     /// The 64-bit window of the PCI host bridge.
     pub mmio64: Range<u64>,
 }
@@ -61,7 +68,12 @@ impl Layout {
     ///
     /// # Errors
     /// [`Error::AddressSpace`] when it does not fit.
-    pub fn new(ram_bytes: u64, devices_bytes: &[u64], phys_bits: u8) -> Result<Layout, Error> {
+    pub fn new(
+        ram_bytes: u64,
+        devices_bytes: &[u64],
+        dimm_slots: u16,
+        phys_bits: u8,
+    ) -> Result<Layout, Error> {
         let end = 1u64 << phys_bits.min(52);
         let too_large = |needed: u64| Error::AddressSpace {
             needed_bytes: needed,
@@ -80,6 +92,18 @@ impl Layout {
             device_memory.push(start..stop);
             next = stop;
         }
+        let dimms_start = align_up(next, DEVICE_MEMORY_ALIGN).ok_or_else(|| too_large(u64::MAX))?;
+        let dimms = if dimm_slots == 0 {
+            dimms_start..dimms_start
+        } else {
+            // A quarter of what is left: the PCI window and what grows need room, too.
+            let room = end.saturating_sub(dimms_start) / 4 / GIB * GIB;
+            dimms_start..dimms_start.saturating_add(room.min(DIMMS_MAX))
+        };
+        if dimm_slots > 0 && dimms.is_empty() {
+            return Err(too_large(dimms_start.saturating_add(GIB)));
+        }
+        next = dimms.end;
         let window = align_up(next, DEVICE_MEMORY_ALIGN).ok_or_else(|| too_large(u64::MAX))?;
         let needed = window.saturating_add(MMIO64_MIN);
         if needed > end {
@@ -89,6 +113,7 @@ impl Layout {
             low_ram: 0..low,
             high_ram: HIGH_RAM_START..high_end,
             device_memory,
+            dimms,
             mmio64: window..end.min(window.saturating_add(MMIO64_MAX)),
         })
     }
@@ -113,7 +138,7 @@ mod tests {
 
     #[test]
     fn small_ram_is_below_the_hole() {
-        let l = Layout::new(512 * MIB, &[7680 * MIB], 40).unwrap();
+        let l = Layout::new(512 * MIB, &[7680 * MIB], 0, 40).unwrap();
         assert_eq!(l.low_ram, 0..512 * MIB);
         assert!(l.high_ram.is_empty());
         assert_eq!(l.device_memory.len(), 1);
@@ -125,20 +150,31 @@ mod tests {
 
     #[test]
     fn ram_past_3_gib_goes_above_4() {
-        let l = Layout::new(5 * GIB, &[GIB, GIB], 46).unwrap();
+        let l = Layout::new(5 * GIB, &[GIB, GIB], 0, 46).unwrap();
         assert_eq!(l.high_ram, 4 * GIB..6 * GIB);
         assert_eq!(l.device_memory, [6 * GIB..7 * GIB, 8 * GIB..9 * GIB]);
         assert_eq!(l.mmio64, 10 * GIB..522 * GIB);
     }
 
     #[test]
+    fn dimms_are_between_other_memory_and_the_window() {
+        let l = Layout::new(GIB, &[GIB], 16, 40).unwrap();
+        assert_eq!(l.dimms, 6 * GIB..134 * GIB);
+        assert_eq!(l.mmio64.start, 134 * GIB);
+        let small = Layout::new(GIB, &[], 1, 36).unwrap();
+        assert_eq!(small.dimms, 4 * GIB..19 * GIB);
+        assert!(Layout::new(GIB, &[], 0, 36).unwrap().dimms.is_empty());
+        assert!(Layout::new(GIB, &[], 1, 33).is_err());
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused() {
         assert!(matches!(
-            Layout::new(GIB, &[1024 * GIB], 40),
+            Layout::new(GIB, &[1024 * GIB], 0, 40),
             Err(Error::AddressSpace { phys_bits: 40, .. })
         ));
-        assert!(Layout::new(GIB, &[u64::MAX], 52).is_err());
-        assert!(Layout::new(u64::MAX, &[], 52).is_err());
-        assert!(Layout::new(GIB, &[1000 * GIB], 40).is_ok());
+        assert!(Layout::new(GIB, &[u64::MAX], 0, 52).is_err());
+        assert!(Layout::new(u64::MAX, &[], 0, 52).is_err());
+        assert!(Layout::new(GIB, &[1000 * GIB], 0, 40).is_ok());
     }
 }

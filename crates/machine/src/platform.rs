@@ -3,12 +3,13 @@
 //! the ways to reset.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ebbtide_bus::acpi::{
-    EVENT_PORT, EventDevice, PCI_HOTPLUG_PORTS, PciHotplug, REGISTER_PORTS, SLEEP_PORT,
-    SleepRegisters,
+    EVENT_PORT, EventDevice, MEMORY_HOTPLUG_PORTS, MemoryHotplug, PCI_HOTPLUG_PORTS, PciHotplug,
+    REGISTER_PORTS, SLEEP_PORT, SleepRegisters,
 };
 use ebbtide_bus::gated;
 use ebbtide_bus::pci::{EjectSink, HostBridge};
@@ -24,12 +25,16 @@ use ebbtide_qmp::types::run_state::ShutdownCause;
 
 use crate::Error;
 use crate::config::SerialConfig;
+use crate::hotplug::Ejector;
 use crate::lifecycle::Requests;
 
 /// Interrupt of the serial port, as on a PC.
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI event device, where a PC has its SCI.
 pub const EVENT_GSI: u32 = 9;
+/// Interrupts of PCI functions without messages: the pins of the I/O APIC that a PC with one has for
+/// them.
+pub const INTX_GSIS: std::ops::Range<u32> = 16..24;
 /// Mechanism #1 of PCI configuration space.
 const CONFIG_PORTS: u64 = 0xcf8;
 /// How long the last serial output may take to be written.
@@ -43,6 +48,7 @@ pub struct Platform {
     output: RefCell<Option<Task<()>>>,
     events: Arc<EventDevice>,
     pci_hotplug: Arc<PciHotplug>,
+    memory_hotplug: Option<Arc<MemoryHotplug>>,
 }
 
 impl Platform {
@@ -57,7 +63,8 @@ impl Platform {
         ports: &Arc<Region>,
         bridge: &Arc<HostBridge>,
         requests: &Requests,
-        ejects: Arc<dyn EjectSink>,
+        ejects: &Arc<Ejector>,
+        dimm_slots: u16,
         local: &Local,
     ) -> Result<Platform, Error> {
         let wire = Wire::new();
@@ -69,13 +76,25 @@ impl Platform {
         };
         let serial = SerialPort::new("serial0", line(SERIAL_GSI)?, &wire);
         let events = Arc::new(EventDevice::new(line(EVENT_GSI)?));
-        let pci_hotplug = PciHotplug::new(bridge, ejects, Arc::clone(&events));
+        let sink = Arc::clone(ejects) as Arc<dyn EjectSink>;
+        let pci_hotplug = PciHotplug::new(bridge, sink, Arc::clone(&events));
+        let memory_hotplug = match dimm_slots {
+            0 => None,
+            slots => {
+                let sink = Arc::clone(ejects) as _;
+                let registers = MemoryHotplug::new(slots, Arc::clone(&events), sink);
+                Some(Arc::new(
+                    registers.map_err(|e| Error::part("DIMM slots", e))?,
+                ))
+            }
+        };
         let platform = Platform {
             serial,
             wire,
             output: RefCell::new(Some(output)),
             events,
             pci_hotplug,
+            memory_hotplug,
         };
         platform
             .map(memory, ports, bridge, requests)
@@ -137,6 +156,12 @@ impl Platform {
             for (name, at, bytes, registers) in devices {
                 t.add(ports, &Region::mmio(name, bytes, registers), at, 0)?;
             }
+            if let Some(registers) = &self.memory_hotplug {
+                let Range { start, end } = MEMORY_HOTPLUG_PORTS;
+                let registers = Arc::clone(registers) as _;
+                let region = Region::mmio("acpi-memory-hotplug", u64::from(end - start), registers);
+                t.add(ports, &region, u64::from(start), 0)?;
+            }
             Ok(())
         })
     }
@@ -144,6 +169,11 @@ impl Platform {
     /// The slots of bus 0.
     pub fn pci_hotplug(&self) -> &Arc<PciHotplug> {
         &self.pci_hotplug
+    }
+
+    /// The DIMM slots, if there are any.
+    pub fn memory_hotplug(&self) -> Option<&Arc<MemoryHotplug>> {
+        self.memory_hotplug.as_ref()
     }
 
     /// Tells the guest that the power button was pressed.
@@ -155,6 +185,9 @@ impl Platform {
     pub fn reset(&self) {
         self.events.reset();
         self.pci_hotplug.reset();
+        if let Some(registers) = &self.memory_hotplug {
+            registers.reset();
+        }
         if let Some(serial) = self.serial.handle().enter(Entry::Io) {
             serial.reset();
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use ebbtide_machine::Backing;
 use ebbtide_machine::config::{
-    DiskConfig, MEMORY_GRANULE, MemoryDeviceConfig, RamConfig, SerialConfig,
+    DiskConfig, MAX_DIMM_SLOTS, MEMORY_GRANULE, MemoryDeviceConfig, RamConfig, SerialConfig,
 };
 
 use ebbtide_qmp::types::device::DeviceAdd;
@@ -14,7 +14,7 @@ use ebbtide_qmp::{Properties, QmpError, SocketSpec};
 
 use super::options::{KeyValues, OptionError, unknown};
 
-const MEMORY_KEYS: &[&str] = &["size", "max", "backend", "path", "prefault"];
+const MEMORY_KEYS: &[&str] = &["size", "max", "backend", "path", "prefault", "slots"];
 const DISK_KEYS: &[&str] = &["path", "id", "readonly", "serial", "direct"];
 const DEFAULT_BLOCK: u64 = 2 << 20;
 /// Id of the device that `max=` adds.
@@ -31,6 +31,14 @@ pub fn memory(text: &str) -> Result<(RamConfig, Option<MemoryDeviceConfig>), Opt
     let path = kv.take("path").map(PathBuf::from);
     let backing = backing(&kv, &backend, path)?;
     let prefault = kv.switch("prefault", false)?;
+    let dimm_slots = match kv.take("slots") {
+        None => 0,
+        Some(text) => text
+            .parse()
+            .ok()
+            .filter(|slots| *slots <= MAX_DIMM_SLOTS)
+            .ok_or_else(|| kv.error(format!("slots={text}: 0 to {MAX_DIMM_SLOTS} are accepted")))?,
+    };
     if size_bytes == 0 || !size_bytes.is_multiple_of(MEMORY_GRANULE) {
         return Err(kv.error(format!(
             "size={size_bytes}: a multiple of 2 MiB, not 0, is accepted"
@@ -53,6 +61,7 @@ pub fn memory(text: &str) -> Result<(RamConfig, Option<MemoryDeviceConfig>), Opt
             size_bytes,
             backing,
             prefault,
+            dimm_slots,
         },
         device,
     ))

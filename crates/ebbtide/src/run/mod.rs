@@ -60,8 +60,8 @@ pub struct RunArgs {
     /// Number of vCPUs, 1 to 4
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u64,
-    /// size=SIZE[,max=SIZE][,backend=anon|memfd|hugetlb|file][,path=FILE][,prefault=on]: RAM at
-    /// boot; max adds the virtio-mem device vmem0 with the rest, not reserved up front
+    /// size=SIZE[,max=SIZE][,backend=anon|memfd|hugetlb|file][,path=FILE][,prefault=on][,slots=N]:
+    /// RAM at boot, slots for DIMMs; max adds the virtio-mem device vmem0 with the rest, not reserved up front
     #[arg(long, value_name = "OPTIONS", default_value = "512M")]
     memory: String,
     /// path=FILE[,id=ID][,readonly=on][,serial=TEXT][,direct=on]: a raw disk image or block device
@@ -191,7 +191,10 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         boot: BootSpec {
             kernel: args.kernel,
             initrd: args.initrd,
-            cmdline: command_line(args.cmdline, !memory_devices.is_empty()),
+            cmdline: command_line(
+                args.cmdline,
+                !memory_devices.is_empty() || ram.dimm_slots > 0,
+            ),
         },
         cpus,
         ram,

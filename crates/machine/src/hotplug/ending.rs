@@ -37,6 +37,18 @@ impl Devices {
         }
     }
 
+    /// Lets the time that devices measure for the guest stand still, or go on.
+    pub(crate) fn stand_still(&self, still: bool) {
+        let tree = self.tree.borrow();
+        let functions = tree.iter().filter_map(|(_, n)| n.info.site.function());
+        for function in functions {
+            match still {
+                true => function.pause(),
+                false => function.resume(),
+            }
+        }
+    }
+
     /// Ends all use of the devices by the guest; returns those with requests that did not end within the drain time-out.
     pub(crate) async fn quiesce(&self) -> Vec<Stuck> {
         let drains: Vec<_> = {
@@ -44,7 +56,7 @@ impl Devices {
             let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             // All gates close before the first wait.
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
-                let function = entry.info.seat.as_ref()?.function.upgrade()?;
+                let function = entry.info.site.function()?;
                 let name = name(entry);
                 Some((Stuck { node, name }, function.quiesce()))
             };

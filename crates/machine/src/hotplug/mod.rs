@@ -9,16 +9,19 @@
 
 mod backends;
 pub(crate) mod blocks;
+mod chardevs;
+mod dimm;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;
 pub(crate) mod netdevs;
 mod news;
-pub(crate) mod objects;
+mod objects;
 mod pci;
 mod places;
 mod removal;
 mod requests;
+pub(crate) mod shared;
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -28,53 +31,140 @@ use std::time::Duration;
 
 use ebbtide_bus::acpi::PciHotplug;
 use ebbtide_bus::irq::MsiController;
-use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port};
-use ebbtide_device::{Eject, GuestEject, Identity, NodeId, PlugError, Tree};
+use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
+use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
+use ebbtide_devices::dimm::DimmBank;
+use ebbtide_devices::i6300esb::SharedAction;
 use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
 use ebbtide_memory::AddressSpace;
 use ebbtide_net::Netdev;
 use ebbtide_qmp::{EventSink, QmpError};
 
-pub(crate) use backends::{AnyUse, Shelf};
+use crate::lifecycle::Requests;
+
+pub(crate) use backends::{AnyUse, Shelf, Use};
 pub(crate) use blocks::BlockNode;
+pub(crate) use chardevs::CharNode;
+pub(crate) use dimm::DimmSite;
 use drivers::Below;
 pub(crate) use drivers::{Driver, Face, Made};
+use ejector::OstReport;
 pub(crate) use ejector::{Ejector, SlotKey};
 use news::News;
-pub(crate) use objects::Object;
+pub(crate) use objects::{MEMORY_BACKENDS, MemoryObject};
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
+pub(crate) use shared::Object;
 
 /// What the machine keeps with each device.
 pub(crate) struct Info {
     /// The model's name.
     pub(crate) driver: &'static str,
-    /// Where it is on a PCI bus; None: it is below another device, which has the rest.
-    pub(crate) seat: Option<Seat>,
+    /// Where it is.
+    pub(crate) site: Site,
     /// What commands about its kind do with it.
     pub(crate) face: Face,
-    /// It, where it is a bridge.
-    pub(crate) port: Option<ArcWeak<Port>>,
     /// The slot it is in, where that can change while the guest runs.
-    pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
+    pub(crate) slot: Option<Slot>,
     /// What it stands on, until it is gone.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
 }
 
-/// A place on a PCI bus with what is there.
-pub(crate) struct Seat {
-    /// The bus.
-    pub(crate) bus: Arc<Bus>,
-    /// Where on it.
-    pub(crate) at: Devfn,
-    /// The function; the model in the tree keeps it alive.
-    pub(crate) function: ArcWeak<dyn Removable>,
+/// Where a device is.
+pub(crate) enum Site {
+    /// On a PCI bus.
+    Pci {
+        /// The bus.
+        bus: Arc<Bus>,
+        /// Where on that.
+        at: Devfn,
+        /// Its function; the model in the tree keeps it alive.
+        function: ArcWeak<dyn Removable>,
+        /// It, where it is a bridge.
+        port: Option<ArcWeak<Port>>,
+    },
+    /// In a DIMM slot.
+    Dimm(Arc<DimmSite>),
+    /// On the bus of the device it is below of, which knows the rest.
+    Below,
 }
 
-impl Info {
-    fn slot_key(&self) -> Option<SlotKey> {
-        let slot = self.slot.as_ref()?;
-        Some(SlotKey::Pci(slot.address().clone()))
+impl Site {
+    /// The bridge it is.
+    pub(crate) fn port(&self) -> Option<Arc<Port>> {
+        match self {
+            Site::Pci { port, .. } => port.as_ref()?.upgrade(),
+            Site::Dimm(_) | Site::Below => None,
+        }
+    }
+
+    /// The function it is.
+    pub(crate) fn function(&self) -> Option<Arc<dyn Removable>> {
+        match self {
+            Site::Pci { function, .. } => function.upgrade(),
+            Site::Dimm(_) | Site::Below => None,
+        }
+    }
+}
+
+/// A slot that a guest can be asked to give up.
+#[derive(Clone)]
+pub(crate) enum Slot {
+    /// Of a PCI bus.
+    Pci(Arc<dyn HotplugSlot>),
+    /// Of a DIMM.
+    Dimm(Arc<DimmSite>),
+}
+
+impl Slot {
+    /// How the guest's eject names it.
+    pub(crate) fn key(&self) -> SlotKey {
+        match self {
+            Slot::Pci(slot) => SlotKey::Pci(slot.address().clone()),
+            Slot::Dimm(dimm) => SlotKey::Dimm(dimm.info().slot),
+        }
+    }
+
+    /// Asks the guest to let go of what is in it. False: the guest does not use it, there is nobody to wait for.
+    ///
+    /// # Errors
+    /// Why it can't be asked now.
+    pub(crate) fn request(&self) -> Result<bool, QmpError> {
+        match self {
+            Slot::Pci(slot) => match slot.request_removal() {
+                Ok(asked) => Ok(asked == Removal::Asked),
+                Err(reason) => Err(QmpError::generic(reason.to_string())),
+            },
+            Slot::Dimm(dimm) => dimm.request().map(|()| true),
+        }
+    }
+
+    /// Takes a request back before the tree does. False: it is too late.
+    pub(crate) fn cancel(&self) -> bool {
+        match self {
+            Slot::Pci(slot) => {
+                slot.cancel();
+                true
+            }
+            Slot::Dimm(dimm) => dimm.cancel(),
+        }
+    }
+
+    /// Tells the guest that what it has ejected uninvited is still there.
+    pub(crate) fn still_occupied(&self) {
+        match self {
+            Slot::Pci(slot) => slot.plugged(),
+            // The registers have refused by themselves.
+            Slot::Dimm(_) => {}
+        }
+    }
+
+    /// Tells the guest that the slot is empty.
+    pub(crate) fn vacated(&self, _notice: GuestNotice) {
+        match self {
+            Slot::Pci(slot) => slot.detached(),
+            Slot::Dimm(dimm) => dimm.detach(),
+        }
     }
 }
 
@@ -84,16 +174,24 @@ pub(crate) struct Surface {
     pub(crate) system: Arc<AddressSpace>,
     pub(crate) msi: Arc<dyn MsiController>,
     pub(crate) blocking: Arc<Blocking>,
+    pub(crate) requests: Requests,
 }
 
 /// All devices of a machine. Belongs to the control thread.
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
     blocks: Shelf<BlockNode>,
+    chardevs: Shelf<CharNode>,
+    memory_objects: Shelf<MemoryObject>,
     netdevs: Shelf<Arc<Netdev>>,
     objects: Shelf<Object>,
     news: News,
+    dimms: OnceCell<Arc<DimmBank>>,
+    /// What the guest said last about each DIMM slot.
+    ost: RefCell<BTreeMap<u16, OstReport>>,
     surface: Surface,
+    /// What watchdogs do that have no action of their own.
+    watchdog_action: Arc<SharedAction>,
     ejector: Arc<Ejector>,
     root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
@@ -121,10 +219,15 @@ impl Devices {
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
+            chardevs: Shelf::new("Chardev"),
+            memory_objects: Shelf::new("object"),
             netdevs: Shelf::new("Netdev"),
             objects: Shelf::new("object"),
             news: News::new(),
+            dimms: OnceCell::new(),
+            ost: RefCell::default(),
             surface,
+            watchdog_action: Arc::default(),
             ejector: Ejector::new(ejected.notifier()),
             root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
@@ -146,12 +249,42 @@ impl Devices {
         &self.blocks
     }
 
+    /// The character devices.
+    pub(crate) fn chardevs(&self) -> &Shelf<CharNode> {
+        &self.chardevs
+    }
+
+    /// The memory backends.
+    pub(crate) fn memory_objects(&self) -> &Shelf<MemoryObject> {
+        &self.memory_objects
+    }
+
+    /// The DIMM slots, if the machine has any.
+    pub(crate) fn dimms(&self) -> Option<&Arc<DimmBank>> {
+        self.dimms.get()
+    }
+
+    /// Gives the machine its DIMM slots. Once, before anything is plugged.
+    pub(crate) fn set_dimms(&self, bank: Arc<DimmBank>) {
+        let _ = self.dimms.set(bank);
+    }
+
+    /// What watchdogs do that have no action of their own.
+    pub(crate) fn watchdog_action(&self) -> &Arc<SharedAction> {
+        &self.watchdog_action
+    }
+
+    /// Where changes of the run state are asked for.
+    pub(crate) fn requests(&self) -> &Requests {
+        &self.surface.requests
+    }
+
     /// The network backends.
     pub(crate) fn netdevs(&self) -> &Shelf<Arc<Netdev>> {
         &self.netdevs
     }
 
-    /// The objects.
+    /// The objects that devices share.
     pub(crate) fn objects(&self) -> &Shelf<Object> {
         &self.objects
     }
@@ -219,6 +352,7 @@ impl Devices {
             let Some(node) = tree.get(occupant.node) else {
                 continue;
             };
+            let refused = occupant.take_guest_refused();
             if occupant.take_refused()
                 && let Some(slot) = &node.info.slot
             {
@@ -226,13 +360,21 @@ impl Devices {
                     "{}: the guest ejects it uninvited; it stays",
                     node.identity.path
                 );
-                slot.plugged();
+                slot.still_occupied();
             }
             let taken = node.model().is_none();
             drop(tree);
             if occupant.eject.is_isolated() && !taken {
                 drop(self.remove(occupant.node));
+            } else if refused {
+                self.tree
+                    .borrow_mut()
+                    .cancel(occupant.node, self.local.now());
+                self.refused(occupant.node);
             }
+        }
+        for report in self.ejector.take_reports() {
+            self.report(&report);
         }
     }
 
@@ -277,17 +419,17 @@ impl Devices {
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let info = Info {
             driver,
-            seat: Some(Seat {
+            site: Site::Pci {
                 bus: Arc::clone(&place.bus),
                 at: place.at,
                 function: Arc::downgrade(&function),
-            }),
+                port,
+            },
             face,
-            port,
-            slot: place.slot.clone(),
+            slot: place.slot.clone().map(Slot::Pci),
             uses,
         };
-        let key = info.slot_key();
+        let key = info.slot.as_ref().map(Slot::key);
         let eject = key.is_some().then(|| Eject::new(policy, &gate));
         let identity = self.identity(id);
         let model = Box::new(PciModel::new(function, &place.bus, place.at));
@@ -312,7 +454,7 @@ impl Devices {
         Ok(node)
     }
 
-    /// Puts what was made below another device into the tree. The device it is below tells the guest of it.
+    /// Puts what was made below another device into the tree. The device it is below of tells the guest of it.
     ///
     /// # Errors
     /// What it is below of is going; it is taken off again.
@@ -331,9 +473,8 @@ impl Devices {
         } = below;
         let info = Info {
             driver,
-            seat: None,
+            site: Site::Below,
             face,
-            port: None,
             slot: None,
             uses,
         };

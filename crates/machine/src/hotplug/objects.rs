@@ -1,136 +1,214 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Objects that devices share: sources of random bytes, iothreads.
+//! Memory backends by name: from `object-add` to a RAM block, and back.
 
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use ebbtide_iothread::{IoThread, Remote, oneshot};
+use ebbtide_iothread::Blocking;
+use ebbtide_memory::{Backing, Memory, NumaPolicy, RamBlock, RamPolicy, RamSpec};
+use ebbtide_qmp::types::memory::{HostMemPolicy, Memdev};
 use ebbtide_qmp::types::qom::ObjectAdd;
-use ebbtide_qmp::{ErrorClass, Properties, QmpError};
-use ebbtide_virtio::rng::{Builtin, File, RngBackend};
+use ebbtide_qmp::{Properties, QmpError};
 
 use super::Devices;
 use super::backends::Released;
-use super::drivers::check_id;
 
-/// The types of `object-add` with their properties.
-pub(crate) const TYPES: &[(&str, &[(&str, &str)])] = &[
-    ("iothread", &[("poll-max-ns", "int")]),
-    ("rng-builtin", &[]),
-    ("rng-random", &[("filename", "string")]),
+/// The types of memory backends.
+pub(crate) const MEMORY_BACKENDS: &[&str] = &[
+    "memory-backend-ram",
+    "memory-backend-memfd",
+    "memory-backend-file",
 ];
+/// The huge pages there are without being asked for others.
+const HUGE_PAGE: u64 = 2 << 20;
 
-/// An object.
-pub(crate) enum Object {
-    /// Random bytes.
-    Rng(Arc<RngBackend>),
-    /// A thread that serves queues.
-    Iothread(Iothread),
+/// A memory backend. Its memory is there from the start; a device that has used it takes it along when it goes, and the
+/// next one gets new memory.
+pub(crate) struct MemoryObject {
+    memory: Arc<Memory>,
+    qom_type: String,
+    spec: RamSpec,
+    policy: RamPolicy,
+    block: RefCell<Option<Arc<RamBlock>>>,
 }
 
-impl Released for Object {}
+impl Released for MemoryObject {}
 
-/// A thread that serves queues.
-pub(crate) struct Iothread {
-    thread: IoThread,
-    /// The host's number of the thread.
-    pub(crate) thread_id: i64,
-}
-
-impl Iothread {
-    /// Where to start tasks on it.
-    pub(crate) fn remote(&self) -> Remote {
-        self.thread.remote()
+impl MemoryObject {
+    /// Its QOM type.
+    pub(crate) fn qom_type(&self) -> &str {
+        &self.qom_type
     }
-}
 
-/// Makes an object.
-///
-/// # Errors
-/// The type is unknown, a property is wrong, the id is impossible or taken, the host refuses; nothing was added.
-pub(crate) async fn add(devices: &Devices, args: ObjectAdd) -> Result<(), QmpError> {
-    let ObjectAdd {
-        qom_type,
-        id,
-        properties,
-    } = args;
-    check_id(&id)?;
-    let taken = |_| QmpError::duplicate_object_id(&id);
-    devices.objects().check_name(&id).map_err(taken)?;
-    let object = match qom_type.as_str() {
-        "iothread" => iothread(&id, properties).await?,
-        "rng-builtin" => {
-            properties.finish()?;
-            Object::Rng(RngBackend::new(&id, Builtin))
+    /// Bytes.
+    pub(crate) fn size_bytes(&self) -> u64 {
+        self.spec.size_bytes
+    }
+
+    /// The memory, for its user.
+    pub(crate) async fn block(
+        object: &Rc<MemoryObject>,
+        blocking: &Blocking,
+    ) -> Result<Arc<RamBlock>, QmpError> {
+        match object.block.borrow_mut().take() {
+            Some(block) => return Ok(block),
+            None => {}
         }
-        "rng-random" => rng_random(devices, &id, properties).await?,
-        other => return Err(QmpError::invalid_object_type(other)),
-    };
-    // Another client may have taken the id meanwhile.
-    devices.objects().add(&id, object).map_err(taken)
+        allocate(&object.memory, &object.spec, &object.policy, blocking).await
+    }
+
+    /// A user that could not use it gives it back.
+    pub(crate) fn put_back(&self, block: Arc<RamBlock>) {
+        *self.block.borrow_mut() = Some(block);
+    }
+
+    /// As `query-memdev` tells it.
+    pub(crate) fn describe(&self, id: &str) -> Memdev {
+        let (policy, nodes) = match &self.policy.numa {
+            None => (HostMemPolicy::Default, Vec::new()),
+            Some(NumaPolicy::Preferred(node)) => (HostMemPolicy::Preferred, vec![*node]),
+            Some(NumaPolicy::Bind(nodes)) => (HostMemPolicy::Bind, nodes.clone()),
+            Some(NumaPolicy::Interleave(nodes)) => (HostMemPolicy::Interleave, nodes.clone()),
+        };
+        Memdev {
+            id: Some(id.to_owned()),
+            size: self.spec.size_bytes,
+            merge: self.policy.merge,
+            dump: self.policy.dump,
+            prealloc: self.spec.prefault,
+            share: !matches!(
+                self.spec.backing,
+                Backing::Anon { .. } | Backing::File { share: false, .. }
+            ),
+            reserve: None,
+            host_nodes: nodes,
+            policy,
+        }
+    }
 }
 
-/// Destroys an object that nothing uses.
-///
-/// # Errors
-/// There is none, or it is used.
-pub(crate) async fn remove(devices: &Devices, id: &str) -> Result<(), QmpError> {
-    if devices.objects().get(id).is_none() {
-        return Err(QmpError::object_not_found(id));
-    }
-    let removed = devices.objects().remove(id);
-    let object = removed.map_err(|e| {
-        QmpError::new(
-            ErrorClass::GenericError,
-            format!("{}: {}", QmpError::object_in_use(id).desc, e.desc),
-        )
-    })?;
-    // A thread is waited for, closing a file may block.
-    if let Some(object) = Rc::into_inner(object) {
-        devices.blocking().run(move || drop(object)).await;
-    }
-    Ok(())
-}
-
-async fn iothread(id: &str, mut properties: Properties) -> Result<Object, QmpError> {
-    let polling = properties.take_uint::<u64>("poll-max-ns")?.unwrap_or(0);
-    properties.finish()?;
-    if polling != 0 {
-        return Err(QmpError::generic(format!(
-            "Parameter 'poll-max-ns' does not accept value '{polling}': iothreads do not poll, 0 is accepted"
-        )));
-    }
-    let failed = |e: String| QmpError::generic(format!("iothread '{id}': {e}"));
-    let thread = IoThread::spawn(id).map_err(|e| failed(e.to_string()))?;
-    let (tell, told) = oneshot::channel();
-    thread
-        .remote()
-        .spawn(move |_| {
-            let number = rustix::thread::gettid().as_raw_nonzero().get();
-            // Whoever asked waits for it.
-            let _ = tell.send(number);
-            std::future::ready(())
-        })
-        .map_err(|e| failed(e.to_string()))?;
-    let thread_id = told
+async fn allocate(
+    memory: &Arc<Memory>,
+    spec: &RamSpec,
+    policy: &RamPolicy,
+    blocking: &Blocking,
+) -> Result<Arc<RamBlock>, QmpError> {
+    let (memory, spec, policy) = (Arc::clone(memory), spec.clone(), policy.clone());
+    blocking
+        .run(move || memory.ram().add_with(spec, &policy))
         .await
-        .ok_or_else(|| failed("its thread has ended".to_owned()))?;
-    Ok(Object::Iothread(Iothread {
-        thread,
-        thread_id: thread_id.into(),
-    }))
+        .map_err(|e| QmpError::generic(e.to_string()))
 }
 
-async fn rng_random(
-    devices: &Devices,
-    id: &str,
-    mut properties: Properties,
-) -> Result<Object, QmpError> {
-    let path = properties.take_string("filename")?;
-    properties.finish()?;
-    let path = PathBuf::from(path.unwrap_or_else(|| File::DEFAULT_PATH.to_owned()));
-    let opened = devices.blocking().run(move || File::open(&path)).await;
-    let file = opened.map_err(|e| QmpError::generic(format!("object '{id}': {e}")))?;
-    Ok(Object::Rng(RngBackend::new(id, file)))
+impl Devices {
+    /// Makes a memory backend.
+    ///
+    /// # Errors
+    /// What is wrong with its properties, or why the host can't; nothing was made.
+    pub(crate) async fn add_memory_object(&self, args: ObjectAdd) -> Result<(), QmpError> {
+        let ObjectAdd {
+            qom_type,
+            id,
+            mut properties,
+        } = args;
+        let policy = policy(&mut properties)?;
+        let spec = spec(&qom_type, &id, &mut properties)?;
+        properties.finish()?;
+        let memory = self.system().memory();
+        let block = allocate(memory, &spec, &policy, self.blocking()).await?;
+        let object = MemoryObject {
+            memory: Arc::clone(memory),
+            qom_type,
+            spec,
+            policy,
+            block: RefCell::new(Some(block)),
+        };
+        self.memory_objects().add(&id, object)
+    }
+
+    /// Takes a memory backend away, with its memory.
+    ///
+    /// # Errors
+    /// There is none, or a device uses it.
+    pub(crate) async fn remove_memory_object(&self, id: &str) -> Result<(), QmpError> {
+        let object = self.memory_objects().remove(id)?;
+        let Some(block) = object.block.borrow_mut().take() else {
+            return Ok(());
+        };
+        let memory = Arc::clone(&object.memory);
+        let ticket = memory
+            .update(|t| t.retire(&block))
+            .map_err(|e| QmpError::generic(e.to_string()))?;
+        drop(block);
+        ticket.drained().await;
+        let destroyed = self.blocking().run(move || ticket.destroy()).await;
+        destroyed.map_err(|(_, e)| QmpError::generic(e.to_string()))
+    }
+}
+
+fn spec(qom_type: &str, id: &str, properties: &mut Properties) -> Result<RamSpec, QmpError> {
+    let size_bytes = properties.need_size("size")?;
+    let share = properties.take_bool("share")?;
+    let backing = match qom_type {
+        // What other processes are to see change has to be a file, with or without a name.
+        "memory-backend-ram" if share == Some(true) => Backing::Memfd { thp: true },
+        "memory-backend-ram" => Backing::Anon { thp: true },
+        "memory-backend-memfd" if share == Some(false) => {
+            return Err(QmpError::property_value(qom_type, "share", "off"));
+        }
+        "memory-backend-memfd" => match properties.take_bool("hugetlb")? {
+            Some(true) => Backing::Hugetlb {
+                page_size_bytes: properties.take_size("hugetlbsize")?.unwrap_or(HUGE_PAGE),
+            },
+            _ => Backing::Memfd { thp: true },
+        },
+        "memory-backend-file" => Backing::File {
+            path: PathBuf::from(properties.need_string("mem-path")?),
+            share: share.unwrap_or(false),
+            readonly: properties.take_bool("readonly")?.unwrap_or(false),
+        },
+        _ => return Err(QmpError::invalid_object_type(qom_type)),
+    };
+    Ok(RamSpec {
+        name: id.to_owned(),
+        size_bytes,
+        max_size_bytes: size_bytes,
+        backing,
+        prefault: properties.take_bool("prealloc")?.unwrap_or(false),
+        block_size_bytes: None,
+    })
+}
+
+fn policy(properties: &mut Properties) -> Result<RamPolicy, QmpError> {
+    let nodes = match properties.take_strings("host-nodes")? {
+        None => Vec::new(),
+        Some(nodes) => nodes
+            .iter()
+            .map(|node| node.parse())
+            .collect::<Result<Vec<u32>, _>>()
+            .map_err(|_| QmpError::invalid_value("host-nodes", &nodes.join(",")))?,
+    };
+    let numa = match (properties.take_enum::<HostMemPolicy>("policy")?, &*nodes) {
+        (None | Some(HostMemPolicy::Default), []) => None,
+        (Some(HostMemPolicy::Preferred), [node]) => Some(NumaPolicy::Preferred(*node)),
+        (Some(HostMemPolicy::Bind), [_, ..]) => Some(NumaPolicy::Bind(nodes)),
+        (Some(HostMemPolicy::Interleave), [_, ..]) => Some(NumaPolicy::Interleave(nodes)),
+        (policy, nodes) => {
+            return Err(QmpError::generic(format!(
+                "policy {} does not go with {} host-nodes",
+                policy.map_or("default".to_owned(), |p| p.to_string()),
+                nodes.len()
+            )));
+        }
+    };
+    Ok(RamPolicy {
+        numa,
+        merge: properties.take_bool("merge")?.unwrap_or(false),
+        dump: properties.take_bool("dump")?.unwrap_or(true),
+        prefault_threads: properties
+            .take_uint::<u32>("prealloc-threads")?
+            .map_or(0, |n| n as usize),
+    })
 }

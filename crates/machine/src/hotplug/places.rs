@@ -7,7 +7,7 @@ use ebbtide_bus::pci::{Bus, Devfn, HotplugSlot, PciError};
 use ebbtide_device::{NodeId, Phase};
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Devices, Driver, Seat};
+use super::{Devices, Driver, Site};
 
 /// A free place.
 #[derive(Clone)]
@@ -73,8 +73,12 @@ impl Devices {
         };
         let tree = self.tree.borrow();
         for (id, node) in tree.iter() {
-            let port = node.info.port.as_ref().and_then(|port| port.upgrade());
-            let Some(port) = port.filter(|port| &**port.bus().name() == name) else {
+            let Some(port) = node
+                .info
+                .site
+                .port()
+                .filter(|port| &**port.bus().name() == name)
+            else {
                 continue;
             };
             if node.phase() >= Phase::Draining {
@@ -94,8 +98,14 @@ impl Devices {
         }
         let tree = self.tree.borrow();
         let mut nodes = tree.iter().map(|(_, node)| node);
-        let here = |seat: &Seat| Arc::ptr_eq(&seat.bus, bus) && seat.at == at;
-        let owner = nodes.find(|node| node.info.seat.as_ref().is_some_and(here));
+        let owner = nodes.find(|node| match &node.info.site {
+            Site::Pci {
+                bus: its,
+                at: there,
+                ..
+            } => Arc::ptr_eq(its, bus) && *there == at,
+            Site::Dimm(_) | Site::Below => false,
+        });
         let owner = owner.map_or("the host bridge".to_owned(), |node| {
             let leaving = if node.phase() >= Phase::Draining {
                 ", which is being removed"
@@ -126,7 +136,7 @@ impl Devices {
             return slots.slot(at.slot()).filter(|_| removable);
         };
         let tree = self.tree.borrow();
-        let port = tree.get(parent)?.info.port.as_ref()?.upgrade()?;
+        let port = tree.get(parent)?.info.site.port()?;
         debug_assert!(Arc::ptr_eq(port.bus(), bus));
         port.slot().filter(|_| removable)
     }
@@ -134,7 +144,9 @@ impl Devices {
     /// The lowest physical slot number no port has.
     pub(crate) fn free_slot_number(&self) -> u16 {
         let tree = self.tree.borrow();
-        let ports = tree.iter().filter(|(_, node)| node.info.port.is_some());
+        let ports = tree
+            .iter()
+            .filter(|(_, node)| node.info.site.port().is_some());
         u16::try_from(ports.count() + 1).unwrap_or(0)
     }
 }

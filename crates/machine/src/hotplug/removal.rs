@@ -15,7 +15,7 @@ use ebbtide_iothread::oneshot;
 use ebbtide_qmp::types::device::DevicePath;
 use ebbtide_qmp::types::events;
 
-use super::{Devices, Info, Place};
+use super::{Devices, Info, Place, Site};
 
 impl Devices {
     /// Removes a device and what is below it, isolating it where the guest has not. The answer comes when management
@@ -81,11 +81,11 @@ impl Bus for Buses {
         let Some((id, node)) = tree.iter().find(|(_, node)| node.identity == *identity) else {
             return;
         };
-        if let Some(key) = node.info.slot_key() {
-            self.devices.ejector.vacate(&key, id);
+        if let Some(slot) = &node.info.slot {
+            self.devices.ejector.vacate(&slot.key(), id);
         }
-        if let Some(seat) = &node.info.seat {
-            forget(&seat.bus, seat.at, identity);
+        if let Site::Pci { bus, at, .. } = &node.info.site {
+            forget(bus, *at, identity);
         }
     }
 }
@@ -135,10 +135,9 @@ impl Surroundings<Info> for Around {
             .borrow()
             .get(top)
             .and_then(|node| node.info.slot.clone());
-        let Some(slot) = slot else { return };
-        // The right to say so is used up here.
-        let GuestNotice { .. } = notice;
-        slot.detached();
+        if let Some(slot) = slot {
+            slot.vacated(notice);
+        }
     }
 
     fn destroy(&self, subtree: Subtree<Detached>) -> Pending<Vec<Gone>> {

@@ -3,15 +3,15 @@
 
 use std::task::Poll;
 
-use ebbtide_bus::pci::Removal;
 use ebbtide_device::{GuestEject, NodeId, Phase, RemoveError};
 use ebbtide_qmp::schema::Event;
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::ebbtide::WaitPhase;
+use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{Properties, QmpError};
 
 use super::drivers::Make;
-use super::{Devices, blocks, drivers, netdevs, objects};
+use super::{Devices, MEMORY_BACKENDS, blocks, dimm, drivers, netdevs, shared};
 use crate::Error;
 use crate::config::MachineConfig;
 
@@ -22,14 +22,16 @@ impl Devices {
     /// Names the one that can't be had.
     pub(crate) async fn add_cold(&self, config: &MachineConfig) -> Result<(), Error> {
         for object in &config.objects {
-            let id = &object.id;
-            let added = objects::add(self, object.clone()).await;
-            added.map_err(|e| Error::part(format!("--object {id}"), e.desc))?;
+            let added = self.add_object(object.clone()).await;
+            added.map_err(|e| Error::part(format!("--object {}", object.id), e.desc))?;
         }
         for netdev in &config.netdevs {
-            let id = &netdev.id;
             let added = netdevs::add(self, netdev.clone()).await;
-            added.map_err(|e| Error::part(format!("--netdev {id}"), e.desc))?;
+            added.map_err(|e| Error::part(format!("--netdev {}", netdev.id), e.desc))?;
+        }
+        for chardev in &config.chardevs {
+            let added = self.add_chardev(chardev.clone()).await;
+            added.map_err(|e| Error::part(format!("--chardev {}", chardev.id), e.desc))?;
         }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
@@ -44,17 +46,44 @@ impl Devices {
         Ok(())
     }
 
+    /// Makes an object.
+    ///
+    /// # Errors
+    /// What is wrong with it, or why the host can't.
+    pub(crate) async fn add_object(&self, args: ObjectAdd) -> Result<(), QmpError> {
+        drivers::check_id(&args.id)?;
+        let taken = self.memory_objects().get(&args.id).is_some();
+        if taken || self.objects().get(&args.id).is_some() {
+            return Err(QmpError::duplicate_object_id(&args.id));
+        }
+        if MEMORY_BACKENDS.contains(&&*args.qom_type) {
+            return self.add_memory_object(args).await;
+        }
+        shared::add(self, args).await
+    }
+
+    /// Takes an object away.
+    ///
+    /// # Errors
+    /// There is none, or a device uses it.
+    pub(crate) async fn remove_object(&self, id: &str) -> Result<(), QmpError> {
+        if self.memory_objects().get(id).is_some() {
+            return self.remove_memory_object(id).await;
+        }
+        shared::remove(self, id).await
+    }
+
     /// Makes and plugs a device. Unless it is `cold` the guest is told.
     ///
     /// # Errors
     /// What is wrong with the arguments, or why the host can't; nothing has changed.
     pub(crate) async fn device_add(&self, args: DeviceAdd, cold: bool) -> Result<NodeId, QmpError> {
-        let driver = drivers::find(&args.driver)?;
-        if let Some(id) = &args.id {
-            drivers::check_id(id)?;
-            let free = self.tree.borrow().check_id(id);
-            free.map_err(|e| super::plug_error(&e))?;
+        if args.driver == dimm::DRIVER {
+            self.check_id(args.id.as_deref())?;
+            return self.add_dimm(args, cold).await;
         }
+        let driver = drivers::find(&args.driver)?;
+        self.check_id(args.id.as_deref())?;
         let mut properties = args.properties;
         let policy = policy(&mut properties)?;
         let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
@@ -73,6 +102,14 @@ impl Devices {
         }
     }
 
+    /// Whether a new device may have this id.
+    fn check_id(&self, id: Option<&str>) -> Result<(), QmpError> {
+        let Some(id) = id else { return Ok(()) };
+        drivers::check_id(id)?;
+        let free = self.tree.borrow().check_id(id);
+        free.map_err(|e| super::plug_error(&e))
+    }
+
     /// Asks the guest to let go of a device.
     ///
     /// # Errors
@@ -85,34 +122,38 @@ impl Devices {
             tree.get(node).and_then(|node| node.info.slot.clone())
         };
         let Some(slot) = slot else {
-            // It has no hot-plug hardware that could ask: the device it is below tells the guest when it is gone.
+            // It has no hot-plug hardware that could ask: the device it is below of tells the guest when it is gone.
             drop(self.remove(node));
             return Ok(());
         };
-        match slot.request_removal() {
-            Ok(Removal::Asked) => Ok(()),
+        match slot.request() {
+            Ok(true) => Ok(()),
             // The guest does not use it: there is nobody to wait for.
-            Ok(Removal::Unused) => {
+            Ok(false) => {
                 drop(self.remove(node));
                 Ok(())
             }
-            Err(reason) => {
+            Err(refused) => {
                 self.tree.borrow_mut().cancel(node, self.local.now());
-                Err(QmpError::generic(reason.to_string()))
+                Err(refused)
             }
         }
     }
 
     /// Withdraws a request. False: there is none, or it is too late.
     pub(crate) fn cancel_removal(&self, node: NodeId) -> bool {
-        let cancelled = self.tree.borrow_mut().cancel(node, self.local.now());
-        if cancelled {
+        let slot = {
             let tree = self.tree.borrow();
-            if let Some(slot) = tree.get(node).and_then(|n| n.info.slot.as_ref()) {
-                slot.cancel();
+            let Some(entry) = tree.get(node) else {
+                return false;
+            };
+            if !entry.eject().is_some_and(|eject| eject.is_requested()) {
+                return false;
             }
-        }
-        cancelled
+            entry.info.slot.clone()
+        };
+        slot.is_some_and(|slot| slot.cancel())
+            && self.tree.borrow_mut().cancel(node, self.local.now())
     }
 
     /// Takes a device away without asking the guest again: a removal that waits for the guest goes on without it, one
@@ -188,7 +229,7 @@ fn refuse(error: &RemoveError) -> QmpError {
 }
 
 /// The property `guest-eject` of every device that can be taken out.
-fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
+pub(super) fn policy(properties: &mut Properties) -> Result<GuestEject, QmpError> {
     match properties.take_string("guest-eject")?.as_deref() {
         None | Some("requested") => Ok(GuestEject::Requested),
         Some("on") => Ok(GuestEject::On),

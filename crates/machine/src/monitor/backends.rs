@@ -13,20 +13,12 @@ use ebbtide_qmp::{CommandTable, QmpError, commands};
 use ebbtide_virtio::balloon::VirtioBalloon;
 use ebbtide_virtio::net::VirtioNet;
 
-use crate::hotplug::{Face, Object, drivers, netdevs, objects};
+use crate::hotplug::{Face, Object, drivers, netdevs, shared};
 use crate::machine::Machine;
 
 /// Adds them to `table`.
 pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
     table
-        .on(commands::OBJECT_ADD, async |m, _, args| {
-            objects::add(&m.devices, args).await?;
-            Ok(Empty {})
-        })
-        .on(commands::OBJECT_DEL, async |m, _, args| {
-            objects::remove(&m.devices, &args.id).await?;
-            Ok(Empty {})
-        })
         .on(commands::QOM_LIST_PROPERTIES, async |_, _, args| {
             list_properties(&args.typename)
         })
@@ -51,7 +43,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
 fn list_properties(type_name: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError> {
     let property =
         |(name, kind): &(&'static str, &'static str)| ObjectPropertyInfo::new(*name, *kind);
-    if let Some((_, properties)) = objects::TYPES.iter().find(|(name, _)| *name == type_name) {
+    if let Some((_, properties)) = shared::TYPES.iter().find(|(name, _)| *name == type_name) {
         return Ok(properties.iter().map(property).collect());
     }
     let driver = drivers::find(type_name).map_err(|_| QmpError::class_not_found(type_name))?;

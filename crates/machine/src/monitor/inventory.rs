@@ -13,7 +13,7 @@ use ebbtide_qmp::types::pci::{
 };
 use ebbtide_qmp::{CommandTable, commands};
 
-use crate::hotplug::{Devices, Face, Info};
+use crate::hotplug::{Devices, Face, Info, Site};
 use crate::machine::Machine;
 
 /// Registers of a PCI function's header (PCI 3.0, 6.1; PCI-to-PCI bridge 1.2, 3.2).
@@ -96,9 +96,13 @@ fn functions(devices: &Devices, bus: &Bus, number: u8) -> Vec<PciDeviceInfo> {
 /// The id of the device at a place of a bus; empty if it has none.
 fn id_at(devices: &Devices, bus: &Bus, at: Devfn) -> String {
     let tree = devices.tree().borrow();
-    let here = |info: &Info| {
-        let seat = info.seat.as_ref();
-        seat.is_some_and(|seat| std::ptr::eq(&*seat.bus, bus) && seat.at == at)
+    let here = |info: &Info| match &info.site {
+        Site::Pci {
+            bus: its,
+            at: place,
+            ..
+        } => std::ptr::eq(&**its, bus) && *place == at,
+        Site::Dimm(_) | Site::Below => false,
     };
     let mut nodes = tree.iter().map(|(_, node)| node);
     nodes
@@ -137,17 +141,18 @@ fn plain_function(config: &Config, at: Devfn, number: u8) -> PciDeviceInfo {
 }
 
 fn region(bar: &BarInfo) -> PciMemoryRegion {
-    let (wide, prefetch) = match bar.spec.kind {
-        BarKind::Mem32 => (false, false),
-        BarKind::Mem64 { prefetchable } => (true, prefetchable),
+    let (kind, memory) = match bar.spec.kind {
+        BarKind::Io => ("io", None),
+        BarKind::Mem32 => ("memory", Some((false, false))),
+        BarKind::Mem64 { prefetchable } => ("memory", Some((true, prefetchable))),
     };
     PciMemoryRegion {
         bar: bar.index.into(),
-        kind: "memory".to_owned(),
+        kind: kind.to_owned(),
         address: if bar.mapped { signed(bar.address) } else { -1 },
         size: signed(bar.spec.size_bytes),
-        prefetch: Some(prefetch),
-        mem_type_64: Some(wide),
+        prefetch: memory.map(|(_, prefetchable)| prefetchable),
+        mem_type_64: memory.map(|(wide, _)| wide),
     }
 }
 
@@ -216,8 +221,7 @@ fn bus_below(
     let tree = devices.tree().borrow();
     for (id, node) in tree.iter().filter(|(_, node)| node.parent() == parent) {
         device(text, node, depth + 1);
-        let port = node.info.port.as_ref().and_then(|port| port.upgrade());
-        if let Some(port) = port {
+        if let Some(port) = node.info.site.port() {
             bus_below(
                 text,
                 devices,
@@ -238,8 +242,8 @@ fn device(text: &mut String, node: &Node<Info>, depth: usize) {
     let indent = "  ".repeat(depth);
     let id = node.identity.id.as_deref().unwrap_or_default();
     let _ = write!(text, "{indent}dev: {}, id \"{id}\"\r\n", node.info.driver);
-    if let Some(seat) = &node.info.seat {
-        let (slot, function) = (seat.at.slot(), seat.at.function());
+    if let Site::Pci { at, .. } = &node.info.site {
+        let (slot, function) = (at.slot(), at.function());
         let _ = write!(text, "{indent}  addr = {slot:02x}.{function:x}\r\n");
     }
     if let Face::Disk { node } = &node.info.face {

@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The commands about memory.
 
+use std::rc::Rc;
+
+use ebbtide_devices::dimm::DimmInfo;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::ebbtide::{Memory, MemoryDevice, Resize, ResizeState};
-use ebbtide_qmp::types::memory::{MemoryDeviceInfo, MemorySizeSummary, VirtioMemDeviceInfo};
+use ebbtide_qmp::types::memory::{
+    MemoryDeviceInfo, MemorySizeSummary, PcDimmDeviceInfo, VirtioMemDeviceInfo,
+};
 use ebbtide_qmp::types::run_state::RunState;
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 use ebbtide_virtio::mem::Progress;
 
+use crate::hotplug::MemoryObject;
 use crate::machine::{Machine, MemorySlot};
 
 /// Adds them to `table`.
@@ -20,6 +26,22 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
             commands::QUERY_MEMORY_SIZE_SUMMARY,
             async |m, _, Empty {}| Ok(summary(&m)),
         )
+        .on(commands::OBJECT_ADD, async |m, _, args| {
+            m.devices.add_object(args).await?;
+            Ok(Empty {})
+        })
+        .on(commands::OBJECT_DEL, async |m, _, args| {
+            m.devices.remove_object(&args.id).await?;
+            Ok(Empty {})
+        })
+        .on(commands::QUERY_MEMDEV, async |m, _, Empty {}| {
+            let objects = m.devices.memory_objects().list();
+            let describe = |(id, object, _): (String, Rc<MemoryObject>, _)| object.describe(&id);
+            Ok(objects.into_iter().map(describe).collect())
+        })
+        .on(commands::QUERY_ACPI_OSPM_STATUS, async |m, _, Empty {}| {
+            Ok(m.devices.ospm_status())
+        })
         .on(commands::EBBTIDE_QUERY_MEMORY, async |m, _, Empty {}| {
             memory(&m)
         })
@@ -32,23 +54,35 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
 
 /// What `query-memory-devices` answers.
 pub(super) fn devices(machine: &Machine) -> Vec<MemoryDeviceInfo> {
-    machine
-        .memory_slots()
-        .iter()
-        .map(|slot| {
-            let status = slot.status();
-            MemoryDeviceInfo::VirtioMem(VirtioMemDeviceInfo {
-                id: Some(slot.config.id.clone()),
-                memaddr: slot.range.start,
-                requested_size: status.requested_bytes,
-                size: status.plugged_bytes,
-                max_size: slot.config.size_bytes,
-                block_size: slot.config.block_size_bytes,
-                node: u64::from(slot.config.node),
-                memdev: format!("/objects/{}", slot.config.memdev),
-            })
+    let dimms = machine.devices.dimm_infos().into_iter().map(dimm);
+    let slots = machine.memory_slots().iter().map(|slot| {
+        let status = slot.status();
+        MemoryDeviceInfo::VirtioMem(VirtioMemDeviceInfo {
+            id: Some(slot.config.id.clone()),
+            memaddr: slot.range.start,
+            requested_size: status.requested_bytes,
+            size: status.plugged_bytes,
+            max_size: slot.config.size_bytes,
+            block_size: slot.config.block_size_bytes,
+            node: u64::from(slot.config.node),
+            memdev: format!("/objects/{}", slot.config.memdev),
         })
-        .collect()
+    });
+    dimms.chain(slots).collect()
+}
+
+fn dimm(dimm: DimmInfo) -> MemoryDeviceInfo {
+    let signed = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+    MemoryDeviceInfo::Dimm(PcDimmDeviceInfo {
+        id: Some(dimm.id),
+        addr: signed(dimm.addr),
+        size: signed(dimm.size_bytes),
+        slot: dimm.slot.into(),
+        node: dimm.node.into(),
+        memdev: format!("/objects/{}", dimm.memdev),
+        hotplugged: dimm.hotplugged,
+        hotpluggable: true,
+    })
 }
 
 /// What `query-memory-size-summary` answers.
@@ -62,16 +96,35 @@ pub(super) fn summary(machine: &Machine) -> MemorySizeSummary {
 fn memory(machine: &Machine) -> Result<Memory, QmpError> {
     let boot = machine.boot_ram_bytes();
     let plugged = machine.plugged_bytes();
+    let dimms = machine.devices.dimm_infos();
+    let dimm_bytes: u64 = dimms.iter().map(|dimm| dimm.size_bytes).sum();
     let slots = machine.memory_slots();
     Ok(Memory {
         boot,
         plugged,
         total: boot + plugged,
-        max: boot + slots.iter().map(|s| s.config.size_bytes).sum::<u64>(),
+        max: boot + dimm_bytes + slots.iter().map(|s| s.config.size_bytes).sum::<u64>(),
         rss: resident_bytes()
             .map_err(|e| QmpError::generic(format!("/proc/self/status can't be read: {e}")))?,
-        devices: slots.iter().map(device).collect(),
+        devices: dimms
+            .iter()
+            .map(dimm_device)
+            .chain(slots.iter().map(device))
+            .collect(),
     })
+}
+
+fn dimm_device(dimm: &DimmInfo) -> MemoryDevice {
+    MemoryDevice {
+        id: dimm.id.clone(),
+        kind: "dimm".into(),
+        node: dimm.node.into(),
+        memaddr: dimm.addr,
+        block_size: dimm.size_bytes,
+        requested: dimm.size_bytes,
+        size: dimm.size_bytes,
+        max: dimm.size_bytes,
+    }
 }
 
 fn device(slot: &MemorySlot) -> MemoryDevice {

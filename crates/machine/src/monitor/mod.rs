@@ -3,6 +3,7 @@
 
 mod backends;
 mod blocks;
+mod chardevs;
 mod devices;
 mod hmp;
 mod inventory;
@@ -53,7 +54,7 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
             })
         });
     let table = devices::add(qom::add(memory::add(table)));
-    inventory::add(backends::add(blocks::add(table)))
+    inventory::add(backends::add(chardevs::add(blocks::add(table))))
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an

@@ -111,9 +111,13 @@ fn region(text: &mut String, bar: &PciMemoryRegion) {
         _ => "",
     };
     let last = bar.address.wrapping_add(bar.size).wrapping_sub(1);
+    let what = match bar.kind.as_str() {
+        "io" => "I/O".to_owned(),
+        _ => format!("{width} bit{prefetchable} memory"),
+    };
     let _ = write!(
         text,
-        "      BAR{}: {width} bit{prefetchable} memory at {:#x} [{last:#x}].\r\n",
+        "      BAR{}: {what} at {:#x} [{last:#x}].\r\n",
         bar.bar, bar.address
     );
 }

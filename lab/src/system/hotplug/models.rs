@@ -185,7 +185,10 @@ fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
 fn has_ended(vmm: &mut Vmm) -> Result<()> {
     let begun = Instant::now();
     while shell(vmm, "! pidof ping dd").is_err() {
-        ensure!(begun.elapsed() < GUEST, "a command waits for a device that has gone");
+        ensure!(
+            begun.elapsed() < GUEST,
+            "a command waits for a device that has gone"
+        );
         std::thread::sleep(LOOK);
     }
     Ok(())

@@ -8,6 +8,9 @@ mod net;
 mod ports;
 mod rng;
 mod scsi;
+mod serial;
+mod testdev;
+mod watchdog;
 
 use std::sync::{Arc, Weak};
 
@@ -121,6 +124,9 @@ const DRIVERS: &[Driver] = &[
     ports::DOWNSTREAM,
     ports::PCI_BRIDGE,
     ports::DMI_BRIDGE,
+    serial::DRIVER,
+    testdev::DRIVER,
+    watchdog::DRIVER,
 ];
 
 /// Models that exist elsewhere and not here, each with the reason.
