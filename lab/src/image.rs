@@ -14,7 +14,17 @@ use crate::{agent, packages, places};
 
 /// Modules a guest needs; each brings what it depends on. Few and
 /// uncompressed, because the time to boot is measured.
-const GUEST_MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "virtio_mem"];
+const GUEST_MODULES: [&str; 9] = [
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_mem",
+    "virtio_net",
+    "virtio_rng",
+    "virtio_balloon",
+    "virtio_scsi",
+    "sd_mod",
+    "virtio_console",
+];
 
 /// What every test guest is started with. A bare `online_movable` guest can
 /// give back all the memory it was lent.

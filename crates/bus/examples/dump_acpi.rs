@@ -36,6 +36,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         windows: Windows {
             mmio32: 0xc000_0000..0xe000_0000,
             mmio64: 16 << 30..528 << 30,
+            io: 0xc000..0x1_0000,
         },
         pci_hotplug: true,
         serial: Some(SerialPort {
@@ -43,6 +44,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             gsi: 4,
         }),
         event_gsi: 9,
+        intx_gsis: (16..24).collect(),
     };
     let tables = description.build(0xe_0000)?;
     // The RSDP has 36 bytes; each table starts on the next 16-byte boundary and says its length.

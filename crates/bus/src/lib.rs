@@ -18,3 +18,4 @@ pub mod gated;
 pub mod irq;
 pub mod log_limit;
 pub mod pci;
+mod sync;

@@ -32,6 +32,42 @@ pub enum Error {
         /// The host's answer.
         source: io::Error,
     },
+    /// A watchdog cannot do that.
+    #[error("watchdog action \"{0}\": expected reset, shutdown, poweroff, pause, debug or none")]
+    WatchdogAction(String),
+    /// Nor that, though other machines can.
+    #[error(
+        "watchdog action inject-nmi is not supported: this machine cannot raise an NMI in a guest"
+    )]
+    WatchdogNmi,
+    /// Memory that cannot be shared with a guest by ivshmem.
+    #[error("{name}: memdev {memdev}: {reason}")]
+    SharedMemory {
+        /// The device.
+        name: String,
+        /// The RAM block.
+        memdev: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A kind of device there is none of.
+    #[error("device {driver} is not supported: {reason}")]
+    Unsupported {
+        /// What it is called.
+        driver: String,
+        /// Why not, and what there is instead.
+        reason: &'static str,
+    },
+    /// The thread a device needs is ending.
+    #[error("{name}: thread {thread}: {source}")]
+    Stopped {
+        /// The device.
+        name: String,
+        /// The thread.
+        thread: String,
+        /// What it said.
+        source: ebbtide_iothread::Stopped,
+    },
     /// A PCI function could not be made.
     #[error(transparent)]
     Pci(#[from] ebbtide_bus::pci::PciError),

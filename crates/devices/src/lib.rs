@@ -15,9 +15,13 @@
 pub mod chardev;
 pub mod dimm;
 mod error;
+pub mod i6300esb;
+pub mod ivshmem;
 pub mod legacy;
 pub mod reset;
 pub mod serial;
+pub mod serial_pci;
+mod sync;
 pub mod testdev;
 
 pub use error::Error;

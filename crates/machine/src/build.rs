@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use ebbtide_block::{Cache, Disk, DiskSpec};
 use ebbtide_bus::acpi;
-use ebbtide_bus::pci::{HostBridge, PciError, Windows};
+use ebbtide_bus::pci::{HostBridge, IntxWires, PciError, Windows};
 use ebbtide_device::GuestEject;
 use ebbtide_devices::dimm::{DimmArea, DimmBank, SECTION_BYTES};
 use ebbtide_hypervisor::{Vm, kvm};
@@ -21,11 +21,11 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::cpus::Cpus;
-use crate::hotplug::{AnyUse, BlockNode, Devices, Made, Place, Surface};
-use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_MMIO32};
+use crate::hotplug::{AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
+use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
-use crate::platform::{EVENT_GSI, Platform, SERIAL_GSI};
+use crate::platform::{EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
 /// Address space kept for RAM blocks beyond what the machine has at once, for blocks that come
@@ -113,6 +113,7 @@ impl Prepared {
             system: Arc::clone(&parts.system),
             msi: vm.msi(),
             blocking: Arc::clone(&parts.blocking),
+            requests: sender.clone(),
         };
         let threads = std::mem::take(&mut parts.threads);
         let devices = Devices::new(surface, threads, local, config.drain_timeout)
@@ -210,16 +211,20 @@ impl ColdFunction {
             parent: None,
         };
         let mut uses: Vec<Box<dyn AnyUse>> = Vec::new();
+        let mut face = Face::Plain;
         if let Some(node) = self.node {
+            face = Face::Disk {
+                node: self.id.clone(),
+            };
             // Named like its device, as its user has named only that.
             let taken = devices.blocks().add(&self.id, node);
             let node = taken.and_then(|()| devices.blocks().take(&self.id, &self.id));
             uses.push(Box::new(node.map_err(|e| Error::part(&self.id, e.desc))?));
         }
         let made = Made {
-            function: self.function,
-            port: None,
             uses,
+            face,
+            ..Made::new(self.function)
         };
         devices
             .plug(
@@ -271,15 +276,18 @@ impl Parts {
         let windows = Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         };
         let bridge = HostBridge::new(&memory, windows).map_err(|e| Error::part("PCI", e))?;
         let ecam = Region::mmio("pcie-ecam", ECAM.end - ECAM.start, bridge.ecam());
         memory
             .update(|t| {
                 t.add(&root, bridge.container(), 0, HostBridge::PRIORITY)?;
-                t.add(&root, &ecam, ECAM.start, 0)
+                t.add(&root, &ecam, ECAM.start, 0)?;
+                t.add(&port_root, bridge.io_container(), 0, HostBridge::PRIORITY)
             })
             .map_err(failed)?;
+        wire_interrupts(&bridge, &**vm)?;
         Ok(Parts {
             memory,
             root,
@@ -442,6 +450,21 @@ fn add_ram(
         .map_err(failed)
 }
 
+/// Gives the interrupt pins of PCI functions their inputs of the interrupt controller.
+fn wire_interrupts(bridge: &HostBridge, vm: &dyn Vm) -> Result<(), Error> {
+    let mut inputs = Vec::new();
+    for gsi in INTX_GSIS {
+        let line = vm
+            .irq_line(gsi)
+            .map_err(|e| Error::part(format!("interrupt line {gsi}"), e))?;
+        inputs.push((gsi, line));
+    }
+    if let Some(wires) = IntxWires::new(inputs) {
+        bridge.wire_interrupts(wires);
+    }
+    Ok(())
+}
+
 fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi::Tables, Error> {
     let on_node_0 = |range: &std::ops::Range<u64>| acpi::MemoryRange {
         range: range.clone(),
@@ -464,6 +487,7 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
         windows: Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
+            io: PCI_IO,
         },
         pci_hotplug: true,
         serial: Some(acpi::SerialPort {
@@ -471,6 +495,7 @@ fn tables(config: &MachineConfig, layout: &Layout, last_bus: u8) -> Result<acpi:
             gsi: SERIAL_GSI,
         }),
         event_gsi: EVENT_GSI,
+        intx_gsis: INTX_GSIS.collect(),
     };
     let tables = description
         .build(ACPI_TABLES.start)

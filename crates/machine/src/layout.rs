@@ -27,6 +27,8 @@ pub const LOW_RAM_LIMIT: u64 = 3 * GIB;
 pub const HIGH_RAM_START: u64 = 4 * GIB;
 /// The 32-bit window of the PCI host bridge.
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
+/// The ports of the PCI host bridge: above everything a PC has at fixed ones.
+pub const PCI_IO: Range<u64> = 0xc000..0x1_0000;
 /// PCIe configuration space (ECAM): room for buses 0 to 255. The guest is told of those that bridges answer for: Linux
 /// looks into every bus that the tables name and its scan has not found, 32 accesses each, which for 256 of them costs a
 /// guest a second of its boot under an emulated KVM.

@@ -5,6 +5,7 @@
 //!                 stop                    reset (guest, monitor, triple fault)
 //!   Running ◀────────────▶ Paused        park · drain devices · unplug memory · power-on state
 //!      │          cont                    └─▶ as before: Running or Paused
+//!      │ watchdog: as what it does says, or as a stop into Watchdog
 //!      │ memory fault, KVM error
 //!      ▼
 //!   InternalError ── reset ─▶ Running
@@ -21,7 +22,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_iothread::{Sender, oneshot};
-use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
+use ebbtide_qmp::types::run_state::{RunState, ShutdownCause, WatchdogAction};
 
 use crate::cpus::CpuEvent;
 
@@ -43,6 +44,8 @@ pub enum Request {
         /// Who asked.
         cause: ShutdownCause,
     },
+    /// The guest has let a watchdog run out, which is to do this.
+    Watchdog(WatchdogAction),
     /// A vCPU says something.
     Cpu(CpuEvent),
 }
@@ -55,7 +58,7 @@ impl Request {
                 cause,
                 ShutdownCause::GuestReset | ShutdownCause::GuestShutdown
             ),
-            Request::Cpu(_) => true,
+            Request::Cpu(_) | Request::Watchdog(_) => true,
             Request::Stop(_) | Request::Continue(_) | Request::PowerButton => false,
         }
     }
@@ -166,7 +169,7 @@ pub fn halt_is_news(state: RunState) -> bool {
 pub fn on_continue(state: RunState) -> Result<Step, String> {
     match state {
         RunState::Running => Ok(Step::Nothing),
-        RunState::Paused | RunState::PreLaunch => Ok(Step::Go),
+        RunState::Paused | RunState::PreLaunch | RunState::Watchdog => Ok(Step::Go),
         _ => Err("Resetting the Virtual Machine is required".into()),
     }
 }
@@ -175,7 +178,7 @@ pub fn on_continue(state: RunState) -> Result<Step, String> {
 pub fn on_reset(state: RunState, cause: ShutdownCause, no_reboot: bool) -> Step {
     match (state, no_reboot) {
         (_, true) => Step::End(cause),
-        (RunState::Paused | RunState::PreLaunch, false) => Step::Reset {
+        (RunState::Paused | RunState::PreLaunch | RunState::Watchdog, false) => Step::Reset {
             cause,
             then_run: false,
         },
@@ -183,6 +186,24 @@ pub fn on_reset(state: RunState, cause: ShutdownCause, no_reboot: bool) -> Step 
             cause,
             then_run: true,
         },
+    }
+}
+
+/// What the lifecycle does when a watchdog has run out.
+pub fn on_watchdog(state: RunState, action: WatchdogAction, no_reboot: bool) -> Step {
+    match (action, state) {
+        (WatchdogAction::Reset, _) => on_reset(state, ShutdownCause::GuestReset, no_reboot),
+        (WatchdogAction::Shutdown, _) => Step::Button,
+        (WatchdogAction::Poweroff, _) => Step::End(ShutdownCause::GuestShutdown),
+        // One that was stopped meanwhile stands still for another reason.
+        (WatchdogAction::Pause, RunState::Running) => Step::Halt(RunState::Watchdog),
+        (WatchdogAction::Debug, _) => {
+            tracing::warn!("the guest has let its watchdog run out");
+            Step::Nothing
+        }
+        (WatchdogAction::Pause | WatchdogAction::None, _) => Step::Nothing,
+        // No watchdog has this action: it is refused when it is set.
+        (WatchdogAction::InjectNmi, _) => Step::Nothing,
     }
 }
 
@@ -249,6 +270,29 @@ mod tests {
         assert!(matches!(next(), Some(Request::Reset { .. })));
         assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Cpu(_))), "of this guest");
+    }
+
+    #[test]
+    fn a_watchdog_does_what_its_action_says() {
+        use WatchdogAction::{Debug, None, Pause, Poweroff, Reset, Shutdown};
+        let step = |action| on_watchdog(RunState::Running, action, false);
+        let cause = ShutdownCause::GuestReset;
+        let then_run = true;
+        assert_eq!(step(Reset), Step::Reset { cause, then_run });
+        assert_eq!(
+            on_watchdog(RunState::Running, Reset, true),
+            Step::End(cause)
+        );
+        assert_eq!(step(Shutdown), Step::Button);
+        assert_eq!(step(Poweroff), Step::End(ShutdownCause::GuestShutdown));
+        assert_eq!(step(Debug), Step::Nothing);
+        assert_eq!(step(None), Step::Nothing);
+        assert_eq!(step(Pause), Step::Halt(RunState::Watchdog));
+        assert_eq!(on_watchdog(RunState::Paused, Pause, false), Step::Nothing);
+        assert_eq!(on_continue(RunState::Watchdog), Ok(Step::Go));
+        let then_run = false;
+        let reset = on_reset(RunState::Watchdog, cause, false);
+        assert_eq!(reset, Step::Reset { cause, then_run });
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use ebbtide_bus::acpi;
@@ -18,7 +18,7 @@ use ebbtide_memory::{AddressSpace, Backing, Memory, PinnedRam};
 use ebbtide_qmp::EventSink;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::events::{self, Cause};
-use ebbtide_qmp::types::run_state::{RunState, ShutdownCause};
+use ebbtide_qmp::types::run_state::{RunState, ShutdownCause, Watchdog};
 use ebbtide_virtio::mem::{MemError, MemStatus, VirtioMem};
 
 use crate::Error;
@@ -221,10 +221,24 @@ impl Machine {
     /// # Errors
     /// When the kernel does not fit or a vCPU refuses its state.
     pub async fn start(&self, events: &EventSink) -> Result<(), Error> {
-        self.devices.serve(events);
+        self.devices.serve(events, self.ram_gauge());
         self.load().await?;
         self.take(Step::Go, events).await;
         Ok(())
+    }
+
+    /// Tells how much memory the guest has when its balloon is empty. It keeps no device.
+    fn ram_gauge(&self) -> impl Fn() -> u64 + 'static {
+        let boot = self.boot_ram_bytes();
+        let devices: Vec<_> = self
+            .slots
+            .iter()
+            .map(|slot| Arc::downgrade(&slot.device))
+            .collect();
+        move || {
+            let devices = devices.iter().filter_map(Weak::upgrade);
+            boot + devices.map(|d| d.status().plugged_bytes).sum::<u64>()
+        }
     }
 
     /// Serves requests that change the run state until one ends the VM.
@@ -272,6 +286,11 @@ impl Machine {
             }
             Request::PowerButton => self.take(Step::Button, events).await,
             Request::Shutdown { cause } => Some(cause),
+            Request::Watchdog(action) => {
+                events.emit(events::WATCHDOG.with(Watchdog { action }));
+                self.take(lifecycle::on_watchdog(state, action, no_reboot), events)
+                    .await
+            }
             Request::Cpu(event) => {
                 event.log();
                 self.take(lifecycle::on_cpu(state, &event, no_reboot), events)
@@ -290,8 +309,7 @@ impl Machine {
             }
             Step::Go => {
                 self.mark_paused().await;
-                self.state.set(RunState::Running);
-                self.cpus.run();
+                self.set_running();
                 events.emit(events::RESUME.with(Empty {}));
             }
             Step::Reset { cause, then_run } => {
@@ -302,8 +320,7 @@ impl Machine {
                 }
                 events.emit(events::RESET.with(Cause::new(cause)));
                 if then_run {
-                    self.state.set(RunState::Running);
-                    self.cpus.run();
+                    self.set_running();
                 } else {
                     self.state.set(RunState::Paused);
                 }
@@ -317,8 +334,16 @@ impl Machine {
         None
     }
 
+    /// The guest runs.
+    fn set_running(&self) {
+        self.state.set(RunState::Running);
+        self.devices.stand_still(false);
+        self.cpus.run();
+    }
+
     /// The vCPUs are parked and stay so, because of `state`.
     fn halted(&self, state: RunState, events: &EventSink) {
+        self.devices.stand_still(true);
         let before = self.state.replace(state);
         if lifecycle::halt_is_news(before) {
             events.emit(events::STOP.with(Empty {}));
@@ -327,7 +352,7 @@ impl Machine {
 
     /// After a stop, tells the guest's lock-up detectors that its time stood still on purpose.
     async fn mark_paused(&self) {
-        if self.state() != RunState::Paused {
+        if !matches!(self.state(), RunState::Paused | RunState::Watchdog) {
             return;
         }
         for result in self.cpus.each(|_, vcpu| vcpu.mark_paused()).await {
@@ -341,7 +366,6 @@ impl Machine {
     /// devices empty, registers reset, kernel loaded.
     async fn reset(&self) -> Result<(), Error> {
         self.cpus.park().await;
-        self.requests.next_guest();
         self.devices.finish_requested().await;
         for device in self.devices.quiesce().await {
             // Its requests may still write to what the old guest gave them: the new guest must
@@ -353,6 +377,8 @@ impl Machine {
             );
             drop(self.devices.remove(device.node));
         }
+        // Until its devices are quiet the old guest may still ask for something: a watchdog does.
+        self.requests.next_guest();
         self.empty_memory_devices().await;
         self.bridge.reset();
         self.bridge
@@ -384,6 +410,7 @@ impl Machine {
         self.state.set(RunState::Shutdown);
         events.emit(events::SHUTDOWN.with(Cause::new(cause)));
         let undrained = self.devices.end().await;
+        self.devices.flush_chardevs().await;
         self.platform.flush(&self.local).await;
         Ending { cause, undrained }
     }

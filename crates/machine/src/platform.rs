@@ -32,6 +32,9 @@ use crate::lifecycle::Requests;
 pub const SERIAL_GSI: u32 = 4;
 /// Interrupt of the ACPI event device, where a PC has its SCI.
 pub const EVENT_GSI: u32 = 9;
+/// Interrupts of PCI functions without messages: the pins of the I/O APIC that a PC with one has for
+/// them.
+pub const INTX_GSIS: std::ops::Range<u32> = 16..24;
 /// Mechanism #1 of PCI configuration space.
 const CONFIG_PORTS: u64 = 0xcf8;
 /// How long the last serial output may take to be written.

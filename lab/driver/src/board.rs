@@ -50,6 +50,7 @@ impl Board {
         let windows = Windows {
             mmio32: WINDOW32,
             mmio64: WINDOW64,
+            io: 0..0,
         };
         let bridge = HostBridge::new(&memory, windows)?;
         memory.update(|map| {

@@ -12,7 +12,7 @@ use acpi_tables::{Aml, AmlSink};
 
 use super::{
     Cpu, Description, Event, REGISTER_PORTS, SLEEP_TYPE_S5, SerialPort, memory_hotplug,
-    pci_hotplug, sdt,
+    pci_hotplug, routing, sdt,
 };
 use crate::acpi::EVENT_PORT;
 
@@ -51,8 +51,7 @@ pub(super) fn table(description: &Description) -> Sdt {
     dsdt
 }
 
-/// The PCIe root (PCI Firmware 3.3, 4.2). No `_PRT`: functions have MSI-X and no interrupt pins. No I/O window: they have
-/// no I/O BARs.
+/// The PCIe root (PCI Firmware 3.3, 4.2). `_PRT` only where interrupt pins are wired, an I/O window only where there is one.
 fn host_bridge(description: &Description, out: &mut Vec<u8>) {
     let windows = &description.windows;
     // Both ends were checked to be in 32 bits.
@@ -61,6 +60,19 @@ fn host_bridge(description: &Description, out: &mut Vec<u8>) {
         windows.mmio32.end.wrapping_sub(1) as u32,
     );
     let (first64, last64) = (windows.mmio64.start, windows.mmio64.end.wrapping_sub(1));
+    // CONFIG_ADDRESS and CONFIG_DATA.
+    let config = IO::new(0xcf8, 0xcf8, 1, 8);
+    let bus_numbers = AddressSpace::new_bus_number(0u16, u16::from(description.ecam.last_bus));
+    let (not_cacheable, cacheable) = (
+        AddressSpaceCacheable::NotCacheable,
+        AddressSpaceCacheable::Cacheable,
+    );
+    let memory32 = AddressSpace::new_memory(not_cacheable, true, first32, last32, None);
+    let memory64 = AddressSpace::new_memory(cacheable, true, first64, last64, None);
+    let ports = routing::io_window(windows);
+    let mut resources: Vec<&dyn Aml> = vec![&bus_numbers, &config];
+    resources.extend(ports.as_ref().map(|ports| ports as &dyn Aml));
+    resources.extend([&memory32 as &dyn Aml, &memory64]);
     Device::new(
         "PCI0".into(),
         vec![
@@ -71,29 +83,9 @@ fn host_bridge(description: &Description, out: &mut Vec<u8>) {
             &Name::new("_BBN".into(), &0u8),
             // DMA is coherent.
             &Name::new("_CCA".into(), &1u8),
-            &Name::new(
-                "_CRS".into(),
-                &ResourceTemplate::new(vec![
-                    &AddressSpace::new_bus_number(0u16, u16::from(description.ecam.last_bus)),
-                    // CONFIG_ADDRESS and CONFIG_DATA.
-                    &IO::new(0xcf8, 0xcf8, 1, 8),
-                    &AddressSpace::new_memory(
-                        AddressSpaceCacheable::NotCacheable,
-                        true,
-                        first32,
-                        last32,
-                        None,
-                    ),
-                    &AddressSpace::new_memory(
-                        AddressSpaceCacheable::Cacheable,
-                        true,
-                        first64,
-                        last64,
-                        None,
-                    ),
-                ]),
-            ),
+            &Name::new("_CRS".into(), &ResourceTemplate::new(resources)),
             &operating_system_capabilities(),
+            &Written(routing::interrupts(&description.intx_gsis)),
         ],
     )
     .to_aml_bytes(out);

@@ -22,6 +22,7 @@ mod event_device;
 mod memory_hotplug;
 mod pci_hotplug;
 mod platform;
+mod routing;
 mod sleep;
 
 #[cfg(test)]
@@ -141,6 +142,9 @@ pub struct Description {
     pub serial: Option<SerialPort>,
     /// The event device's interrupt: level-triggered, active high.
     pub event_gsi: u32,
+    /// The wires of the root bus's interrupt pins ([`IntxWires`](crate::pci::IntxWires)), in order; empty when there are
+    /// none.
+    pub intx_gsis: Vec<u32>,
 }
 
 /// The finished tables, to be copied to guest memory as they are.
@@ -178,6 +182,9 @@ pub enum AcpiError {
     /// The 32-bit window must end at or below 4 GiB.
     #[error("32-bit pci window {0:#x?} reaches past 4 GiB")]
     Window(Range<u64>),
+    /// Ports end at 64 KiB.
+    #[error("pci i/o window {0:#x?} reaches past 64 KiB")]
+    IoWindow(Range<u64>),
     /// ECAM must be 1 MiB aligned and below 4 GiB.
     #[error("ecam at {0:#x} is not 1 MiB aligned or reaches past 4 GiB")]
     Ecam(u64),
@@ -263,6 +270,9 @@ impl Description {
         }
         if self.windows.mmio32.end > 1 << 32 {
             return Err(AcpiError::Window(self.windows.mmio32.clone()));
+        }
+        if self.windows.io.end > 1 << 16 {
+            return Err(AcpiError::IoWindow(self.windows.io.clone()));
         }
         let ecam_end = self.ecam.base.checked_add(self.ecam.size_bytes());
         if !self.ecam.base.is_multiple_of(1 << 20) || ecam_end.is_none_or(|end| end > 1 << 32) {

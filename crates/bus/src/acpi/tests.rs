@@ -4,7 +4,11 @@
 use super::parser::{
     Object, Resource, Value, namespace, resources, structures, tables, u16_at, u32_at, u64_at,
 };
+use std::sync::Arc;
+
 use super::*;
+use crate::irq::IrqLine;
+use crate::pci::{IntxPin, IntxWires};
 
 const RSDP: u64 = 0xe_0000;
 
@@ -38,6 +42,7 @@ pub(super) fn description() -> Description {
         windows: Windows {
             mmio32: 0xc000_0000..0xe000_0000,
             mmio64: 16 << 30..528 << 30,
+            io: 0xc000..0x1_0000,
         },
         pci_hotplug: false,
         serial: Some(SerialPort {
@@ -45,6 +50,7 @@ pub(super) fn description() -> Description {
             gsi: 4,
         }),
         event_gsi: 9,
+        intx_gsis: (16..24).collect(),
     }
 }
 
@@ -59,6 +65,10 @@ fn value(object: &Object) -> &Value {
         Object::Value(value) => value,
         other => panic!("{other:?} is no value"),
     }
+}
+
+fn value_of(name: &str, description: &Description) -> Value {
+    value(&dsdt(description)[name]).clone()
 }
 
 fn crs(objects: &std::collections::BTreeMap<String, Object>, device: &str) -> Vec<Resource> {
@@ -230,6 +240,12 @@ fn pci_root_has_its_windows() {
             length: 8,
         },
         Resource::Space {
+            kind: 1,
+            attributes: 3,
+            first: 0xc000,
+            last: 0xffff,
+        },
+        Resource::Space {
             kind: 0,
             attributes: 1,
             first: 0xc000_0000,
@@ -247,6 +263,46 @@ fn pci_root_has_its_windows() {
         objects["\\_SB_.PCI0._OSC"],
         Object::Method { arguments: 4, .. }
     ));
+}
+
+#[test]
+fn every_pin_of_every_slot_is_routed_as_the_bus_wires_it() {
+    let Value::Package(entries) = &value_of("\\_SB_.PCI0._PRT", &description()) else {
+        panic!("no package");
+    };
+    assert_eq!(entries.len(), 32 * 4);
+    let line = |gsi| (gsi, Arc::new(NoLine) as Arc<dyn IrqLine>);
+    let wires = IntxWires::new((16..24).map(line)).unwrap();
+    for (index, entry) in (0..).zip(entries) {
+        let (slot, pin) = (index / 4, IntxPin::ALL[usize::from(index) % 4]);
+        let expected = [
+            u64::from(slot) << 16 | 0xffff,
+            pin as u64,
+            0,
+            wires.gsi(slot, pin).into(),
+        ];
+        assert_eq!(*entry, Value::Package(expected.map(Value::Integer).into()));
+    }
+}
+
+#[test]
+fn without_wires_and_ports_the_root_says_nothing_of_them() {
+    let mut bare = description();
+    bare.intx_gsis.clear();
+    bare.windows.io = 0..0;
+    let objects = dsdt(&bare);
+    assert!(!objects.contains_key("\\_SB_.PCI0._PRT"));
+    let ports = |resource: &Resource| matches!(resource, Resource::Space { kind: 1, .. });
+    assert!(!crs(&objects, "\\_SB_.PCI0").iter().any(ports));
+    bare.windows.io = 0xf000..0x1_0008;
+    let error = bare.build(RSDP).unwrap_err();
+    assert_eq!(error, AcpiError::IoWindow(0xf000..0x1_0008));
+}
+
+struct NoLine;
+
+impl IrqLine for NoLine {
+    fn set(&self, _high: bool) {}
 }
 
 #[test]

@@ -6,14 +6,17 @@ use std::sync::Arc;
 
 use ebbtide_memory::{Error, Memory, Region, Transaction};
 
+use super::Command;
 use super::bridge::Upstream;
 use super::registers::{BAR0, Registers};
 
 /// How many BARs a type 0 header has, and a type 1 header.
 pub(super) const BAR_COUNT: u8 = 6;
 pub(super) const BRIDGE_BAR_COUNT: u8 = 2;
-/// The smallest BAR: a page, so that no two devices share one.
+/// The smallest memory BAR: a page, so that no two devices share one.
 const MIN_SIZE_BYTES: u64 = 4096;
+/// I/O BARs: what their two low bits leave, and what a PC's device may take at most (PCI 3.0, 6.2.5.1).
+const IO_SIZES_BYTES: std::ops::RangeInclusive<u64> = 4..=256;
 /// All BARs and windows have the same place in the map's order: where two overlap, either may win.
 pub(super) const BAR_PRIORITY: i32 = 0;
 
@@ -24,20 +27,26 @@ pub struct Windows {
     pub mmio32: Range<u64>,
     /// Above all RAM, for 64-bit prefetchable BARs.
     pub mmio64: Range<u64>,
+    /// I/O ports, for I/O BARs; below 64 KiB, empty when there are none.
+    pub io: Range<u64>,
 }
 
 impl Windows {
-    fn contain(&self, start: u64, size_bytes: u64) -> bool {
-        let Some(end) = start.checked_add(size_bytes) else {
+    fn contain(&self, start: u64, spec: &BarSpec) -> bool {
+        let Some(end) = start.checked_add(spec.size_bytes) else {
             return false;
         };
-        [&self.mmio32, &self.mmio64]
+        let windows = match spec.kind {
+            BarKind::Io => [&self.io, &self.io],
+            BarKind::Mem32 | BarKind::Mem64 { .. } => [&self.mmio32, &self.mmio64],
+        };
+        windows
             .into_iter()
             .any(|window| window.start <= start && end <= window.end)
     }
 }
 
-/// Width and attributes of a memory BAR.
+/// Width and attributes of a BAR.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BarKind {
     /// 32 bits, not prefetchable.
@@ -47,6 +56,8 @@ pub enum BarKind {
         /// Reading has no side effects; such a BAR is placed above 4 GiB.
         prefetchable: bool,
     },
+    /// I/O ports.
+    Io,
 }
 
 impl BarKind {
@@ -54,6 +65,7 @@ impl BarKind {
     fn type_bits(self) -> u32 {
         match self {
             Self::Mem32 => 0,
+            Self::Io => 1,
             Self::Mem64 {
                 prefetchable: false,
             } => 4,
@@ -66,6 +78,14 @@ impl BarKind {
         matches!(self, Self::Mem64 { prefetchable: true })
     }
 
+    /// The bit of COMMAND that has it decoded.
+    pub fn enable(self) -> u16 {
+        match self {
+            Self::Io => Command::IO,
+            Self::Mem32 | Self::Mem64 { .. } => Command::MEMORY,
+        }
+    }
+
     /// Whether it takes two dwords.
     pub fn is_64bit(self) -> bool {
         matches!(self, Self::Mem64 { .. })
@@ -75,7 +95,7 @@ impl BarKind {
 /// What a BAR asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BarSpec {
-    /// A power of two, at least 4096; at most 2 GiB in 32 bits.
+    /// A power of two. Memory: at least 4096; at most 2 GiB in 32 bits. I/O: 4 to 256.
     pub size_bytes: u64,
     /// Width and attributes.
     pub kind: BarKind,
@@ -86,6 +106,9 @@ impl BarSpec {
     pub(super) fn fault(&self, index: u8, count: u8) -> Option<&'static str> {
         if index >= count - u8::from(self.kind.is_64bit()) {
             Some("there is no such bar")
+        } else if self.kind == BarKind::Io {
+            (!self.size_bytes.is_power_of_two() || !IO_SIZES_BYTES.contains(&self.size_bytes))
+                .then_some("the size of an i/o bar must be a power of two from 4 to 256")
         } else if !self.size_bytes.is_power_of_two() || self.size_bytes < MIN_SIZE_BYTES {
             Some("the size must be a power of two of at least 4096")
         } else if !self.kind.is_64bit() && self.size_bytes > 1 << 31 {
@@ -124,7 +147,7 @@ pub struct BarInfo {
     pub spec: BarSpec,
     /// What the guest wrote, type bits off.
     pub address: u64,
-    /// Whether it is in the memory map, at `address`.
+    /// Whether it is in the map of memory or ports, at `address`.
     pub mapped: bool,
 }
 
@@ -154,9 +177,7 @@ impl Bar {
     /// holds is nowhere.
     fn wanted(&self, registers: &Registers, windows: &Windows) -> Option<u64> {
         let address = self.address(registers);
-        windows
-            .contain(address, self.spec.size_bytes)
-            .then_some(address)
+        windows.contain(address, &self.spec).then_some(address)
     }
 }
 
@@ -166,7 +187,9 @@ pub(super) struct BarSpace {
     pub(super) memory: Arc<Memory>,
     /// Guest-physical address 0 is at its offset 0.
     pub(super) container: Arc<Region>,
-    /// What the host bridge forwards; bridges on the way may forward less.
+    /// Port 0 is at its offset 0. Only the root bus has I/O BARs in it: bridges forward no ports.
+    pub(super) io_container: Arc<Region>,
+    /// What the host bridge forwards; bridges on the way may forward less, and forward no ports.
     pub(super) windows: Windows,
     /// The way of requests to memory.
     pub(super) upstream: Arc<Upstream>,
@@ -185,7 +208,11 @@ impl BarSpace {
         self.memory.update(|change| {
             for bar in bars.iter() {
                 change.set_enabled(&bar.region, false)?;
-                change.add(&self.container, &bar.region, 0, BAR_PRIORITY)?;
+                let container = match bar.spec.kind {
+                    BarKind::Io => &self.io_container,
+                    BarKind::Mem32 | BarKind::Mem64 { .. } => &self.container,
+                };
+                change.add(container, &bar.region, 0, BAR_PRIORITY)?;
             }
             Ok(())
         })?;
@@ -207,14 +234,16 @@ impl BarSpace {
         &self,
         bars: &mut [Bar],
         registers: &Registers,
-        decode: bool,
+        command: Command,
     ) -> Result<(), Error> {
         let moves: Vec<Move> = bars
             .iter()
             .enumerate()
             .map(|(at, bar)| Move {
                 at,
-                to: bar.wanted(registers, &self.windows).filter(|_| decode),
+                to: bar
+                    .wanted(registers, &self.windows)
+                    .filter(|_| command.0 & bar.spec.kind.enable() != 0),
             })
             .filter(|step| bars.get(step.at).is_some_and(|bar| bar.mapped != step.to))
             .collect();

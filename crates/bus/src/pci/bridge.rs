@@ -12,7 +12,10 @@
 //! ```
 //!
 //! So what is shown of a BAR is what all the windows above it cover, and moving a window is moving two aliases, however
-//! many functions are below. There is no I/O window: the base and limit registers read zero, which is how a bridge says so.
+//! many functions are below. There is no I/O window: the base and limit registers read zero, which is how a bridge says so,
+//! and a function with an I/O BAR is refused behind it.
+//!
+//! Interrupt pins behind it lead to its own four, rotated by slot (9.1), and from there on as if it drove them.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -74,6 +77,16 @@ impl Upstream {
             master: AtomicBool::new(false),
             above: Mutex::default(),
         })
+    }
+
+    /// Whether it leads to the root: every bridge on it is on a bus.
+    pub(super) fn is_connected(&self) -> bool {
+        match self {
+            Self::Memory => true,
+            Self::Bridge { above, .. } => lock(above)
+                .as_ref()
+                .is_some_and(|above| above.is_connected()),
+        }
     }
 
     /// Whether a request gets through.

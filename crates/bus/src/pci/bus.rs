@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use ebbtide_gate::Entry;
 use ebbtide_memory::Region;
 
-use super::bar::BarSpace;
+use super::bar::{BarSpace, Windows};
 use super::bridge::Upstream;
 use super::placement::Placement;
 use super::registers::EXTENDED;
-use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, PciError};
+use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, IntxWires, PciError};
 
 const DEVFNS: usize = 256;
 
@@ -46,6 +46,8 @@ pub struct Bus {
     space: BarSpace,
     functions: RwLock<Table>,
     placement: Mutex<Placement>,
+    /// The wires that interrupt pins on it are on; none before they lead to an interrupt controller.
+    intx: Mutex<Option<IntxWires>>,
 }
 
 /// The functions of a bus.
@@ -67,15 +69,21 @@ impl Bus {
                 bridges: Vec::new(),
             }),
             placement: Mutex::default(),
+            intx: Mutex::default(),
         })
     }
 
-    /// An empty bus for a bridge somewhere below `self`, with a map of its own. The bridge is not bus master yet.
+    /// An empty bus for a bridge somewhere below `self`, with a map of its own and no ports. The bridge is not bus master
+    /// yet.
     pub(super) fn behind(&self, name: &str, kind: BusKind) -> Arc<Self> {
         let space = BarSpace {
             memory: Arc::clone(&self.space.memory),
             container: Region::container(format!("{name}-bus"), 1 << 64),
-            windows: self.space.windows.clone(),
+            io_container: Arc::clone(&self.space.io_container),
+            windows: Windows {
+                io: 0..0,
+                ..self.space.windows.clone()
+            },
             upstream: Upstream::new(),
         };
         Self::new(name, kind, space)
@@ -94,7 +102,8 @@ impl Bus {
     /// Puts a function into slot `slot` as its function 0, or into the lowest free slot. Returns the slot.
     ///
     /// # Errors
-    /// No such slot, or it is taken, or the function can't be on this bus, or the memory map refused a BAR's region.
+    /// No such slot, or it is taken, or the function can't be on this bus, or it (or what is behind it) needs ports or
+    /// interrupt wires that the bus does not have, or the memory map refused a BAR's region.
     pub fn attach(&self, slot: Option<u8>, function: Arc<dyn Function>) -> Result<u8, PciError> {
         let devfn = match slot {
             Some(slot) => Devfn::new(slot, 0).ok_or(PciError::NoSuchSlot(slot))?,
@@ -129,8 +138,13 @@ impl Bus {
         if self.function(devfn).is_some() {
             return Err(PciError::InUse(devfn));
         }
-        function.config().attach(&self.space)?;
-        let is_bridge = function.config().bridge().is_some();
+        let (config, wires) = (function.config(), self.wires());
+        if wires.is_none() && self.space.upstream.is_connected() {
+            config.check_unwired()?;
+        }
+        config.attach(&self.space)?;
+        config.wire(wires.as_ref(), devfn);
+        let is_bridge = config.bridge().is_some();
         let mut table = self.write();
         if let Some(entry) = table.functions.get_mut(devfn.index()) {
             *entry = Some(function);
@@ -185,6 +199,7 @@ impl Bus {
         }
         table.bridges.retain(|bridge| *bridge != devfn);
         drop(table);
+        function.config().wire(None, devfn);
         placement.forget(devfn);
         Ok(function)
     }
@@ -234,6 +249,18 @@ impl Bus {
         }
     }
 
+    /// Puts the interrupt pins of what is on the bus, now and later, and behind its bridges on these wires.
+    pub(super) fn wire(&self, wires: Option<&IntxWires>) {
+        *lock(&self.intx) = wires.cloned();
+        for (devfn, function) in self.functions() {
+            function.config().wire(wires, devfn);
+        }
+    }
+
+    fn wires(&self) -> Option<IntxWires> {
+        lock(&self.intx).clone()
+    }
+
     /// Whether nothing is on it.
     pub fn is_empty(&self) -> bool {
         self.read().functions.iter().all(Option::is_none)
@@ -259,9 +286,7 @@ impl Bus {
     }
 
     pub(super) fn placement(&self) -> MutexGuard<'_, Placement> {
-        self.placement
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
+        lock(&self.placement)
     }
 
     /// What a guest reads from the function at `devfn` of bus `number`, this bus having the number `own`.
@@ -374,4 +399,8 @@ impl Table {
 /// Configuration requests are for 1, 2 or 4 bytes of one dword.
 fn within_dword(offset: u16, size: u8) -> bool {
     matches!(size, 1 | 2 | 4) && offset % 4 + u16::from(size) <= 4 && offset < CONFIG_SIZE_BYTES
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

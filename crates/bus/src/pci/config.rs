@@ -11,9 +11,9 @@ use super::bridge::{Bridge, HEADER_BRIDGE};
 use super::msix::{CONTROL_ENABLE, CONTROL_FUNCTION_MASK, Msix};
 use super::registers::{
     BAR0, CACHE_LINE, CAPABILITIES, COMMAND, EXTENDED, HEADER_END, HEADER_TYPE, INTERRUPT_LINE,
-    REVISION, Registers, STATUS, STATUS_ERRORS, SUBSYSTEM_VENDOR, VENDOR, touches,
+    INTERRUPT_PIN, REVISION, Registers, STATUS, STATUS_ERRORS, SUBSYSTEM_VENDOR, VENDOR, touches,
 };
-use super::{BarKind, CONFIG_SIZE_BYTES, PciError};
+use super::{BarKind, CONFIG_SIZE_BYTES, Devfn, InterruptPin, IntxWires, PciError};
 use crate::gated;
 use crate::log_limit::LogLimit;
 
@@ -22,6 +22,8 @@ const CAPABILITY_MSIX: u8 = 0x11;
 const CAPABILITY_SUBSYSTEM: u8 = 0x0d;
 /// STATUS bit: there is a capability list.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
+/// STATUS bit: the function asserts its interrupt pin.
+const STATUS_INTERRUPT: u16 = 1 << 3;
 /// HEADER_TYPE bit: functions 1 to 7 may exist.
 const MULTIFUNCTION: u8 = 0x80;
 /// Bytes from the first BAR on that say what is decoded: BARs, or BARs, bus numbers and windows.
@@ -49,6 +51,8 @@ pub struct Ids {
 pub struct Command(pub u16);
 
 impl Command {
+    /// I/O BARs are decoded.
+    pub const IO: u16 = 1 << 0;
     /// Memory BARs are decoded.
     pub const MEMORY: u16 = 1 << 1;
     /// The function may access memory and send messages.
@@ -59,13 +63,18 @@ impl Command {
     const SERR: u16 = 1 << 8;
     /// The interrupt pin is not to be used.
     pub const INTX_DISABLE: u16 = 1 << 10;
-    /// What a guest may set. I/O decoding is not there: no function has I/O BARs.
+    /// What a guest may set. I/O decoding joins them with the first I/O BAR.
     const WRITABLE: u16 =
         Self::MEMORY | Self::MASTER | Self::PARITY | Self::SERR | Self::INTX_DISABLE;
 
     /// Whether memory BARs are decoded.
     pub fn memory(self) -> bool {
         self.0 & Self::MEMORY != 0
+    }
+
+    /// Whether the interrupt pin is kept from its wire.
+    pub fn intx_disable(self) -> bool {
+        self.0 & Self::INTX_DISABLE != 0
     }
 
     /// Whether the function is a bus master.
@@ -85,6 +94,7 @@ pub struct Config {
     /// Offsets of the PCI Express capability and of advanced error reporting.
     pub(super) express: Option<u16>,
     pub(super) errors: Option<u16>,
+    interrupt_pin: Option<Arc<InterruptPin>>,
     state: Mutex<State>,
     refused: LogLimit,
 }
@@ -150,6 +160,7 @@ impl Config {
             bridge,
             express: None,
             errors: None,
+            interrupt_pin: None,
             state: Mutex::new(State {
                 registers,
                 bars: Vec::new(),
@@ -199,6 +210,11 @@ impl Config {
             });
         }
         spec.define(index, &mut state.registers);
+        if spec.kind == BarKind::Io {
+            let writable = Command::WRITABLE | Command::IO;
+            let registers = &mut state.registers;
+            registers.define(COMMAND, &[0; 2], &writable.to_le_bytes());
+        }
         state.bars.push(Bar {
             index,
             spec,
@@ -308,6 +324,13 @@ impl Config {
         Ok(())
     }
 
+    /// Gives the function its interrupt pin, which the device drives.
+    pub fn add_interrupt_pin(&mut self, pin: &Arc<InterruptPin>) {
+        let registers = &mut self.state_mut().registers;
+        registers.define(INTERRUPT_PIN, &[pin.register()], &[]);
+        self.interrupt_pin = Some(Arc::clone(pin));
+    }
+
     /// Says that the slot has more functions than this one, its function 0.
     pub fn set_multifunction(&mut self) {
         let registers = &mut self.state_mut().registers;
@@ -363,7 +386,16 @@ impl Config {
 
     /// What a guest reads: 1, 2 or 4 bytes, little-endian. All ones outside of the space.
     pub fn read(&self, offset: u16, size: u8) -> u32 {
-        self.state().registers.read(offset, size)
+        let value = self.state().registers.read(offset, size);
+        if let Some(pin) = &self.interrupt_pin
+            && touches(offset, size, STATUS, 1)
+            && offset <= STATUS
+            && size <= 4
+            && pin.is_asserted()
+        {
+            return value | u32::from(STATUS_INTERRUPT) << (8 * (STATUS - offset));
+        }
+        value
     }
 
     /// What a guest's write of 1, 2 or 4 bytes does.
@@ -372,6 +404,11 @@ impl Config {
         state.registers.write(offset, size, value);
         if touches(offset, size, COMMAND, 2) || touches(offset, size, BAR0, ADDRESSES) {
             self.follow(&mut state);
+        }
+        if let Some(pin) = &self.interrupt_pin
+            && touches(offset, size, COMMAND, 2)
+        {
+            pin.set_disabled(Command(state.registers.read_u16(COMMAND)).intx_disable());
         }
         if let Some((msix, control)) = &self.msix
             && touches(offset, size, *control, 2)
@@ -390,11 +427,14 @@ impl Config {
         change(&mut self.state().registers)
     }
 
-    /// Power-on state: BARs unmapped and zero, MSI-X off and masked.
+    /// Power-on state: BARs unmapped and zero, MSI-X off and masked. The interrupt pin is for the device to lower.
     pub fn reset(&self) {
         let mut state = self.state();
         state.registers.reset();
         self.follow(&mut state);
+        if let Some(pin) = &self.interrupt_pin {
+            pin.set_disabled(false);
+        }
         if let Some((msix, _)) = &self.msix {
             msix.reset();
         }
@@ -403,6 +443,12 @@ impl Config {
     /// Puts the function on a bus.
     pub(super) fn attach(&self, space: &BarSpace) -> Result<(), PciError> {
         let mut state = self.state();
+        if space.windows.io.is_empty() && state.bars.iter().any(|bar| bar.spec.kind == BarKind::Io)
+        {
+            return Err(PciError::NoIoSpace {
+                name: self.gate.name().to_owned(),
+            });
+        }
         let adopted = space.adopt(&mut state.bars);
         adopted.map_err(|source| PciError::Memory {
             name: self.gate.name().to_owned(),
@@ -416,7 +462,36 @@ impl Config {
         Ok(())
     }
 
-    /// Takes the BARs out of the memory map for good: whatever a guest still writes has no effect on the map.
+    /// Whether a bus without interrupt wires is enough for the function and what is behind it.
+    pub(super) fn check_unwired(&self) -> Result<(), PciError> {
+        if self.interrupt_pin.is_some() {
+            return Err(PciError::NoIntx {
+                name: self.gate.name().to_owned(),
+            });
+        }
+        let behind = self.bridge.iter().flat_map(|it| it.bus().functions());
+        for (_, function) in behind {
+            function.config().check_unwired()?;
+        }
+        Ok(())
+    }
+
+    /// Puts the interrupt pin, if there is one, on its wire of the bus, and says in the Interrupt Line register which
+    /// input that is. What is behind a bridge is on the wires of its pins.
+    pub(super) fn wire(&self, wires: Option<&IntxWires>, devfn: Devfn) {
+        if let Some(bridge) = &self.bridge {
+            let behind = wires.map(|wires| wires.behind(devfn.slot()));
+            bridge.bus().wire(behind.as_ref());
+        }
+        if let (Some(pin), Some(wires)) = (&self.interrupt_pin, wires) {
+            let [gsi, ..] = pin.connect(wires, devfn).to_le_bytes();
+            let registers = &mut self.state().registers;
+            registers.define(INTERRUPT_LINE, &[gsi], &[0xff]);
+        }
+    }
+
+    /// Takes the BARs out of the memory map for good, and the interrupt pin off its wire: whatever a guest still writes
+    /// has no effect on the map, whatever the device still drives reaches nobody.
     pub(super) fn release(&self) -> Result<(), PciError> {
         let mut state = self.state();
         let State { bars, space, .. } = &mut *state;
@@ -431,6 +506,9 @@ impl Config {
         state.space = None;
         if let Some(bridge) = &self.bridge {
             bridge.connect(None);
+        }
+        if let Some(pin) = &self.interrupt_pin {
+            pin.disconnect();
         }
         Ok(())
     }
@@ -449,13 +527,12 @@ impl Config {
         else {
             return;
         };
-        let decode = command.memory();
         let windows = match &self.bridge {
-            Some(bridge) => bridge.follow(space, registers, decode),
+            Some(bridge) => bridge.follow(space, registers, command.memory()),
             None => Ok(()),
         };
         for (what, result) in [
-            ("a bar", space.follow(bars, registers, decode)),
+            ("a bar", space.follow(bars, registers, command)),
             ("a window", windows),
         ] {
             if let Err(error) = result

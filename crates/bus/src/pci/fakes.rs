@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the tests of this module put around it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ebbtide_gate::Gate;
@@ -11,7 +11,7 @@ use super::{
     BarKind, BarSpec, Config, EjectSink, Function, HostBridge, Ids, Msix, SlotAddress, Windows,
 };
 use crate::gated;
-use crate::irq::{IrqError, MsiController, MsiMessage, MsiRoute};
+use crate::irq::{IrqError, IrqLine, MsiController, MsiMessage, MsiRoute};
 
 /// Remembers what its routes delivered.
 #[derive(Default)]
@@ -91,6 +91,32 @@ impl MsiRoute for FakeRoute {
     }
 }
 
+/// An input of an interrupt controller.
+#[derive(Default)]
+pub(super) struct Level {
+    high: AtomicBool,
+    changes: AtomicUsize,
+}
+
+impl Level {
+    pub(super) fn is_high(&self) -> bool {
+        self.high.load(Ordering::SeqCst)
+    }
+
+    /// How often it was driven to the other level.
+    pub(super) fn changes(&self) -> usize {
+        self.changes.load(Ordering::SeqCst)
+    }
+}
+
+impl IrqLine for Level {
+    fn set(&self, high: bool) {
+        if self.high.swap(high, Ordering::SeqCst) != high {
+            self.changes.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
 /// A machine with a PCI bus and nothing else: root, address space, bridge.
 pub(super) struct Machine {
     pub(super) memory: Arc<Memory>,
@@ -105,6 +131,7 @@ pub(super) fn windows() -> Windows {
     Windows {
         mmio32: 0xc000_0000..0xe000_0000,
         mmio64: 1 << 36..1 << 37,
+        io: 0xc000..0x1_0000,
     }
 }
 

@@ -97,6 +97,7 @@ fn place_below(bus: &Bus, halvings: u32) -> Result<(), PciError> {
         let windows = Windows {
             mmio32: window(Part::Memory),
             mmio64: window(Part::Prefetchable),
+            io: 0..0,
         };
         let behind = bridge.bus();
         let requests = requests(behind, halvings);
@@ -244,8 +245,11 @@ fn program_function(
     range_of: impl Fn(Part) -> Option<std::ops::Range<u64>>,
 ) {
     let command = function.read_config(COMMAND, 2);
-    function.write_config(COMMAND, 2, command & !u32::from(Command::MEMORY));
     let bars = function.config().bars();
+    let decode = bars
+        .iter()
+        .fold(Command::MEMORY, |bits, bar| bits | bar.spec.kind.enable());
+    function.write_config(COMMAND, 2, command & !u32::from(decode));
     for bar in &bars {
         let Some(range) = range_of(Part::Bar(bar.index)) else {
             continue;
@@ -255,7 +259,9 @@ fn program_function(
             function.write_config(bar_offset(bar.index + 1), 4, (range.start >> 32) as u32);
         }
     }
-    let mut enabled = if bars.is_empty() { 0 } else { Command::MEMORY };
+    let mut enabled = bars
+        .iter()
+        .fold(0, |bits, bar| bits | bar.spec.kind.enable());
     if function.config().bridge().is_some() {
         let (base, limit) = ends(range_of(Part::Memory));
         function.write_config(MEMORY_BASE, 4, window_bits(base, limit));

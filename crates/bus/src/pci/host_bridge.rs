@@ -9,7 +9,7 @@ use ebbtide_memory::{Memory, Mmio, Region};
 
 use super::bar::{BarSpace, Windows};
 use super::bridge::Upstream;
-use super::{Bus, BusKind, Config, Devfn, Function, Ids, PciError, firmware};
+use super::{Bus, BusKind, Config, Devfn, Function, Ids, IntxWires, PciError, firmware};
 use crate::gated::all_ones;
 
 /// The bridge's own function. The project has no vendor id of its own; this is the one registered for a PCIe host bridge
@@ -31,7 +31,7 @@ const ADDRESS_ENABLE: u32 = 1 << 31;
 /// A PCIe host bridge with bus 0.
 ///
 /// BARs appear in [`container`](Self::container), which the machine adds to its memory at guest-physical 0 with a priority
-/// below everything else ([`HostBridge::PRIORITY`]).
+/// below everything else ([`HostBridge::PRIORITY`]); I/O BARs in [`io_container`](Self::io_container), for port 0 likewise.
 pub struct HostBridge {
     root: Arc<Bus>,
     config_address: AtomicU32,
@@ -64,6 +64,7 @@ impl HostBridge {
         let space = BarSpace {
             memory: Arc::clone(memory),
             container: Region::container("pci", 1 << 64),
+            io_container: Region::container("pci-io", 1 << 16),
             windows,
             upstream: Arc::new(Upstream::Memory),
         };
@@ -80,6 +81,18 @@ impl HostBridge {
     /// The region the BARs appear in, 2^64 bytes.
     pub fn container(&self) -> &Arc<Region> {
         &self.root.space().container
+    }
+
+    /// The region the I/O BARs of bus 0 appear in, 2^16 ports. Bridges forward no ports: a function with an I/O BAR is
+    /// refused behind one.
+    pub fn io_container(&self) -> &Arc<Region> {
+        &self.root.space().io_container
+    }
+
+    /// Wires the interrupt pins of bus 0, and so of the buses behind its bridges; without, functions that have one are
+    /// refused.
+    pub fn wire_interrupts(&self, wires: IntxWires) {
+        self.root.wire(Some(&wires));
     }
 
     /// Bus 0.

@@ -6,11 +6,13 @@
 //!                                                  ▲               │                   └─▶ Msix: table in a BAR, routes
 //!                                                  └──── Bridge ◀──┘
 //! device ── MsixVector::signal ──▶ Msix ──▶ MsiRoute
+//! device ── InterruptPin::set ──▶ InterruptPin ──▶ wire shared by several functions ──▶ IrqLine
 //! ```
 //!
 //! Locks, in the order they may be taken: a bus's placement of BARs (control thread only), a port's slot controller, a
-//! function's configuration space, then either a bridge's windows and the memory map's writer lock, or MSI-X (function, then one vector). A bus's
-//! table of functions is locked only to look one up, never during an access.
+//! function's configuration space, then either a bridge's windows and the memory map's writer lock, or MSI-X (function,
+//! then one vector), or the interrupt pin (then its wire). A bus's table of functions is locked only to look one up, its
+//! interrupt wires only to copy them, never during an access.
 
 mod aer;
 mod bar;
@@ -21,6 +23,7 @@ mod express;
 mod firmware;
 mod host_bridge;
 mod hotplug;
+pub mod intx;
 mod msix;
 mod placement;
 mod port;
@@ -45,6 +48,7 @@ pub use host_bridge::HostBridge;
 pub use hotplug::{
     EjectSink, HotplugError, HotplugSlot, Indicator, Removal, SlotAddress, SlotState,
 };
+pub use intx::{InterruptPin, IntxPin, IntxWires};
 pub use msix::{Msix, MsixVector};
 pub use port::{Port, PortModel, PortSpec};
 
@@ -264,6 +268,18 @@ pub enum PciError {
         /// Why.
         #[source]
         source: ebbtide_memory::Error,
+    },
+    /// The function has an I/O BAR, the bus forwards no ports.
+    #[error("{name} needs i/o ports: this pci bus has none")]
+    NoIoSpace {
+        /// The device.
+        name: String,
+    },
+    /// The function has an interrupt pin, the bus no wires.
+    #[error("{name} needs an interrupt wire (INTx): this pci bus has none")]
+    NoIntx {
+        /// The device.
+        name: String,
     },
     /// No interrupt route.
     #[error(transparent)]

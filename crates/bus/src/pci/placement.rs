@@ -144,15 +144,18 @@ impl Request {
     }
 }
 
-/// How much room requests need in a window of their kind: prefetchable 64-bit ones, or all others.
+/// How much room requests need in a window of their kind: prefetchable 64-bit ones, or all others in memory.
 pub(super) fn extent(requests: &[Request], prefetchable: bool) -> Option<Extent> {
     let mut of_kind = requests.to_vec();
-    of_kind.retain(|request| request.kind.is_prefetchable() == prefetchable);
+    of_kind.retain(|request| {
+        request.kind != BarKind::Io && request.kind.is_prefetchable() == prefetchable
+    });
     let align_bytes = of_kind.iter().map(|request| request.align_bytes).max()?;
     // Laid out from 0, which has any alignment: at a base aligned as the largest it fits in the same way.
     let unlimited = Windows {
         mmio32: 0..u64::MAX,
         mmio64: 0..u64::MAX,
+        io: 0..0,
     };
     let mut trial = Placement::default();
     trial.place(&unlimited, false, of_kind).ok()?;
@@ -167,6 +170,7 @@ pub(super) fn extent(requests: &[Request], prefetchable: bool) -> Option<Extent>
 fn windows_for(windows: &Windows, kind: BarKind, mixed: bool) -> impl Iterator<Item = &Range<u64>> {
     let (first, second) = match kind {
         BarKind::Mem32 => (&windows.mmio32, None),
+        BarKind::Io => (&windows.io, None),
         BarKind::Mem64 {
             prefetchable: false,
         } => (&windows.mmio32, mixed.then_some(&windows.mmio64)),
@@ -186,6 +190,7 @@ mod tests {
         Windows {
             mmio32: 0xc000_0000..0xc040_0000,
             mmio64: 1 << 36..(1 << 36) + 64 * MIB,
+            io: 0xc000..0x1_0000,
         }
     }
 

@@ -14,6 +14,7 @@ pub(super) const BAR0: u16 = 0x10;
 pub(super) const SUBSYSTEM_VENDOR: u16 = 0x2c;
 pub(super) const CAPABILITIES: u16 = 0x34;
 pub(super) const INTERRUPT_LINE: u16 = 0x3c;
+pub(super) const INTERRUPT_PIN: u16 = 0x3d;
 pub(super) const HEADER_END: u16 = 0x40;
 
 /// Offsets of the type 1 header (PCI-to-PCI Bridge 1.2, 3.2) where it differs.

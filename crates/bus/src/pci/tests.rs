@@ -6,6 +6,7 @@ mod bridges;
 mod enumerator;
 mod functions;
 mod hostile;
+mod legacy;
 mod ports;
 
 use std::sync::Arc;

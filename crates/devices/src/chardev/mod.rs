@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use ebbtide_iothread::Local;
 
-pub use wire::Wire;
+pub use wire::{InputKey, Wire};
 
 use crate::Error;
 use file::OutputFile;

@@ -8,7 +8,7 @@
 
 use std::collections::VecDeque;
 use std::future::poll_fn;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 
 use ebbtide_iothread::Signal;
@@ -23,8 +23,19 @@ const INPUT_BYTES: usize = 4096;
 pub struct Wire {
     output: Mutex<Output>,
     input: Mutex<Input>,
-    on_input: OnceLock<Box<dyn Fn() + Send + Sync>>,
     changes: Signal,
+    on_input: Mutex<Listeners>,
+}
+
+/// Names a call that [`Wire::on_input`] made known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InputKey(u64);
+
+/// Who is told about input.
+#[derive(Default)]
+struct Listeners {
+    last_key: u64,
+    current: Option<(InputKey, Arc<dyn Fn() + Send + Sync>)>,
 }
 
 #[derive(Default)]
@@ -101,10 +112,31 @@ impl Wire {
         count
     }
 
-    /// Device: what to call when bytes were received. It is called on the host side's thread, with no lock held. Only the
-    /// first call counts.
-    pub fn on_input(&self, call: impl Fn() + Send + Sync + 'static) {
-        let _ = self.on_input.set(Box::new(call));
+    /// Device: what to call when bytes were received, from now on instead of what was called before. It is called on the
+    /// host side's thread, with no lock held.
+    pub fn on_input(&self, call: impl Fn() + Send + Sync + 'static) -> InputKey {
+        let mut listeners = self.listeners();
+        listeners.last_key += 1;
+        let key = InputKey(listeners.last_key);
+        let before = listeners.current.replace((key, Arc::new(call)));
+        drop(listeners);
+        // What it owns is dropped without the lock.
+        drop(before);
+        key
+    }
+
+    /// Device: nothing is called any more, unless another device has taken the wire since `key` was given. A call that is
+    /// under way may still end after this. Input is kept for the next device.
+    pub fn forget_input(&self, key: InputKey) {
+        let mut listeners = self.listeners();
+        let ours = listeners.current.take_if(|(current, _)| *current == key);
+        drop(listeners);
+        drop(ours);
+    }
+
+    /// Whether somebody is told about input.
+    pub fn has_input_listener(&self) -> bool {
+        self.listeners().current.is_some()
     }
 
     /// Host: starts or stops to listen. What was not taken before is dropped when it stops.
@@ -170,7 +202,12 @@ impl Wire {
         input.bytes.extend(bytes.iter().take(room));
         drop(input);
         self.changes.raise();
-        if let Some(call) = self.on_input.get() {
+        let call = self
+            .listeners()
+            .current
+            .as_ref()
+            .map(|(_, call)| Arc::clone(call));
+        if let Some(call) = call {
             call();
         }
     }
@@ -199,6 +236,10 @@ impl Wire {
 
     fn output(&self) -> MutexGuard<'_, Output> {
         self.output.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Listeners> {
+        self.on_input.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn input(&self) -> MutexGuard<'_, Input> {

@@ -55,7 +55,7 @@ fn memory(bytes: u64) -> (PinnedRam, Layout) {
     let ram = Region::ram("ram", &memory.ram().add(spec).unwrap());
     memory.update(|t| t.add(&root, &ram, 0, 0)).unwrap();
     let ram = PinnedRam::new(&space, &memory.register()).unwrap();
-    (ram, Layout::new(bytes, &[], 40).unwrap())
+    (ram, Layout::new(bytes, &[], 0, 40).unwrap())
 }
 
 #[test]

@@ -86,7 +86,7 @@ mod tests {
 
     #[test]
     fn map_covers_ram_and_reserves_ecam() {
-        let layout = Layout::new(5 * GIB, &[GIB], 40).unwrap();
+        let layout = Layout::new(5 * GIB, &[GIB], 0, 40).unwrap();
         let map = memory_map(&layout);
         let usable: u64 = map
             .iter()

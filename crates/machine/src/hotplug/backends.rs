@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What devices stand on: block nodes, network and character backends, memory objects. Each has a name of its kind and,
-//! at most, one user; it can be taken away only when it has none.
+//! What devices stand on: block nodes, network and character backends, objects. Each has a name of its kind; it can be
+//! taken away only when it has no user. Most have one user at most, some are shared.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,16 +18,17 @@ pub(crate) struct Shelf<T> {
 
 struct Item<T> {
     value: Rc<T>,
-    user: User,
+    users: Users,
 }
 
 /// Who uses a backend.
-type User = Rc<RefCell<Option<String>>>;
+type Users = Rc<RefCell<Vec<String>>>;
 
-/// The right to use a backend. As long as it exists the backend stays and has no other user.
+/// The right to use a backend, which stays as long as this exists.
 pub(crate) struct Use<T> {
     value: Rc<T>,
-    user: User,
+    users: Users,
+    user: String,
 }
 
 impl<T> Use<T> {
@@ -39,20 +40,38 @@ impl<T> Use<T> {
 
 impl<T> Drop for Use<T> {
     fn drop(&mut self) {
-        *self.user.borrow_mut() = None;
+        let mut users = self.users.borrow_mut();
+        if let Some(at) = users.iter().position(|user| *user == self.user) {
+            users.remove(at);
+        }
     }
 }
 
 impl<T> fmt::Debug for Use<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Use({:?})", self.user.borrow())
+        write!(f, "Use({:?})", self.user)
+    }
+}
+
+/// A backend that may take part in its user's work on another thread.
+pub(crate) trait Released {
+    /// Whether no work of a user that is gone is left.
+    fn is_released(&self) -> bool {
+        true
     }
 }
 
 /// A use of whatever kind, to be kept until its user is gone.
-pub(crate) trait AnyUse {}
+pub(crate) trait AnyUse {
+    /// See [`Released`].
+    fn is_released(&self) -> bool;
+}
 
-impl<T> AnyUse for Use<T> {}
+impl<T: Released> AnyUse for Use<T> {
+    fn is_released(&self) -> bool {
+        self.value.is_released()
+    }
+}
 
 impl<T> Shelf<T> {
     /// An empty one.
@@ -85,7 +104,7 @@ impl<T> Shelf<T> {
         self.check_name(name)?;
         let item = Item {
             value: Rc::new(value),
-            user: User::default(),
+            users: Users::default(),
         };
         self.items.borrow_mut().insert(name.to_owned(), item);
         Ok(())
@@ -99,11 +118,17 @@ impl<T> Shelf<T> {
         let items = self.items.borrow();
         let item = items.get(name).ok_or_else(|| self.not_found(name))?;
         self.check_unused(name, item)?;
-        *item.user.borrow_mut() = Some(user.to_owned());
-        Ok(Use {
-            value: Rc::clone(&item.value),
-            user: Rc::clone(&item.user),
-        })
+        Ok(item.use_by(user))
+    }
+
+    /// Gives the backend to `user`, besides others it may have.
+    ///
+    /// # Errors
+    /// There is none of this name.
+    pub(crate) fn share(&self, name: &str, user: &str) -> Result<Use<T>, QmpError> {
+        let items = self.items.borrow();
+        let item = items.get(name).ok_or_else(|| self.not_found(name))?;
+        Ok(item.use_by(user))
     }
 
     /// Takes a backend out for good.
@@ -126,11 +151,11 @@ impl<T> Shelf<T> {
         items.get(name).map(|item| Rc::clone(&item.value))
     }
 
-    /// All of them in order of their names, each with its user.
+    /// All of them in order of their names, each with its first user.
     pub(crate) fn list(&self) -> Vec<(String, Rc<T>, Option<String>)> {
         let items = self.items.borrow();
         let each = |(name, item): (&String, &Item<T>)| {
-            let user = item.user.borrow().clone();
+            let user = item.users.borrow().first().cloned();
             (name.clone(), Rc::clone(&item.value), user)
         };
         items.iter().map(each).collect()
@@ -141,7 +166,7 @@ impl<T> Shelf<T> {
     }
 
     fn check_unused(&self, name: &str, item: &Item<T>) -> Result<(), QmpError> {
-        match &*item.user.borrow() {
+        match item.users.borrow().first() {
             Some(user) => Err(QmpError::generic(format!(
                 "{} '{name}' is in use by '{user}'",
                 self.kind
@@ -151,9 +176,34 @@ impl<T> Shelf<T> {
     }
 }
 
+impl<T> Item<T> {
+    fn use_by(&self, user: &str) -> Use<T> {
+        self.users.borrow_mut().push(user.to_owned());
+        Use {
+            value: Rc::clone(&self.value),
+            users: Rc::clone(&self.users),
+            user: user.to_owned(),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shared_until_the_last_user_is_gone() {
+        let shelf = Shelf::new("object");
+        shelf.add("io", 7).unwrap();
+        let first = shelf.share("io", "disk0").unwrap();
+        let second = shelf.share("io", "disk1").unwrap();
+        drop(first);
+        let refused = shelf.remove("io").unwrap_err();
+        assert!(refused.desc.contains("in use by 'disk1'"), "{refused}");
+        drop(second);
+        assert_eq!(*shelf.remove("io").unwrap(), 7);
+        assert!(shelf.share("io", "disk0").is_err());
+    }
 
     #[test]
     fn one_user_at_a_time_and_none_while_it_goes() {

@@ -14,7 +14,7 @@ use ebbtide_qmp::types::block::{
 };
 use ebbtide_qmp::types::blockdev::{BlockdevRef, BlockdevSource, HostFile};
 
-use super::backends::{Shelf, Use};
+use super::backends::{Released, Shelf, Use};
 
 /// How deep nodes may be described within each other.
 const MAX_DEPTH: usize = 8;
@@ -26,6 +26,8 @@ pub(crate) struct BlockNode {
     /// The node it stands on, where that has a name of its own.
     _below: Option<Use<BlockNode>>,
 }
+
+impl Released for BlockNode {}
 
 impl BlockNode {
     /// A disk that was opened when the machine was made.

@@ -15,7 +15,7 @@ use ebbtide_qmp::{Properties, QmpError};
 
 use super::ejector::OstReport;
 use super::objects::MemoryObject;
-use super::{AnyUse, Devices, Info, Site, Slot};
+use super::{AnyUse, Devices, Face, Info, Site, Slot};
 
 /// The name of the driver.
 pub(crate) const DRIVER: &str = "pc-dimm";
@@ -204,6 +204,7 @@ impl Devices {
         let info = Info {
             driver: DRIVER,
             site: Site::Dimm(Arc::clone(&site)),
+            face: Face::Plain,
             slot: Some(slot),
             uses: vec![object],
         };

@@ -37,6 +37,18 @@ impl Devices {
         }
     }
 
+    /// Lets the time that devices measure for the guest stand still, or go on.
+    pub(crate) fn stand_still(&self, still: bool) {
+        let tree = self.tree.borrow();
+        let functions = tree.iter().filter_map(|(_, n)| n.info.site.function());
+        for function in functions {
+            match still {
+                true => function.pause(),
+                false => function.resume(),
+            }
+        }
+    }
+
     /// Ends all use of the devices by the guest; returns those with requests that did not end within the drain time-out.
     pub(crate) async fn quiesce(&self) -> Vec<Stuck> {
         let drains: Vec<_> = {

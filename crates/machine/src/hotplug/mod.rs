@@ -9,15 +9,19 @@
 
 mod backends;
 pub(crate) mod blocks;
+mod chardevs;
 mod dimm;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;
+pub(crate) mod netdevs;
+mod news;
 mod objects;
 mod pci;
 mod places;
 mod removal;
 mod requests;
+pub(crate) mod shared;
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -30,19 +34,27 @@ use ebbtide_bus::irq::MsiController;
 use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
 use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
 use ebbtide_devices::dimm::DimmBank;
+use ebbtide_devices::i6300esb::SharedAction;
 use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
 use ebbtide_memory::AddressSpace;
+use ebbtide_net::Netdev;
 use ebbtide_qmp::{EventSink, QmpError};
 
-pub(crate) use backends::{AnyUse, Shelf};
+use crate::lifecycle::Requests;
+
+pub(crate) use backends::{AnyUse, Shelf, Use};
 pub(crate) use blocks::BlockNode;
+pub(crate) use chardevs::CharNode;
 pub(crate) use dimm::DimmSite;
-pub(crate) use drivers::{Driver, Made};
+use drivers::Below;
+pub(crate) use drivers::{Driver, Face, Made};
 use ejector::OstReport;
 pub(crate) use ejector::{Ejector, SlotKey};
+use news::News;
 pub(crate) use objects::{MEMORY_BACKENDS, MemoryObject};
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
+pub(crate) use shared::Object;
 
 /// What the machine keeps with each device.
 pub(crate) struct Info {
@@ -50,6 +62,8 @@ pub(crate) struct Info {
     pub(crate) driver: &'static str,
     /// Where it is.
     pub(crate) site: Site,
+    /// What commands about its kind do with it.
+    pub(crate) face: Face,
     /// The slot it is in, where that can change while the guest runs.
     pub(crate) slot: Option<Slot>,
     /// What it stands on, until it is gone.
@@ -71,6 +85,8 @@ pub(crate) enum Site {
     },
     /// In a DIMM slot.
     Dimm(Arc<DimmSite>),
+    /// On the bus of the device it is below of, which knows the rest.
+    Below,
 }
 
 impl Site {
@@ -78,7 +94,7 @@ impl Site {
     pub(crate) fn port(&self) -> Option<Arc<Port>> {
         match self {
             Site::Pci { port, .. } => port.as_ref()?.upgrade(),
-            Site::Dimm(_) => None,
+            Site::Dimm(_) | Site::Below => None,
         }
     }
 
@@ -86,7 +102,7 @@ impl Site {
     pub(crate) fn function(&self) -> Option<Arc<dyn Removable>> {
         match self {
             Site::Pci { function, .. } => function.upgrade(),
-            Site::Dimm(_) => None,
+            Site::Dimm(_) | Site::Below => None,
         }
     }
 }
@@ -158,17 +174,24 @@ pub(crate) struct Surface {
     pub(crate) system: Arc<AddressSpace>,
     pub(crate) msi: Arc<dyn MsiController>,
     pub(crate) blocking: Arc<Blocking>,
+    pub(crate) requests: Requests,
 }
 
 /// All devices of a machine. Belongs to the control thread.
 pub(crate) struct Devices {
     tree: RefCell<Tree<Info>>,
     blocks: Shelf<BlockNode>,
+    chardevs: Shelf<CharNode>,
     memory_objects: Shelf<MemoryObject>,
+    netdevs: Shelf<Arc<Netdev>>,
+    objects: Shelf<Object>,
+    news: News,
     dimms: OnceCell<Arc<DimmBank>>,
     /// What the guest said last about each DIMM slot.
     ost: RefCell<BTreeMap<u16, OstReport>>,
     surface: Surface,
+    /// What watchdogs do that have no action of their own.
+    watchdog_action: Arc<SharedAction>,
     ejector: Arc<Ejector>,
     root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
@@ -196,10 +219,15 @@ impl Devices {
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
+            chardevs: Shelf::new("Chardev"),
             memory_objects: Shelf::new("object"),
+            netdevs: Shelf::new("Netdev"),
+            objects: Shelf::new("object"),
+            news: News::new(),
             dimms: OnceCell::new(),
             ost: RefCell::default(),
             surface,
+            watchdog_action: Arc::default(),
             ejector: Ejector::new(ejected.notifier()),
             root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
@@ -221,6 +249,11 @@ impl Devices {
         &self.blocks
     }
 
+    /// The character devices.
+    pub(crate) fn chardevs(&self) -> &Shelf<CharNode> {
+        &self.chardevs
+    }
+
     /// The memory backends.
     pub(crate) fn memory_objects(&self) -> &Shelf<MemoryObject> {
         &self.memory_objects
@@ -234,6 +267,31 @@ impl Devices {
     /// Gives the machine its DIMM slots. Once, before anything is plugged.
     pub(crate) fn set_dimms(&self, bank: Arc<DimmBank>) {
         let _ = self.dimms.set(bank);
+    }
+
+    /// What watchdogs do that have no action of their own.
+    pub(crate) fn watchdog_action(&self) -> &Arc<SharedAction> {
+        &self.watchdog_action
+    }
+
+    /// Where changes of the run state are asked for.
+    pub(crate) fn requests(&self) -> &Requests {
+        &self.surface.requests
+    }
+
+    /// The network backends.
+    pub(crate) fn netdevs(&self) -> &Shelf<Arc<Netdev>> {
+        &self.netdevs
+    }
+
+    /// The objects that devices share.
+    pub(crate) fn objects(&self) -> &Shelf<Object> {
+        &self.objects
+    }
+
+    /// Where devices say what management is to hear.
+    pub(crate) fn news(&self) -> &News {
+        &self.news
     }
 
     /// Threads for what may block.
@@ -266,9 +324,11 @@ impl Devices {
         &*self.surface.msi
     }
 
-    /// Begins to serve what guests eject; events go to `events`.
-    pub(crate) fn serve(&self, events: &EventSink) {
+    /// Begins to serve what guests eject and to tell `events` what devices say. `ram_bytes` is how much memory the guest
+    /// has without a balloon.
+    pub(crate) fn serve(&self, events: &EventSink, ram_bytes: impl Fn() -> u64 + 'static) {
         let _ = self.events.set(events.clone());
+        self.news.serve(&self.local, events, ram_bytes);
         let Some(mut ejected) = self.ejected.borrow_mut().take() else {
             return;
         };
@@ -349,6 +409,7 @@ impl Devices {
         let Made {
             function,
             port,
+            face,
             uses,
         } = made;
         let gate = Arc::clone(function.config().gate());
@@ -364,6 +425,7 @@ impl Devices {
                 function: Arc::downgrade(&function),
                 port,
             },
+            face,
             slot: place.slot.clone().map(Slot::Pci),
             uses,
         };
@@ -380,7 +442,7 @@ impl Devices {
             self.local.now(),
         );
         let node = plugged.map_err(|(error, model)| {
-            removal::unwind(self, identity, model, &place);
+            removal::unwind(self, identity, model, Some(&place));
             plug_error(&error)
         })?;
         if let (Some(key), Some(eject)) = (key, eject) {
@@ -390,6 +452,46 @@ impl Devices {
             slot.plugged();
         }
         Ok(node)
+    }
+
+    /// Puts what was made below another device into the tree. The device it is below of tells the guest of it.
+    ///
+    /// # Errors
+    /// What it is below of is going; it is taken off again.
+    pub(crate) fn plug_below(
+        &self,
+        id: Option<&str>,
+        driver: &'static str,
+        below: Below,
+        policy: GuestEject,
+    ) -> Result<NodeId, QmpError> {
+        let Below {
+            parent,
+            model,
+            face,
+            uses,
+        } = below;
+        let info = Info {
+            driver,
+            site: Site::Below,
+            face,
+            slot: None,
+            uses,
+        };
+        let eject = Eject::new(policy, model.gate());
+        let identity = self.identity(id);
+        let plugged = self.tree.borrow_mut().plug(
+            Some(parent),
+            identity.clone(),
+            model,
+            Some(eject),
+            info,
+            self.local.now(),
+        );
+        plugged.map_err(|(error, model)| {
+            removal::unwind(self, identity, model, None);
+            plug_error(&error)
+        })
     }
 
     fn identity(&self, id: Option<&str>) -> Identity {

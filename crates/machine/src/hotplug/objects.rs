@@ -13,6 +13,7 @@ use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{Properties, QmpError};
 
 use super::Devices;
+use super::backends::Released;
 
 /// The types of memory backends.
 pub(crate) const MEMORY_BACKENDS: &[&str] = &[
@@ -32,6 +33,8 @@ pub(crate) struct MemoryObject {
     policy: RamPolicy,
     block: RefCell<Option<Arc<RamBlock>>>,
 }
+
+impl Released for MemoryObject {}
 
 impl MemoryObject {
     /// Its QOM type.

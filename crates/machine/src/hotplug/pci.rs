@@ -7,6 +7,9 @@ use std::sync::Arc;
 
 use ebbtide_bus::pci::{Bus, Devfn, Function, Port};
 use ebbtide_device::{Draining, Model};
+use ebbtide_devices::i6300esb::I6300Esb;
+use ebbtide_devices::serial_pci::SerialPci;
+use ebbtide_devices::testdev::TestDevice;
 use ebbtide_gate::Gate;
 use ebbtide_virtio::VirtioPci;
 
@@ -18,6 +21,12 @@ pub(crate) trait Removable: Function {
     /// Ends its work for this guest, as at a reset of the machine; the future is ready when nothing is in flight and the
     /// registers are as at power-on. It does not keep the function alive.
     fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>>;
+
+    /// The guest stands still, and so does what time the device measures for it.
+    fn pause(&self) {}
+
+    /// The guest goes on.
+    fn resume(&self) {}
 }
 
 impl Removable for VirtioPci {
@@ -32,6 +41,45 @@ impl Removable for VirtioPci {
 
 /// A port does nothing by itself: once nobody is in its registers, nothing is left.
 impl Removable for Port {
+    fn close(self: Arc<Self>) -> Draining {
+        Box::pin(self.config().gate().drained())
+    }
+
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(std::future::ready(()))
+    }
+}
+
+impl Removable for SerialPci {
+    fn close(self: Arc<Self>) -> Draining {
+        Box::pin(SerialPci::close(&self))
+    }
+
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(SerialPci::quiesce(self))
+    }
+}
+
+impl Removable for I6300Esb {
+    fn close(self: Arc<Self>) -> Draining {
+        Box::pin(I6300Esb::close(&self))
+    }
+
+    fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(I6300Esb::quiesce(self))
+    }
+
+    fn pause(&self) {
+        I6300Esb::pause(self);
+    }
+
+    fn resume(&self) {
+        I6300Esb::resume(self);
+    }
+}
+
+/// Its registers are all there is.
+impl Removable for TestDevice {
     fn close(self: Arc<Self>) -> Draining {
         Box::pin(self.config().gate().drained())
     }

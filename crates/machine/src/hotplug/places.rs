@@ -104,7 +104,7 @@ impl Devices {
                 at: there,
                 ..
             } => Arc::ptr_eq(its, bus) && *there == at,
-            Site::Dimm(_) => false,
+            Site::Dimm(_) | Site::Below => false,
         });
         let owner = owner.map_or("the host bridge".to_owned(), |node| {
             let leaving = if node.phase() >= Phase::Draining {

@@ -35,9 +35,14 @@ impl Devices {
 }
 
 /// Takes a device back that could not be plugged: its bridge went while it came. The guest may have seen it.
-pub(super) fn unwind(devices: &Devices, identity: Identity, model: Box<dyn Model>, place: &Place) {
+pub(super) fn unwind(
+    devices: &Devices,
+    identity: Identity,
+    model: Box<dyn Model>,
+    place: Option<&Place>,
+) {
     let subtree = Subtree::new(identity, model, Vec::new()).isolate();
-    let mut bus = Unplugged(place.clone());
+    let mut bus = Unplugged(place.cloned());
     let blocking = Arc::clone(devices.blocking());
     let undo = async move {
         let (detached, _) = subtree.drain().await.detach(&mut bus);
@@ -47,11 +52,13 @@ pub(super) fn unwind(devices: &Devices, identity: Identity, model: Box<dyn Model
 }
 
 /// The bus of a device that never came into the tree.
-struct Unplugged(Place);
+struct Unplugged(Option<Place>);
 
 impl Bus for Unplugged {
     fn forget(&mut self, identity: &Identity, _device: &dyn Model) {
-        forget(&self.0.bus, self.0.at, identity);
+        if let Some(place) = &self.0 {
+            forget(&place.bus, place.at, identity);
+        }
     }
 }
 
@@ -134,8 +141,14 @@ impl Surroundings<Info> for Around {
     }
 
     fn destroy(&self, subtree: Subtree<Detached>) -> Pending<Vec<Gone>> {
-        let blocking = Arc::clone(self.0.blocking());
-        Box::pin(async move { subtree.destroy(&blocking).await })
+        let devices = Rc::clone(&self.0);
+        Box::pin(async move {
+            let gone = subtree.destroy(devices.blocking()).await;
+            for device in &gone {
+                devices.released(device.identity()).await;
+            }
+            gone
+        })
     }
 
     fn deleted(&self, gone: Gone, info: Info) {
@@ -150,7 +163,27 @@ impl Surroundings<Info> for Around {
     }
 }
 
+/// How often a backend is looked at that a device has left.
+const LOOK: Duration = Duration::from_millis(1);
+
 impl Devices {
+    /// Resolves when nothing of a device that is gone is at its backends any more: a task that has nothing left to do
+    /// ends on its own thread, and takes a moment.
+    async fn released(&self, device: &Identity) {
+        loop {
+            let released = {
+                let tree = self.tree.borrow();
+                let mut nodes = tree.iter().map(|(_, node)| node);
+                let node = nodes.find(|node| node.identity == *device);
+                node.is_none_or(|node| node.info.uses.iter().all(|it| it.is_released()))
+            };
+            if released {
+                return;
+            }
+            self.local.sleep(LOOK).await;
+        }
+    }
+
     /// Resolves when `node` has come as far as `phase`, or is gone. None for `phase`: when it is gone.
     pub(crate) async fn reached(&self, node: NodeId, phase: Option<Phase>) {
         std::future::poll_fn(|cx| {

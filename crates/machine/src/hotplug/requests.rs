@@ -10,7 +10,8 @@ use ebbtide_qmp::types::ebbtide::WaitPhase;
 use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Devices, MEMORY_BACKENDS, blocks, dimm, drivers};
+use super::drivers::Make;
+use super::{Devices, MEMORY_BACKENDS, blocks, dimm, drivers, netdevs, shared};
 use crate::Error;
 use crate::config::MachineConfig;
 
@@ -23,6 +24,14 @@ impl Devices {
         for object in &config.objects {
             let added = self.add_object(object.clone()).await;
             added.map_err(|e| Error::part(format!("--object {}", object.id), e.desc))?;
+        }
+        for netdev in &config.netdevs {
+            let added = netdevs::add(self, netdev.clone()).await;
+            added.map_err(|e| Error::part(format!("--netdev {}", netdev.id), e.desc))?;
+        }
+        for chardev in &config.chardevs {
+            let added = self.add_chardev(chardev.clone()).await;
+            added.map_err(|e| Error::part(format!("--chardev {}", chardev.id), e.desc))?;
         }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
@@ -43,13 +52,14 @@ impl Devices {
     /// What is wrong with it, or why the host can't.
     pub(crate) async fn add_object(&self, args: ObjectAdd) -> Result<(), QmpError> {
         drivers::check_id(&args.id)?;
-        if self.memory_objects().get(&args.id).is_some() {
+        let taken = self.memory_objects().get(&args.id).is_some();
+        if taken || self.objects().get(&args.id).is_some() {
             return Err(QmpError::duplicate_object_id(&args.id));
         }
         if MEMORY_BACKENDS.contains(&&*args.qom_type) {
             return self.add_memory_object(args).await;
         }
-        Err(QmpError::invalid_object_type(&args.qom_type))
+        shared::add(self, args).await
     }
 
     /// Takes an object away.
@@ -60,7 +70,7 @@ impl Devices {
         if self.memory_objects().get(id).is_some() {
             return self.remove_memory_object(id).await;
         }
-        Err(QmpError::object_not_found(id))
+        shared::remove(self, id).await
     }
 
     /// Makes and plugs a device. Unless it is `cold` the guest is told.
@@ -76,11 +86,20 @@ impl Devices {
         self.check_id(args.id.as_deref())?;
         let mut properties = args.properties;
         let policy = policy(&mut properties)?;
-        let place = self.place(driver, args.bus.as_deref(), &mut properties, cold)?;
         let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
-        let made = (driver.make)(self, &name, &mut properties)?;
-        properties.finish_device(driver.name)?;
-        self.plug(args.id.as_deref(), driver.name, made, place, policy, cold)
+        let (id, bus) = (args.id.as_deref(), args.bus.as_deref());
+        match driver.make {
+            Make::Pci(make) => {
+                let place = self.place(driver, bus, &mut properties, cold)?;
+                let made = make(self, &name, &mut properties)?;
+                properties.finish_device(driver.name)?;
+                self.plug(id, driver.name, made, place, policy, cold)
+            }
+            Make::Below(make) => {
+                let below = make(self, &name, bus, properties)?;
+                self.plug_below(id, driver.name, below, policy)
+            }
+        }
     }
 
     /// Whether a new device may have this id.
@@ -103,6 +122,8 @@ impl Devices {
             tree.get(node).and_then(|node| node.info.slot.clone())
         };
         let Some(slot) = slot else {
+            // It has no hot-plug hardware that could ask: the device it is below of tells the guest when it is gone.
+            drop(self.remove(node));
             return Ok(());
         };
         match slot.request() {

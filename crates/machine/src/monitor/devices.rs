@@ -13,7 +13,7 @@ use ebbtide_qmp::types::events;
 use ebbtide_qmp::types::qom::{ObjectPropertyInfo, ObjectTypeInfo};
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 
-use crate::hotplug::{Info, drivers};
+use crate::hotplug::{Info, MEMORY_BACKENDS, drivers, shared};
 use crate::machine::Machine;
 
 /// Adds them to `table`.
@@ -103,7 +103,8 @@ fn list_types(implements: Option<&str>) -> Vec<ObjectTypeInfo> {
     let device = |name: &str| of("device", name);
     let object = |name: &str| of("object", name);
     let devices = drivers::names().map(device);
-    let objects = drivers::OBJECTS.iter().map(|name| object(name));
+    let shared = shared::TYPES.iter().map(|(name, _)| *name);
+    let objects = MEMORY_BACKENDS.iter().copied().chain(shared).map(object);
     match implements {
         Some("device") => devices.collect(),
         None | Some("object") => devices.chain(objects).collect(),

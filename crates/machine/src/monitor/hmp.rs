@@ -9,7 +9,7 @@ use ebbtide_qmp::hmp::{self, Command, Info};
 use ebbtide_qmp::types::monitor::VersionInfo;
 use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
 
-use super::{go, memory, qom, stop};
+use super::{backends, go, inventory, memory, qom, stop};
 use crate::lifecycle::Request;
 use crate::machine::Machine;
 
@@ -52,6 +52,14 @@ fn info(machine: &Machine, about: &Info) -> String {
     match about {
         Info::Mtree { flat } => machine.memory().mtree(*flat),
         Info::RamBlock => machine.memory().ram().dump(),
+        Info::Block => hmp::block(&inventory::disks(machine)),
+        Info::Pci => hmp::pci(&inventory::pci(machine)),
+        Info::Qtree => inventory::qtree(machine),
+        Info::Iothreads => hmp::iothreads(&backends::iothreads(machine)),
+        Info::Balloon => match backends::query(machine) {
+            Ok(info) => hmp::balloon(&info),
+            Err(e) => hmp::error(&e),
+        },
         Info::MemoryDevices => hmp::memory_devices(&memory::devices(machine)),
         Info::MemorySizeSummary => hmp::memory_size_summary(&memory::summary(machine)),
         Info::Status => hmp::status(&StatusInfo::new(machine.state())),

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! QMP: what each command does to this machine.
 
+mod backends;
 mod blocks;
+mod chardevs;
 mod devices;
 mod hmp;
+mod inventory;
 mod memory;
 mod qom;
 
@@ -50,7 +53,8 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 version: env!("CARGO_PKG_VERSION").into(),
             })
         });
-    blocks::add(devices::add(qom::add(memory::add(table))))
+    let table = devices::add(qom::add(memory::add(table)));
+    inventory::add(backends::add(chardevs::add(blocks::add(table))))
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an

@@ -165,6 +165,12 @@ impl RamBlock {
         self.mapping.is_readonly()
     }
 
+    /// Whether what is written to it can be seen by others who map the same: a memfd, huge pages, a file that is
+    /// shared.
+    pub fn is_shared(&self) -> bool {
+        self.mapping.is_shared()
+    }
+
     /// How the host treats its memory.
     pub fn policy(&self) -> &RamPolicy {
         self.mapping.policy()

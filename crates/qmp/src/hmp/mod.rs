@@ -9,6 +9,7 @@
 //! assert_eq!(hmp::parse("info nope"), Err("unknown command: 'info nope'\r\n".to_owned()));
 //! ```
 
+mod devices;
 mod line;
 mod text;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use crate::error::QmpError;
 use crate::sizes;
+pub use devices::{balloon, block, iothreads, pci};
 pub use text::{error, memory_devices, memory_size_summary, properties, status, version};
 
 use line::{Flag, Spec, Words};
@@ -78,6 +80,16 @@ pub enum Info {
     },
     /// The host memory behind the guest's.
     RamBlock,
+    /// The disks; see [`block`].
+    Block,
+    /// The PCI buses; see [`pci`].
+    Pci,
+    /// All devices, each below the bus it is on.
+    Qtree,
+    /// The iothreads; see [`iothreads`].
+    Iothreads,
+    /// What the balloon leaves to the guest; see [`balloon`].
+    Balloon,
 }
 
 /// A property's value as it was typed. What it means depends on the property's type.
@@ -179,6 +191,36 @@ const COMMANDS: &[Spec] = &[
 
 const INFOS: &[Spec] = &[
     Spec {
+        names: &["balloon"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show how much memory the balloon leaves to the guest",
+    },
+    Spec {
+        names: &["block"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show the disks",
+    },
+    Spec {
+        names: &["iothreads"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show the iothreads",
+    },
+    Spec {
+        names: &["pci"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show the PCI buses",
+    },
+    Spec {
+        names: &["qtree"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show the devices and the buses they are on",
+    },
+    Spec {
         names: &["memory-devices"],
         options: &[],
         words: Words::Exactly(&[]),
@@ -272,6 +314,11 @@ fn info(rest: &str) -> Result<Command, String> {
             flat: found.options.contains(&FLAT.letter),
         },
         "ramblock" => Info::RamBlock,
+        "balloon" => Info::Balloon,
+        "block" => Info::Block,
+        "iothreads" => Info::Iothreads,
+        "pci" => Info::Pci,
+        "qtree" => Info::Qtree,
         "status" => Info::Status,
         "version" => Info::Version,
         _ => return Err(unknown()),

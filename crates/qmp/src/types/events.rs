@@ -8,6 +8,7 @@ use crate::types::acpi::AcpiDeviceOst;
 use crate::types::block::BlockIoError;
 use crate::types::device::DevicePath;
 use crate::types::memory::BalloonInfo;
+use crate::types::net::NetdevId;
 use crate::types::run_state::{ShutdownCause, Watchdog};
 
 qapi_struct! {
@@ -79,6 +80,9 @@ pub const BLOCK_IO_ERROR: EventKind<BlockIoError> =
 /// The guest's balloon has grown or shrunk; at most once a second.
 pub const BALLOON_CHANGE: EventKind<BalloonInfo> =
     EventKind::limited("BALLOON_CHANGE", once_a_second(None));
+/// The peer of a network backend is gone for good.
+pub const NETDEV_STREAM_DISCONNECTED: EventKind<NetdevId> =
+    EventKind::new("NETDEV_STREAM_DISCONNECTED");
 /// The guest has let its watchdog run out; at most once a second.
 pub const WATCHDOG: EventKind<Watchdog> = EventKind::limited("WATCHDOG", once_a_second(None));
 
@@ -95,5 +99,6 @@ pub const ALL: &[EventInfo] = &[
     ACPI_DEVICE_OST.info(),
     BLOCK_IO_ERROR.info(),
     BALLOON_CHANGE.info(),
+    NETDEV_STREAM_DISCONNECTED.info(),
     WATCHDOG.info(),
 ];

@@ -23,6 +23,15 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Data of `NETDEV_STREAM_DISCONNECTED`.
+    #[derive(Eq)]
+    pub struct NetdevId {
+        /// The backend's id.
+        netdev_id as "netdev-id": String,
+    }
+}
+
+qapi_struct! {
     /// Arguments of `set_link`.
     #[derive(Eq)]
     pub struct SetLink {

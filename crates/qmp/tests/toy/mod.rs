@@ -353,6 +353,12 @@ impl Toy {
                 hmp::Info::MemorySizeSummary => hmp::memory_size_summary(&self.summary()),
                 hmp::Info::Mtree { flat } => format!("address-space: memory (flat: {flat})\r\n"),
                 hmp::Info::RamBlock => "              Block Name\r\n".to_owned(),
+                // There are none.
+                hmp::Info::Block => hmp::block(&[]),
+                hmp::Info::Pci => hmp::pci(&[]),
+                hmp::Info::Iothreads => hmp::iothreads(&[]),
+                hmp::Info::Balloon => hmp::error(&QmpError::no_balloon()),
+                hmp::Info::Qtree => String::new(),
             },
             hmp::Command::Stop => {
                 self.set_state(RunState::Paused);

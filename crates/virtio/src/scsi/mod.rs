@@ -222,6 +222,18 @@ impl VirtioScsi {
         Ok(())
     }
 
+    /// The gate of a unit: who closes it lets no command in any more. The unit stays until
+    /// [`remove_lun`](Self::remove_lun).
+    ///
+    /// # Errors
+    /// [`ScsiError::Lun`], [`ScsiError::NoUnit`].
+    pub fn lun_gate(&self, target: u8, lun: u16) -> Result<Arc<Gate>, ScsiError> {
+        let address = self.address(target, lun)?;
+        let units = self.shared.targets.read();
+        let owned = units.get(&address).ok_or_else(|| self.no_unit(address))?;
+        Ok(Arc::clone(owned.gate()))
+    }
+
     /// Begins to remove a unit: no command gets in any more when this returns. Never waits; the rest is
     /// [`LunRemoval::gone`]. Asked again while that is under way, it can be waited for twice.
     ///

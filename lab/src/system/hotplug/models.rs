@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The models that come and go: a line for each says how it is made, seen and used.
 
+use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, DiskStart, DiskStatus};
 use serde_json::{Value, json};
 
-use crate::system::{MIB, STEP_LIMIT};
+use super::peer;
+use super::{GUEST, LOOK, deleted, wait_for};
+use crate::system::{BOOT, MIB, STEP_LIMIT};
 use crate::vmm::Vmm;
 
 /// A model of device and a use of it.
@@ -18,6 +22,8 @@ pub struct Model {
     pub prepare: fn(&mut Vmm, &Path) -> Result<()>,
     /// Its properties.
     pub arguments: fn() -> Value,
+    /// What is below it in the end: gone before it, in this order.
+    pub below: &'static [&'static str],
     /// A path in the guest that is there as long as the device is.
     pub present: &'static str,
     /// The guest begins to use it.
@@ -29,15 +35,181 @@ pub struct Model {
 }
 
 /// All of them.
-pub const ALL: &[Model] = &[Model {
-    driver: "virtio-blk-pci",
-    prepare: disk_image,
-    arguments: || json!({"drive": "image"}),
-    present: "/dev/vda",
-    start: write_disk,
-    stop: disk_is_gone,
-    clean_up: |vmm| node_gone(vmm, "image"),
-}];
+pub const ALL: &[Model] = &[
+    Model {
+        driver: "virtio-blk-pci",
+        prepare: |vmm, ground| {
+            vmm.qmp()
+                .execute("object-add", json!({"qom-type": "iothread", "id": "io0"}))?;
+            vmm.qmp()
+                .execute("object-add", json!({"qom-type": "iothread", "id": "io1"}))?;
+            disk_image(vmm, ground)
+        },
+        arguments: || json!({"drive": "image", "num-queues": 2, "iothread": ["io0", "io1"]}),
+        below: &[],
+        present: "/dev/vda",
+        start: |vmm| write_disk(vmm, "/dev/vda"),
+        stop: |vmm| disk_is_gone(vmm, "/dev/vda"),
+        clean_up: |vmm| {
+            vmm.qmp().execute("object-del", json!({"id": "io0"}))?;
+            vmm.qmp().execute("object-del", json!({"id": "io1"}))?;
+            node_gone(vmm, "image")
+        },
+    },
+    Model {
+        driver: "virtio-scsi-pci",
+        prepare: disk_image,
+        arguments: || json!({"num_queues": 2}),
+        below: &["lun0"],
+        present: "/sys/bus/virtio/drivers/virtio_scsi/virtio*",
+        start: |vmm| {
+            let disk = json!({"driver": "scsi-hd", "id": "lun0", "bus": "dev0.0", "drive": "image", "scsi-id": 3, "lun": 1});
+            vmm.qmp().execute("device_add", disk)?;
+            wait_for(vmm, "/dev/sda", true)?;
+            write_disk(vmm, "/dev/sda")
+        },
+        stop: |vmm| disk_is_gone(vmm, "/dev/sda"),
+        clean_up: |vmm| node_gone(vmm, "image"),
+    },
+    Model {
+        driver: "scsi-hd",
+        prepare: |vmm, ground| {
+            let adapter = json!({"driver": "virtio-scsi-pci", "id": "hba0"});
+            vmm.qmp().execute("device_add", adapter)?;
+            disk_image(vmm, ground)
+        },
+        arguments: || json!({"drive": "image", "bus": "hba0.0"}),
+        below: &[],
+        present: "/dev/sda",
+        // The guest is not asked: what it wrote after that would be lost.
+        start: |vmm| {
+            write_disk(vmm, "/dev/sda")?;
+            disk_is_gone(vmm, "/dev/sda")
+        },
+        stop: |_| Ok(()),
+        clean_up: |vmm| {
+            vmm.qmp().execute("device_del", json!({"id": "hba0"}))?;
+            deleted(vmm, "hba0")?;
+            node_gone(vmm, "image")
+        },
+    },
+    Model {
+        driver: "virtio-net-pci",
+        prepare: |vmm, ground| {
+            let path = ground.join("net");
+            peer::serve(UnixListener::bind(&path)?);
+            let netdev =
+                json!({"type": "stream", "id": "n0", "addr": {"type": "unix", "path": path}});
+            vmm.qmp().execute("netdev_add", netdev)?;
+            Ok(())
+        },
+        arguments: || json!({"netdev": "n0", "mac": "52:54:00:00:00:02"}),
+        below: &[],
+        present: "/sys/class/net/eth0",
+        start: |vmm| {
+            shell(
+                vmm,
+                "ip link set eth0 up && ip addr add 10.0.0.2/24 dev eth0",
+            )?;
+            keep_on(vmm, "ping -c 1 -W 5 10.0.0.1")?;
+            let refused = vmm.qmp().execute("netdev_del", json!({"id": "n0"}));
+            ensure!(
+                refused.is_err(),
+                "the backend of a card that works is removed"
+            );
+            Ok(())
+        },
+        stop: has_ended,
+        clean_up: |vmm| {
+            vmm.qmp().execute("netdev_del", json!({"id": "n0"}))?;
+            Ok(())
+        },
+    },
+    Model {
+        driver: "virtio-rng-pci",
+        prepare: |vmm, _| {
+            let source = json!({"qom-type": "rng-random", "id": "r0", "filename": "/dev/urandom"});
+            vmm.qmp().execute("object-add", source)?;
+            Ok(())
+        },
+        arguments: || json!({"rng": "r0"}),
+        below: &[],
+        present: "/sys/bus/virtio/drivers/virtio_rng/virtio*",
+        start: |vmm| keep_on(vmm, "dd if=/dev/hwrng of=/dev/null bs=64 count=4"),
+        stop: has_ended,
+        clean_up: |vmm| {
+            vmm.qmp().execute("object-del", json!({"id": "r0"}))?;
+            Ok(())
+        },
+    },
+    Model {
+        driver: "virtio-balloon-pci",
+        prepare: |_, _| Ok(()),
+        arguments: || json!({"deflate-on-oom": true, "free-page-reporting": true}),
+        below: &[],
+        present: "/sys/bus/virtio/drivers/virtio_balloon/virtio*",
+        start: |vmm| {
+            balloon(vmm, BOOT - 64 * MIB)?;
+            let size = json!({"value": BOOT - 128 * MIB});
+            vmm.qmp().execute("balloon", size)?;
+            Ok(())
+        },
+        stop: |vmm| {
+            let refused = vmm.qmp().execute("query-balloon", Value::Null);
+            ensure!(refused.is_err(), "the balloon that went answers");
+            Ok(())
+        },
+        clean_up: |_| Ok(()),
+    },
+];
+
+/// Runs a shell command that must succeed.
+fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
+    let done = vmm
+        .guest()
+        .exec(&["/bin/busybox", "sh", "-c", script], GUEST)?;
+    ensure!(done.code == Some(0), "{script}: {done:?}");
+    Ok(())
+}
+
+/// Runs `command` again and again until it fails. It has gone well when this returns.
+fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
+    let script = format!(
+        "rm -f /done; (while {command}; do echo >> /done; done) < /dev/null > /dev/null 2>&1 &"
+    );
+    shell(vmm, &script)?;
+    wait_for(vmm, "/done", true)
+}
+
+/// What was kept on ends, now that the device has gone: nothing hangs.
+fn has_ended(vmm: &mut Vmm) -> Result<()> {
+    let begun = Instant::now();
+    while shell(vmm, "! pidof ping dd").is_err() {
+        ensure!(
+            begun.elapsed() < GUEST,
+            "a command waits for a device that has gone"
+        );
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// Sets the balloon's size and waits until the guest has it.
+fn balloon(vmm: &mut Vmm, bytes: u64) -> Result<()> {
+    vmm.qmp().execute("balloon", json!({"value": bytes}))?;
+    let begun = Instant::now();
+    loop {
+        let answer = vmm.qmp().execute("query-balloon", Value::Null)?;
+        let actual = answer["actual"].as_u64().context("actual")?;
+        if actual == bytes {
+            return Ok(());
+        }
+        if begun.elapsed() > GUEST {
+            bail!("the balloon leaves {actual} bytes, not {bytes}");
+        }
+        std::thread::sleep(LOOK);
+    }
+}
 
 fn disk_image(vmm: &mut Vmm, ground: &Path) -> Result<()> {
     let path = ground.join("image");
@@ -54,30 +226,25 @@ fn node_gone(vmm: &mut Vmm, name: &str) -> Result<()> {
 }
 
 /// Writes and verifies, and goes on with that.
-fn write_disk(vmm: &mut Vmm) -> Result<()> {
+fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
     let guest = vmm.guest();
     guest.disk_start(DiskStart {
-        path: "/dev/vda".into(),
+        path: path.into(),
         seed: 7,
         verify: true,
         pause_us: 0,
         span_bytes: 0,
     })?;
-    let verified: DiskStatus = guest.call(
-        Command::DiskVerify {
-            path: "/dev/vda".into(),
-        },
-        STEP_LIMIT,
-    )?;
+    let verified: DiskStatus = guest.call(Command::DiskVerify { path: path.into() }, STEP_LIMIT)?;
     ensure!(verified.ok, "{verified:?}");
     Ok(())
 }
 
 /// What was under way has ended, well or with an error; nothing that was completed was wrong.
-fn disk_is_gone(vmm: &mut Vmm) -> Result<()> {
+fn disk_is_gone(vmm: &mut Vmm, path: &str) -> Result<()> {
     let status: DiskStatus = vmm.guest().call(
         Command::DiskStop {
-            path: "/dev/vda".into(),
+            path: path.into(),
             verify: false,
         },
         STEP_LIMIT,

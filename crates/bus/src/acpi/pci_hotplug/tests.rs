@@ -57,6 +57,7 @@ fn rig() -> Rig {
     let windows = Windows {
         mmio32: 0xc000_0000..0xe000_0000,
         mmio64: 1 << 36..1 << 37,
+        io: 0xc000..0x1_0000,
     };
     let host = HostBridge::new(&memory, windows).unwrap();
     let (line, ejects) = (Arc::new(Line::default()), Arc::new(Ejects::default()));

@@ -484,6 +484,7 @@ fn reservations_shrink_until_all_fit() {
     let small = Windows {
         mmio32: 0xc000_0000..0xc000_0000 + (64 << 20),
         mmio64: 1 << 36..(1 << 36) + (1 << 30),
+        io: 0..0,
     };
     let ranges = [small.mmio32.clone(), small.mmio64.clone()];
     let (machine, controller) = (Machine::with(small), FakeController::default());
@@ -521,6 +522,7 @@ fn what_has_no_room_is_named_and_the_rest_is_there() {
     let small = Windows {
         mmio32: 0xc000_0000..0xc040_0000,
         mmio64: 1 << 36..(1 << 36) + (64 << 20),
+        io: 0..0,
     };
     let (machine, controller) = (Machine::with(small), FakeController::default());
     let new = |name: &str, reservation| {

@@ -4,17 +4,14 @@
 use std::sync::Arc;
 
 use ebbtide_qmp::{Properties, QmpError};
-use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::virtq::MAX_SIZE;
 
-use super::{Driver, Made};
+use super::{Driver, Face, Made, Make, Serving, on_pci, queue_count, queue_size, serving};
 use crate::hotplug::Devices;
 
 /// The thread of all disks that name none.
 pub(crate) const THREAD: &str = "io-disks";
-/// More queues than that serve nobody: a machine has fewer vCPUs.
-const MAX_QUEUES: u16 = 64;
 /// Bytes a guest reads of a serial number.
 const SERIAL_BYTES: usize = 20;
 
@@ -27,8 +24,9 @@ pub(super) const DRIVER: Driver = Driver {
         ("serial", "str"),
         ("num-queues", "uint16"),
         ("queue-size", "uint16"),
+        ("iothread", "link<iothread>"),
     ],
-    make,
+    make: Make::Pci(make),
 };
 
 fn make(devices: &Devices, name: &str, properties: &mut Properties) -> Result<Made, QmpError> {
@@ -39,30 +37,26 @@ fn make(devices: &Devices, name: &str, properties: &mut Properties) -> Result<Ma
     if serial.len() > SERIAL_BYTES {
         return Err(QmpError::property_value(DRIVER.name, "serial", &serial));
     }
-    let queues = properties.take_uint::<u16>("num-queues")?.unwrap_or(1);
-    if !(1..=MAX_QUEUES).contains(&queues) {
-        let value = queues.to_string();
-        return Err(QmpError::property_value(DRIVER.name, "num-queues", &value));
-    }
-    let queue_size = properties.take_uint::<u16>("queue-size")?.unwrap_or(256);
-    if !queue_size.is_power_of_two() || !(4..=MAX_SIZE).contains(&queue_size) {
-        let value = queue_size.to_string();
-        return Err(QmpError::property_value(DRIVER.name, "queue-size", &value));
-    }
+    let queues = queue_count(DRIVER.name, "num-queues", properties)?;
+    let queue_size = queue_size(DRIVER.name, "queue-size", 256, (4, MAX_SIZE), properties)?;
     let node = devices.blocks().take(&drive, name)?;
-    let remote = devices.thread(THREAD)?;
+    let Serving {
+        first,
+        more,
+        mut uses,
+    } = serving(devices, DRIVER.name, name, THREAD, properties)?;
     let spec = BlkSpec {
         serial,
         queues,
         queue_size,
+        more_iothreads: more,
         ..BlkSpec::new(name)
     };
-    let device = VirtioBlk::new(spec, Arc::clone(node.value().disk()), remote.clone());
-    let function = VirtioPci::new(name, device as _, devices.system(), devices.msi(), &remote)
-        .map_err(|e| QmpError::generic(e.to_string()))?;
+    let device = VirtioBlk::new(spec, Arc::clone(node.value().disk()), first.clone());
+    uses.push(Box::new(node));
     Ok(Made {
-        function,
-        port: None,
-        uses: vec![Box::new(node)],
+        face: Face::Disk { node: drive },
+        uses,
+        ..on_pci(devices, name, device, &first)?
     })
 }

@@ -2,15 +2,28 @@
 //! The device models that `device_add` knows: a line in [`DRIVERS`] for each, and a function that makes one from its
 //! properties.
 
+mod balloon;
 mod blk;
+mod net;
 mod ports;
+mod rng;
+mod scsi;
+mod serial;
+mod testdev;
+mod watchdog;
 
 use std::sync::{Arc, Weak};
 
 use ebbtide_bus::pci::Port;
+use ebbtide_device::{Model, NodeId};
+use ebbtide_iothread::Remote;
 use ebbtide_qmp::{Properties, QmpError};
+use ebbtide_virtio::balloon::VirtioBalloon;
+use ebbtide_virtio::net::VirtioNet;
+use ebbtide_virtio::scsi::VirtioScsi;
+use ebbtide_virtio::{VirtioDevice, VirtioPci};
 
-use super::{AnyUse, Devices, Removable};
+use super::{AnyUse, Devices, Object, Removable};
 
 /// A model.
 pub(crate) struct Driver {
@@ -22,8 +35,39 @@ pub(crate) struct Driver {
     pub(crate) hotpluggable: bool,
     /// Its own properties: name and type.
     properties: &'static [(&'static str, &'static str)],
-    /// Makes one called by the given name; takes its own properties.
-    pub(crate) make: fn(&Devices, &str, &mut Properties) -> Result<Made, QmpError>,
+    /// Makes one.
+    pub(crate) make: Make,
+}
+
+/// How a device is made. The text is its name.
+pub(crate) enum Make {
+    /// A function that goes onto a PCI bus; takes its own properties.
+    Pci(fn(&Devices, &str, &mut Properties) -> Result<Made, QmpError>),
+    /// Something on the bus of another device, where it is put at once; takes all properties. The second text is the
+    /// name of the bus, if one was given.
+    Below(fn(&Devices, &str, Option<&str>, Properties) -> Result<Below, QmpError>),
+}
+
+/// What commands about one kind of device do with it. The model in the tree keeps it alive.
+pub(crate) enum Face {
+    /// Nothing.
+    Plain,
+    /// A disk.
+    Disk {
+        /// The name of its block node.
+        node: String,
+    },
+    /// A network card.
+    Net {
+        /// The card.
+        card: Weak<VirtioNet>,
+        /// Its network backend.
+        netdev: String,
+    },
+    /// The balloon.
+    Balloon(Weak<VirtioBalloon>),
+    /// A SCSI adapter: its bus is called like it with `.0`.
+    Scsi(Weak<VirtioScsi>),
 }
 
 /// A device that was made and is not on a bus yet.
@@ -32,25 +76,58 @@ pub(crate) struct Made {
     pub(crate) function: Arc<dyn Removable>,
     /// It, where it is a bridge.
     pub(crate) port: Option<Weak<Port>>,
+    /// What commands about its kind do with it.
+    pub(crate) face: Face,
+    /// What it stands on.
+    pub(crate) uses: Vec<Box<dyn AnyUse>>,
+}
+
+impl Made {
+    /// A function that stands on nothing.
+    pub(crate) fn new(function: Arc<dyn Removable>) -> Made {
+        Made {
+            function,
+            port: None,
+            face: Face::Plain,
+            uses: Vec::new(),
+        }
+    }
+}
+
+/// A device that was put onto the bus of another.
+pub(crate) struct Below {
+    /// The device it is below.
+    pub(crate) parent: NodeId,
+    /// Takes it off again.
+    pub(crate) model: Box<dyn Model>,
+    /// What commands about its kind do with it.
+    pub(crate) face: Face,
     /// What it stands on.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
 }
 
 /// The properties of every device on PCI.
 const PCI_PROPERTIES: &[(&str, &str)] = &[("addr", "str"), ("guest-eject", "str")];
+/// The thread of all devices that move little and name no thread.
+const COMMON_THREAD: &str = "io-devices";
 
 const DRIVERS: &[Driver] = &[
     blk::DRIVER,
+    scsi::ADAPTER,
+    scsi::DISK,
+    net::DRIVER,
+    rng::DRIVER,
+    balloon::DRIVER,
     ports::ROOT_PORT,
     ports::IOH3420,
     ports::UPSTREAM,
     ports::DOWNSTREAM,
     ports::PCI_BRIDGE,
     ports::DMI_BRIDGE,
+    serial::DRIVER,
+    testdev::DRIVER,
+    watchdog::DRIVER,
 ];
-
-/// The types of `object-add`.
-pub(crate) const OBJECTS: &[&str] = super::MEMORY_BACKENDS;
 
 /// Models that exist elsewhere and not here, each with the reason.
 const REFUSED: &[(&str, &str)] = &[
@@ -58,6 +135,15 @@ const REFUSED: &[(&str, &str)] = &[
         "virtio-blk-device",
         "there is no virtio-mmio bus: use virtio-blk-pci",
     ),
+    (
+        "virtio-net-device",
+        "there is no virtio-mmio bus: use virtio-net-pci",
+    ),
+    ("scsi-cd", "SCSI units are disks: use scsi-hd"),
+    ("scsi-block", "SCSI units are disks: use scsi-hd"),
+    ("scsi-generic", "SCSI units are disks: use scsi-hd"),
+    ("e1000", "network cards are virtio-net-pci"),
+    ("e1000e", "network cards are virtio-net-pci"),
     (
         "pci-assign",
         "KVM's device assignment is gone from Linux: it was superseded by VFIO",
@@ -70,9 +156,100 @@ impl Driver {
     pub(crate) fn all_properties(
         &self,
     ) -> impl Iterator<Item = &'static (&'static str, &'static str)> {
-        PCI_PROPERTIES.iter().chain(self.properties)
+        let of_bus = match self.make {
+            Make::Pci(_) => PCI_PROPERTIES,
+            Make::Below(_) => &[],
+        };
+        of_bus.iter().chain(self.properties)
     }
 }
+
+/// Puts a virtio device on a PCI function that resets itself on `remote`.
+fn on_pci(
+    devices: &Devices,
+    name: &str,
+    device: Arc<dyn VirtioDevice>,
+    remote: &Remote,
+) -> Result<Made, QmpError> {
+    let function = VirtioPci::new(name, device, devices.system(), devices.msi(), remote)
+        .map_err(|e| QmpError::generic(e.to_string()))?;
+    Ok(Made::new(function))
+}
+
+/// The threads that serve a device's queues: at least one.
+struct Serving {
+    first: Remote,
+    more: Vec<Remote>,
+    uses: Vec<Box<dyn AnyUse>>,
+}
+
+/// Takes the property `iothread`: the id of an iothread, or a list of ids over which queues are spread. Without it the
+/// thread called `default` serves all.
+fn serving(
+    devices: &Devices,
+    driver: &str,
+    name: &str,
+    default: &str,
+    properties: &mut Properties,
+) -> Result<Serving, QmpError> {
+    let ids = properties.take_strings("iothread")?.unwrap_or_default();
+    let (mut remotes, mut uses) = (Vec::new(), Vec::<Box<dyn AnyUse>>::new());
+    for id in ids {
+        let object = devices
+            .objects()
+            .share(&id, name)
+            .map_err(|_| QmpError::no_such_backend(driver, "iothread", &id))?;
+        let Object::Iothread(iothread) = &**object.value() else {
+            return Err(QmpError::property_value(driver, "iothread", &id));
+        };
+        remotes.push(iothread.remote());
+        uses.push(Box::new(object));
+    }
+    let mut remotes = remotes.into_iter();
+    let first = match remotes.next() {
+        Some(first) => first,
+        None => devices.thread(default)?,
+    };
+    Ok(Serving {
+        first,
+        more: remotes.collect(),
+        uses,
+    })
+}
+
+/// Takes the size of a queue, a power of two from `least` to `most`.
+fn queue_size(
+    driver: &str,
+    property: &str,
+    default: u16,
+    (least, most): (u16, u16),
+    properties: &mut Properties,
+) -> Result<u16, QmpError> {
+    let size = properties.take_uint::<u16>(property)?.unwrap_or(default);
+    if size.is_power_of_two() && (least..=most).contains(&size) {
+        return Ok(size);
+    }
+    Err(QmpError::property_value(
+        driver,
+        property,
+        &size.to_string(),
+    ))
+}
+
+/// Takes a number of queues.
+fn queue_count(driver: &str, property: &str, properties: &mut Properties) -> Result<u16, QmpError> {
+    /// More queues than that serve nobody: a machine has fewer vCPUs.
+    const MAX_QUEUES: u16 = 64;
+    let queues = properties.take_uint::<u16>(property)?.unwrap_or(1);
+    if (1..=MAX_QUEUES).contains(&queues) {
+        return Ok(queues);
+    }
+    let value = queues.to_string();
+    Err(QmpError::property_value(driver, property, &value))
+}
+
+/// What the bus of a SCSI adapter with this id is called.
+pub(crate) use scsi::bus_name as scsi_bus_name;
 
 /// The driver of this name.
 ///

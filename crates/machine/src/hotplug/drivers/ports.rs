@@ -6,7 +6,7 @@ use std::sync::Arc;
 use ebbtide_bus::pci::{Port, PortModel, PortSpec, Reservation};
 use ebbtide_qmp::{Properties, QmpError};
 
-use super::{Driver, Made};
+use super::{Driver, Made, Make};
 use crate::hotplug::Devices;
 
 /// Physical slot numbers, 13 bits.
@@ -35,7 +35,7 @@ const fn driver(
         aliases: &[],
         hotpluggable: true,
         properties,
-        make,
+        make: Make::Pci(make),
     }
 }
 
@@ -88,8 +88,7 @@ fn make(
         .map_err(|e| QmpError::generic(e.to_string()))?;
     Ok(Made {
         port: Some(Arc::downgrade(&port)),
-        function: port,
-        uses: Vec::new(),
+        ..Made::new(port)
     })
 }
 

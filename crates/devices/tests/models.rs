@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Loom models of devices. Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-devices --test models --release`.
+//!
+//! Each seeded bug is a deviation from the protocol, compiled in by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
+//!
+//! seeded: order_missed breaks model_orders
+//! seeded: stale_run_counts breaks model_reload
+#![cfg(loom)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
+use std::time::Duration;
+
+use ebbtide_devices::i6300esb::timer::{Orders, Runs};
+use loom::future::block_on;
+use loom::sync::Mutex;
+use loom::thread;
+
+const SECOND: Option<Duration> = Some(Duration::from_secs(1));
+
+/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
+/// LOOM_MAX_PREEMPTIONS sets another bound.
+fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
+    let schedules = Arc::new(Counter::new(0));
+    let counter = Arc::clone(&schedules);
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(preemptions);
+    builder.check(move || {
+        counter.fetch_add(1, CounterOrdering::Relaxed);
+        body();
+    });
+    let schedules = schedules.load(CounterOrdering::Relaxed);
+    assert!(schedules > 1, "{model}: nothing was interleaved");
+    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
+}
+
+#[test]
+fn model_orders() {
+    const INVARIANT: &str = "the thread that keeps a watchdog's time takes the last order, and ends when there will be none";
+    check("devices/watchdog_orders", INVARIANT, Some(3), || {
+        let orders = Arc::new(Orders::default());
+        let clock = thread::spawn({
+            let orders = Arc::clone(&orders);
+            move || {
+                let mut last = None;
+                // A lost order ends here: loom reports a deadlock.
+                while last != Some(2) {
+                    let order = block_on(orders.next()).expect("not closed yet");
+                    last = order.run.map(|run| run.number);
+                }
+                orders
+            }
+        });
+        let mut runs = Runs::default();
+        runs.order(&orders, SECOND);
+        runs.order(&orders, SECOND);
+        let taken = clock.join().unwrap();
+        let ends = thread::spawn(move || block_on(taken.next()).is_none());
+        orders.close();
+        assert!(ends.join().unwrap());
+    });
+}
+
+/// The registers, as far as they matter: which run counts, what the guest did, what the timer did.
+#[derive(Default)]
+struct Registers {
+    runs: Runs,
+    reloaded: bool,
+}
+
+#[test]
+fn model_reload() {
+    const INVARIANT: &str = "a timer that has run off does nothing once the guest has reloaded it";
+    check("devices/watchdog_reload", INVARIANT, Some(3), || {
+        let orders = Arc::new(Orders::default());
+        let registers = Arc::new(Mutex::new(Registers::default()));
+        registers.lock().unwrap().runs.order(&orders, SECOND);
+        let clock = thread::spawn({
+            let (orders, registers) = (Arc::clone(&orders), Arc::clone(&registers));
+            move || {
+                let order = block_on(orders.next()).expect("not closed");
+                let run = order.run.expect("one was ordered");
+                // The time of whatever run it took is up.
+                let registers = registers.lock().unwrap();
+                let fires = registers.runs.is_latest(run.number);
+                assert!(
+                    !fires || run.number == 2 || !registers.reloaded,
+                    "the first run fires after the reload"
+                );
+                fires
+            }
+        });
+        let mut guest = registers.lock().unwrap();
+        guest.runs.order(&orders, SECOND);
+        guest.reloaded = true;
+        drop(guest);
+        clock.join().unwrap();
+    });
+}
