@@ -79,9 +79,10 @@ impl Devices {
         let driver = drivers::find(&args.driver)?;
         self.check_id(args.id.as_deref())?;
         let mut properties = args.properties;
+        let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
+        self.back_memory(&properties, &name).await?;
         let policy = policy(&mut properties)?;
         let place = self.place(driver, args.bus.as_deref(), &mut properties, cold)?;
-        let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
         let made = (driver.make)(self, &name, &mut properties)?;
         properties.finish_device(driver.name)?;
         self.plug(args.id.as_deref(), driver.name, made, place, policy, cold)

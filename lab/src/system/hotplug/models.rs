@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The models that come and go: a line for each says how it is made, seen and used.
 
+mod legacy;
+
 use std::path::Path;
 
 use anyhow::{Result, ensure};
@@ -29,7 +31,15 @@ pub struct Model {
 }
 
 /// All of them.
-pub const ALL: &[Model] = &[Model {
+pub const ALL: &[Model] = &[BLK, legacy::SERIAL, legacy::WATCHDOG, legacy::TEST_DEVICE];
+
+/// Models with I/O BARs: bridges forward no ports.
+pub const ROOT_BUS_ONLY: &[&str] = &["pci-serial"];
+
+/// Models whose driver not every kernel has, with the module.
+const MODULES: &[(&str, &str)] = &[("i6300esb", "i6300esb.ko")];
+
+const BLK: Model = Model {
     driver: "virtio-blk-pci",
     prepare: disk_image,
     arguments: || json!({"drive": "image"}),
@@ -37,7 +47,23 @@ pub const ALL: &[Model] = &[Model {
     start: write_disk,
     stop: disk_is_gone,
     clean_up: |vmm| node_gone(vmm, "image"),
-}];
+};
+
+impl Model {
+    /// The module this guest would need for it and does not have.
+    pub fn missing_module(&self, vmm: &mut Vmm) -> Result<Option<&'static str>> {
+        let named = MODULES.iter().find(|(driver, _)| *driver == self.driver);
+        let Some((_, module)) = named else {
+            return Ok(None);
+        };
+        let list = vmm
+            .guest()
+            .exec(&["/bin/busybox", "cat", "/modules/list"], STEP_LIMIT)?;
+        ensure!(list.code == Some(0), "{list:?}");
+        let loaded = list.output.lines().any(|line| line == *module);
+        Ok((!loaded).then_some(*module))
+    }
+}
 
 fn disk_image(vmm: &mut Vmm, ground: &Path) -> Result<()> {
     let path = ground.join("image");

@@ -3,6 +3,7 @@
 //! properties.
 
 mod blk;
+mod ivshmem;
 mod ports;
 mod serial;
 mod testdev;
@@ -53,6 +54,7 @@ const DRIVERS: &[Driver] = &[
     serial::DRIVER,
     testdev::DRIVER,
     watchdog::DRIVER,
+    ivshmem::DRIVER,
 ];
 
 /// The types of `object-add`.
@@ -88,6 +90,11 @@ pub(crate) fn find(name: &str) -> Result<&'static Driver, QmpError> {
     let named = |driver: &&Driver| driver.name == name || driver.aliases.contains(&name);
     if let Some(driver) = DRIVERS.iter().find(named) {
         return Ok(driver);
+    }
+    if name.starts_with("ivshmem")
+        && let Err(refused) = ebbtide_devices::ivshmem::check_driver(name)
+    {
+        return Err(QmpError::generic(refused.to_string()));
     }
     match REFUSED.iter().find(|(refused, _)| *refused == name) {
         Some((_, reason)) => Err(QmpError::generic(format!(
