@@ -25,7 +25,7 @@ use crate::hotplug::{AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
-use crate::platform::{EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
+use crate::platform::{Board, EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
 use crate::{Error, host};
 
 /// Address space kept for RAM blocks beyond what the machine has at once, for blocks that come
@@ -120,13 +120,15 @@ impl Prepared {
             .map_err(|e| Error::part("devices", e))?;
         let platform = Platform::new(
             &config.serial,
-            &*vm,
-            &parts.memory,
-            &parts.port_root,
-            &parts.bridge,
+            config.ram.dimm_slots,
+            &Board {
+                vm: &*vm,
+                memory: &parts.memory,
+                ports: &parts.port_root,
+                bridge: &parts.bridge,
+            },
             &sender,
             devices.ejector(),
-            config.ram.dimm_slots,
             local,
         )?;
         devices.set_root_slots(platform.pci_hotplug());

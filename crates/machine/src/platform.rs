@@ -51,22 +51,32 @@ pub struct Platform {
     memory_hotplug: Option<Arc<MemoryHotplug>>,
 }
 
+/// What the platform is built upon.
+pub struct Board<'a> {
+    /// Where its interrupts go.
+    pub vm: &'a dyn Vm,
+    /// The memory core.
+    pub memory: &'a Memory,
+    /// The port space.
+    pub ports: &'a Arc<Region>,
+    /// The PCI host bridge.
+    pub bridge: &'a Arc<HostBridge>,
+}
+
 impl Platform {
-    /// Builds the board and maps its registers into the port space `ports`.
+    /// Builds the platform and maps its registers.
     ///
     /// # Errors
     /// A serial target that can't be opened, an interrupt line that is taken.
     pub fn new(
         serial: &SerialConfig,
-        vm: &dyn Vm,
-        memory: &Memory,
-        ports: &Arc<Region>,
-        bridge: &Arc<HostBridge>,
+        dimm_slots: u16,
+        board: &Board<'_>,
         requests: &Requests,
         ejects: &Arc<Ejector>,
-        dimm_slots: u16,
         local: &Local,
     ) -> Result<Platform, Error> {
+        let Board { vm, bridge, .. } = board;
         let wire = Wire::new();
         let chardev = Chardev::open(&chardev(serial)).map_err(|e| Error::part("--serial", e))?;
         let output = local.spawn(chardev.attach(&wire).serve(local.clone()));
@@ -97,18 +107,18 @@ impl Platform {
             memory_hotplug,
         };
         platform
-            .map(memory, ports, bridge, requests)
+            .map(board, requests)
             .map_err(|e| Error::part("platform registers", e))?;
         Ok(platform)
     }
 
-    fn map(
-        &self,
-        memory: &Memory,
-        ports: &Arc<Region>,
-        bridge: &Arc<HostBridge>,
-        requests: &Requests,
-    ) -> Result<(), ebbtide_memory::Error> {
+    fn map(&self, board: &Board<'_>, requests: &Requests) -> Result<(), ebbtide_memory::Error> {
+        let Board {
+            memory,
+            ports,
+            bridge,
+            ..
+        } = board;
         let reset = || {
             let requests = requests.clone();
             move || requests.reset(ShutdownCause::GuestReset)

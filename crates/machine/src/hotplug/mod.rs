@@ -10,7 +10,7 @@
 mod backends;
 pub(crate) mod blocks;
 mod chardevs;
-mod dimm;
+pub(crate) mod dimm;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;

@@ -13,7 +13,7 @@ use ebbtide_qmp::types::events;
 use ebbtide_qmp::types::qom::{ObjectPropertyInfo, ObjectTypeInfo};
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 
-use crate::hotplug::{Info, MEMORY_BACKENDS, drivers, shared};
+use crate::hotplug::{Info, MEMORY_BACKENDS, dimm, drivers, shared};
 use crate::machine::Machine;
 
 /// Adds them to `table`.
@@ -88,9 +88,12 @@ fn force(machine: &Machine, id: &str) -> Result<Empty, QmpError> {
 }
 
 fn list_properties(type_name: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError> {
-    let driver = drivers::find(type_name)?;
     let property =
         |(name, kind): &(&'static str, &'static str)| ObjectPropertyInfo::new(*name, *kind);
+    if type_name == dimm::DRIVER {
+        return Ok(dimm::PROPERTIES.iter().map(property).collect());
+    }
+    let driver = drivers::find(type_name)?;
     Ok(driver.all_properties().map(property).collect())
 }
 
@@ -102,7 +105,7 @@ fn list_types(implements: Option<&str>) -> Vec<ObjectTypeInfo> {
     };
     let device = |name: &str| of("device", name);
     let object = |name: &str| of("object", name);
-    let devices = drivers::names().map(device);
+    let devices = drivers::names().chain([dimm::DRIVER]).map(device);
     let shared = shared::TYPES.iter().map(|(name, _)| *name);
     let objects = MEMORY_BACKENDS.iter().copied().chain(shared).map(object);
     match implements {

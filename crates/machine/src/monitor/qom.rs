@@ -2,13 +2,15 @@
 //! The object tree as QMP shows it: `/machine/peripheral/ID` are devices, `/objects/ID` memory
 //! backends.
 
+use std::rc::Rc;
+
 use ebbtide_qmp::hmp::QomValue;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::qom::ObjectPropertyInfo;
 use ebbtide_qmp::{CommandTable, ErrorClass, QmpError, commands};
 use serde_json::{Value, json};
 
-use crate::config::DiskConfig;
+use crate::hotplug::{Face, MemoryObject, Site};
 use crate::machine::{Machine, MemorySlot};
 
 /// Adds the `qom-` commands to `table`.
@@ -57,7 +59,34 @@ enum Object<'m> {
     Objects(&'m Machine),
     Memory(&'m MemorySlot),
     Backend(&'m MemorySlot),
-    Disk(&'m DiskConfig),
+    Device(Device),
+    Ram(Rc<MemoryObject>),
+}
+
+/// A device of the tree.
+struct Device {
+    driver: &'static str,
+    /// The property that names what it stands on, and that.
+    stands_on: Option<(&'static str, String)>,
+}
+
+impl Device {
+    fn find(machine: &Machine, id: &str) -> Option<Device> {
+        let tree = machine.devices.tree().borrow();
+        let node = tree.get(tree.by_id(id)?)?;
+        let stands_on = match &node.info.face {
+            Face::Disk { node } => Some(("drive", node.clone())),
+            Face::Net { netdev, .. } => Some(("netdev", netdev.clone())),
+            _ => match &node.info.site {
+                Site::Dimm(site) => Some(("memdev", format!("/objects/{}", site.info().memdev))),
+                _ => None,
+            },
+        };
+        Some(Device {
+            driver: node.info.driver,
+            stands_on,
+        })
+    }
 }
 
 /// Finds the object an absolute path, or the unambiguous end of one, names.
@@ -66,15 +95,14 @@ fn resolve<'m>(machine: &'m Machine, path: &str) -> Result<Object<'m>, QmpError>
     let slots = machine.memory_slots();
     let device = |id: &str| {
         let slot = slots.iter().find(|s| s.config.id == id);
-        let disk = || machine.disks().iter().find(|d| d.id == id);
         slot.map(Object::Memory)
-            .or_else(|| disk().map(Object::Disk))
+            .or_else(|| Device::find(machine, id).map(Object::Device))
     };
     let backend = |id: &str| {
-        slots
-            .iter()
-            .find(|s| s.config.memdev == id)
-            .map(Object::Backend)
+        let slot = slots.iter().find(|s| s.config.memdev == id);
+        let object = || machine.devices.memory_objects().get(id);
+        slot.map(Object::Backend)
+            .or_else(|| object().map(Object::Ram))
     };
     let found = match (path.starts_with('/'), parts.as_slice()) {
         (true, []) => Some(Object::Root),
@@ -92,13 +120,14 @@ fn resolve<'m>(machine: &'m Machine, path: &str) -> Result<Object<'m>, QmpError>
 }
 
 impl Object<'_> {
-    fn type_name(&self) -> &'static str {
+    fn type_name(&self) -> &str {
         match self {
             Object::Root | Object::Peripheral(_) | Object::Objects(_) => "container",
             Object::Machine => "ebbtide-machine",
             Object::Memory(_) => "virtio-mem-pci",
             Object::Backend(slot) => slot.backend_type(),
-            Object::Disk(_) => "virtio-blk-pci",
+            Object::Device(device) => device.driver,
+            Object::Ram(object) => object.qom_type(),
         }
     }
 
@@ -112,11 +141,11 @@ impl Object<'_> {
             }
             Object::Machine => add("peripheral", "child<container>"),
             Object::Peripheral(machine) => {
-                for slot in machine.memory_slots() {
-                    add(&slot.config.id, "child<virtio-mem-pci>");
-                }
-                for disk in machine.disks() {
-                    add(&disk.id, "child<virtio-blk-pci>");
+                let tree = machine.devices.tree().borrow();
+                for (_, node) in tree.iter() {
+                    if let Some(id) = &node.identity.id {
+                        add(id, &format!("child<{}>", node.info.driver));
+                    }
                 }
             }
             Object::Objects(machine) => {
@@ -125,6 +154,9 @@ impl Object<'_> {
                         &slot.config.memdev,
                         &format!("child<{}>", slot.backend_type()),
                     );
+                }
+                for (id, object, _) in machine.devices.memory_objects().list() {
+                    add(&id, &format!("child<{}>", object.qom_type()));
                 }
             }
             Object::Memory(_) => {
@@ -136,10 +168,11 @@ impl Object<'_> {
                 add("memdev", "link<memory-backend>");
                 add("prealloc", "bool");
             }
-            Object::Backend(_) => add("size", "int"),
-            Object::Disk(_) => {
-                add("serial", "str");
-                add("drive", "str");
+            Object::Backend(_) | Object::Ram(_) => add("size", "int"),
+            Object::Device(device) => {
+                if let Some((name, _)) = &device.stands_on {
+                    add(name, "str");
+                }
             }
         }
         list
@@ -158,9 +191,9 @@ impl Object<'_> {
         let value = match self {
             Object::Memory(slot) => memory_property(slot, property),
             Object::Backend(slot) if property == "size" => Some(json!(slot.config.size_bytes)),
-            Object::Disk(disk) => match property {
-                "serial" => Some(json!(disk.serial)),
-                "drive" => Some(json!(disk.path.to_string_lossy())),
+            Object::Ram(object) if property == "size" => Some(json!(object.size_bytes())),
+            Object::Device(device) => match &device.stands_on {
+                Some((name, value)) if *name == property => Some(json!(value)),
                 _ => None,
             },
             _ => None,
