@@ -2,6 +2,7 @@
 //! System tests: Debian guests under Ebbtide, seen from inside the guest and from management.
 
 mod boot;
+mod ctl;
 mod dimm;
 mod endings;
 mod hotplug;
@@ -96,6 +97,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a guest keeps a dimm", dimm::refusal),
     scenario("a reset amid the removal of a dimm", dimm::reset),
     scenario("mistakes with dimms", dimm::mistakes),
+    scenario("devices come and go by hand", ctl::by_hand),
     scenario("signals end the VM in order", endings::signals),
     scenario("quit ends the VM in order", endings::quit),
     scenario("a monitor client is killed", monitor::killed_client),
