@@ -31,7 +31,13 @@ pub struct Model {
 }
 
 /// All of them.
-pub const ALL: &[Model] = &[BLK, legacy::SERIAL, legacy::WATCHDOG, legacy::TEST_DEVICE];
+pub const ALL: &[Model] = &[
+    BLK,
+    legacy::SERIAL,
+    legacy::WATCHDOG,
+    legacy::TEST_DEVICE,
+    legacy::SHARED_MEMORY,
+];
 
 /// Models with I/O BARs: bridges forward no ports.
 pub const ROOT_BUS_ONLY: &[&str] = &["pci-serial"];
