@@ -77,7 +77,7 @@ pub const SHARED_MEMORY: Model = Model {
 const PORT: &str = "/sys/bus/pci/devices/*/tty/ttyS* /sys/bus/pci/devices/*/*:0/*:0.0/tty/ttyS*";
 
 /// Time between two answers to noise.
-const ANSWERS: Duration = Duration::from_millis(20);
+const ANSWERS: Duration = Duration::from_millis(200);
 
 fn peer_path(vmm: &Vmm) -> PathBuf {
     vmm.qmp_path().with_file_name("peer.sock")
@@ -115,7 +115,8 @@ fn answer(client: UnixStream) -> Option<()> {
     Some(())
 }
 
-/// A line goes to the peer and its answer comes back; then lines go there without end.
+/// A line goes to the peer and its answer comes back; then lines go there without end, with pauses: a port that sends at once can keep a slow
+/// guest in its interrupt handler for good.
 fn talk(vmm: &mut Vmm) -> Result<()> {
     let script = format!(
         "rm -f /tmp/talked
@@ -127,7 +128,7 @@ fn talk(vmm: &mut Vmm) -> Result<()> {
              case $answer in *'heard over and') heard=1; break;; esac
          done
          [ $heard ] || exit 2
-         (while echo out >&3; do :; done; touch /tmp/talked) </dev/null >/dev/null 2>&1 &
+         (while echo out >&3; do usleep 20000; done; touch /tmp/talked) </dev/null >/dev/null 2>&1 &
          (while read -r answer <&3; do :; done) </dev/null >/dev/null 2>&1 &
          sleep 0.2"
     );
