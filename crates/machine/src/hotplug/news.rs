@@ -5,16 +5,19 @@ use std::cell::RefCell;
 
 use ebbtide_iothread::{Local, Receiver, Sender, channel};
 use ebbtide_qmp::EventSink;
-use ebbtide_qmp::types::events::{BALLOON_CHANGE, NETDEV_STREAM_DISCONNECTED};
+use ebbtide_qmp::types::chardev::VserportChange;
+use ebbtide_qmp::types::events::{BALLOON_CHANGE, NETDEV_STREAM_DISCONNECTED, VSERPORT_CHANGE};
 use ebbtide_qmp::types::memory::BalloonInfo;
 use ebbtide_qmp::types::net::NetdevId;
 use ebbtide_virtio::balloon::BalloonEvent;
+use ebbtide_virtio::console::ConsoleEvent;
 use ebbtide_virtio::net::NetEvent;
 
 /// Where devices of each kind say it. Belongs to the control thread.
 pub(crate) struct News {
     pub(crate) balloon: Sender<BalloonEvent>,
     pub(crate) net: Sender<NetEvent>,
+    pub(crate) console: Sender<ConsoleEvent>,
     /// Until [`News::serve`] takes them.
     heard: RefCell<Option<Heard>>,
 }
@@ -22,18 +25,22 @@ pub(crate) struct News {
 struct Heard {
     balloon: Receiver<BalloonEvent>,
     net: Receiver<NetEvent>,
+    console: Receiver<ConsoleEvent>,
 }
 
 impl News {
     pub(super) fn new() -> News {
         let (balloon, balloon_heard) = channel();
         let (net, net_heard) = channel();
+        let (console, console_heard) = channel();
         News {
             balloon,
             net,
+            console,
             heard: RefCell::new(Some(Heard {
                 balloon: balloon_heard,
                 net: net_heard,
+                console: console_heard,
             })),
         }
     }
@@ -51,6 +58,7 @@ impl News {
         let Heard {
             mut balloon,
             mut net,
+            mut console,
         } = heard;
         let sink = events.clone();
         let balloons = async move {
@@ -72,5 +80,12 @@ impl News {
             }
         };
         local.spawn(cards).detach();
+        let sink = events.clone();
+        let ports = async move {
+            while let Some(ConsoleEvent::PortChange { id, open }) = console.recv().await {
+                sink.emit(VSERPORT_CHANGE.with(VserportChange { id, open }));
+            }
+        };
+        local.spawn(ports).detach();
     }
 }

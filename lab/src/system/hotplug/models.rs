@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The models that come and go: a line for each says how it is made, seen and used.
 
+use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Instant;
@@ -161,7 +162,53 @@ pub const ALL: &[Model] = &[
         },
         clean_up: |_| Ok(()),
     },
+    Model {
+        driver: "virtio-serial-pci",
+        prepare: |vmm, ground| {
+            let out = ground.join("port");
+            let chardev = json!({"id": "c0", "backend": {"type": "file", "data": {"out": out}}});
+            vmm.qmp().execute("chardev-add", chardev)?;
+            Ok(())
+        },
+        arguments: || json!({"max_ports": 4}),
+        below: &["port0"],
+        present: "/sys/bus/virtio/drivers/virtio_console/virtio*",
+        start: |vmm| {
+            let port = json!({"driver": "virtserialport", "id": "port0", "bus": "dev0.0", "chardev": "c0", "nr": 1, "name": "org.ebbtide.test"});
+            vmm.qmp().execute("device_add", port)?;
+            wait_for(vmm, "/dev/vport*p1", true)?;
+            let written = file_of_chardev(vmm)?.metadata()?.len();
+            keep_on(
+                vmm,
+                "[ -c /dev/vport*p1 ] && echo tick | dd of=$(echo /dev/vport*p1)",
+            )?;
+            grows(&file_of_chardev(vmm)?, written)
+        },
+        stop: has_ended,
+        clean_up: |vmm| {
+            vmm.qmp().execute("chardev-remove", json!({"id": "c0"}))?;
+            Ok(())
+        },
+    },
 ];
+
+/// Where the one character device writes to.
+fn file_of_chardev(vmm: &mut Vmm) -> Result<File> {
+    let chardevs = vmm.qmp().execute("query-chardev", Value::Null)?;
+    let name = chardevs[0]["filename"].as_str().context("filename")?;
+    let path = name.strip_prefix("file:").context("no file")?;
+    File::open(path).with_context(|| path.to_owned())
+}
+
+/// Waits until a file is longer.
+fn grows(file: &File, than: u64) -> Result<()> {
+    let begun = Instant::now();
+    while file.metadata()?.len() <= than {
+        ensure!(begun.elapsed() < GUEST, "the guest's bytes do not arrive");
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
 
 /// Runs a shell command that must succeed.
 fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
