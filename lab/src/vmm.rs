@@ -58,6 +58,8 @@ pub struct Machine {
     pub boot_bytes: u64,
     /// RAM with all that virtio-mem can add; `None`: no such device.
     pub max_bytes: Option<u64>,
+    /// Slots for DIMMs.
+    pub memory_slots: u16,
     /// In order: /dev/vda, /dev/vdb, ...
     pub disks: Vec<Disk>,
     /// More arguments for the VMM.
@@ -76,6 +78,7 @@ impl Machine {
             cpus: 1,
             boot_bytes: 512 << 20,
             max_bytes: None,
+            memory_slots: 0,
             disks: Vec::new(),
             more: Vec::new(),
             log: None,
@@ -110,9 +113,11 @@ impl Machine {
             .max_bytes
             .map(|bytes| format!(",max={}M", bytes >> 20))
             .unwrap_or_default();
-        command
-            .arg("--memory")
-            .arg(format!("size={}M{max}", self.boot_bytes >> 20));
+        command.arg("--memory").arg(format!(
+            "size={}M{max},slots={}",
+            self.boot_bytes >> 20,
+            self.memory_slots
+        ));
         for disk in &self.disks {
             let readonly = if disk.readonly { ",readonly=on" } else { "" };
             command.arg("--disk").arg(format!(

@@ -36,17 +36,7 @@ pub trait Model: Send {
 
     /// Who keeps it from draining, for reports.
     fn holders(&self) -> Vec<Holder> {
-        let held = self.gate().held();
-        let count = |n: u32, what: &str| {
-            (n > 0).then(|| Holder {
-                what: format!("{n} {what}{}", if n == 1 { "" } else { "s" }),
-                age: None,
-            })
-        };
-        count(held.mmio, "register access")
-            .into_iter()
-            .chain(count(held.io, "request"))
-            .collect()
+        held(self.gate())
     }
 
     /// Gives up what the drain waits for: kills a process, closes a connection, abandons a backend. What is in flight
@@ -54,4 +44,19 @@ pub trait Model: Send {
     fn force(&mut self) -> bool {
         false
     }
+}
+
+/// Who is within a gate, for reports.
+pub fn held(gate: &Gate) -> Vec<Holder> {
+    let held = gate.held();
+    let count = |n: u32, what: &str| {
+        (n > 0).then(|| Holder {
+            what: format!("{n} {what}{}", if n == 1 { "" } else { "s" }),
+            age: None,
+        })
+    };
+    count(held.mmio, "register access")
+        .into_iter()
+        .chain(count(held.io, "request"))
+        .collect()
 }

@@ -151,6 +151,8 @@ mod tests {
             .unwrap();
         let log = memory.dirty_log();
         log.start(DirtyClient::Migration).unwrap();
+        // The views of the set-up: the end of a section that a grace period waits for tells so.
+        memory.synchronize();
         Map {
             memory,
             space,

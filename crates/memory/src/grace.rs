@@ -133,10 +133,28 @@ impl Grace {
         lock(&self.spare).pop()
     }
 
+    /// Keeps a view that no reader sees any more, of those that come at once.
+    fn keep(&self, view: Box<View>) {
+        let mut spare = lock(&self.spare);
+        if spare.len() < LINGER_COUNT {
+            spare.push(view);
+        } else {
+            drop(spare);
+            drop(view);
+        }
+    }
+
     /// Tells the worker to end once nothing is left to do.
     pub(crate) fn close(&self) {
         lock(&self.inbox).closing = true;
         self.hub.wake().signal();
+    }
+}
+
+impl Inbox {
+    /// Whether nothing in it is urgent, nor a lot.
+    fn can_wait(&self) -> bool {
+        self.jobs.len() < LINGER_COUNT && !self.jobs.iter().any(Job::is_urgent)
     }
 }
 
@@ -321,7 +339,7 @@ impl Worker {
             match job {
                 Job::View(old) => {
                     if let Some(view) = old.retire() {
-                        lock(&self.grace.spare).push(view);
+                        self.grace.keep(view);
                     }
                 }
                 Job::Retire(retire) => retire(),
@@ -388,7 +406,9 @@ impl Worker {
         let surplus = || lock(&self.grace.spare).len() > SPARES;
         if self.in_grace.is_none() && (!self.queued.is_empty() || surplus()) {
             let mut inbox = lock(&self.grace.inbox);
-            inbox.lingering = inbox.jobs.is_empty();
+            // What has come meanwhile waits as well, or the worker would go round for each view of a
+            // writer that is as fast, and the two take turns at the inbox.
+            inbox.lingering = inbox.jobs.is_empty() || !cfg!(loom) && inbox.can_wait();
             if !inbox.lingering {
                 self.grace.hub.wake().signal();
             }

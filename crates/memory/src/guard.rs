@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Read sections: look-ups, copies, pins.
 
+use std::hint::cold_path;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
@@ -406,11 +407,12 @@ impl<'g> Section<'g> {
     /// by nobody: see [`crate::RamBlock::mark_dirty`].
     #[inline(always)]
     pub fn host(&self) -> Option<NonNull<u8>> {
-        if self.is_ram() {
-            NonNull::new(self.entry.host(self.gpa) as *mut u8)
-        } else {
-            None
+        if !self.is_ram() {
+            // Who asks expects RAM.
+            cold_path();
+            return None;
         }
+        NonNull::new(self.entry.host(self.gpa) as *mut u8)
     }
 
     /// What answers.

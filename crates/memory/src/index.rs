@@ -22,6 +22,7 @@ mod window;
 pub(crate) use window::{Place, Window};
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
+use std::hint::cold_path;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
@@ -454,6 +455,7 @@ impl View {
     fn first(&self, address: u64) -> &Entry {
         let cell = cell_of(address);
         if cell >= self.end {
+            cold_path();
             return &self.unmapped;
         }
         // SAFETY: no address has a cell below the first, and this one is below the end. The node

@@ -74,6 +74,7 @@ impl AddressSpace {
     ///
     /// # Panics
     /// When the row is one of another memory.
+    #[cfg_attr(not(feature = "vm-memory"), allow(dead_code))]
     #[inline(always)]
     pub(crate) fn in_section<T>(&self, home: HomeRow<'_>, f: impl FnOnce(&View) -> T) -> T {
         struct Open(&'static Row);
@@ -91,6 +92,7 @@ impl AddressSpace {
     }
 
     /// The calling thread's row, if it keeps one (see `reader::here`).
+    #[cfg_attr(not(feature = "vm-memory"), allow(dead_code))]
     #[inline(always)]
     pub(crate) fn home_row(&self) -> Option<HomeRow<'_>> {
         here::row(self.hub)

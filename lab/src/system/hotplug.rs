@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 use models::Model;
-use residue::Residue;
+pub(super) use residue::Residue;
 
 /// A guest notices a device, or lets go of it, within this.
 const GUEST: Duration = Duration::from_secs(30);
@@ -29,6 +29,13 @@ const SETTLED: u32 = 2;
 pub fn cycles(ground: &Ground) -> Result<()> {
     let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
     for model in models::ALL {
+        if let Some(module) = model.missing_module(&mut vmm)? {
+            println!(
+                "{:<5} {}: NOT TRIED, this kernel has no {module}",
+                ground.series, model.driver
+            );
+            continue;
+        }
         let cycles = if ground.long { CYCLES.1 } else { CYCLES.0 };
         come_and_go(&mut vmm, model, None, cycles).with_context(|| model.driver.to_owned())?;
         clean_kernel_log(&mut vmm).with_context(|| model.driver.to_owned())?;
@@ -52,10 +59,33 @@ pub fn native(ground: &Ground) -> Result<()> {
     // What brings a bus of its own is not behind the port.
     let on_pci = |model: &&Model| (model.arguments)().get("bus").is_none();
     for model in models.iter().filter(on_pci) {
+        if models::ROOT_BUS_ONLY.contains(&model.driver)
+            || model.missing_module(&mut vmm)?.is_some()
+        {
+            continue;
+        }
         come_and_go(&mut vmm, model, Some("rp1"), cycles)
             .with_context(|| model.driver.to_owned())?;
     }
+    no_ports_behind_a_bridge(&mut vmm)?;
     finish(vmm)
+}
+
+/// What needs I/O ports is refused behind a bridge, and nothing of it stays.
+fn no_ports_behind_a_bridge(vmm: &mut Vmm) -> Result<()> {
+    let null = json!({"id": "null0", "backend": {"type": "null", "data": {}}});
+    vmm.qmp().execute("chardev-add", null)?;
+    let port = json!({"driver": "pci-serial", "id": "s0", "chardev": "null0", "bus": "rp1"});
+    let Err(error) = vmm.qmp().execute("device_add", port) else {
+        bail!("a port with an I/O BAR is taken behind a bridge");
+    };
+    ensure!(
+        format!("{error:#}").contains("needs i/o ports"),
+        "{error:#}"
+    );
+    vmm.qmp()
+        .execute("chardev-remove", json!({"id": "null0"}))?;
+    Ok(())
 }
 
 fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> Result<()> {
@@ -326,6 +356,72 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
             json!({"id": "nope"}),
             "DeviceNotFound",
             "nope",
+        ),
+        (
+            "device_add",
+            json!({"driver": "pci-serial", "id": "x"}),
+            "GenericError",
+            "char device",
+        ),
+        (
+            "device_add",
+            json!({"driver": "pci-serial", "id": "x", "chardev": "nope"}),
+            "GenericError",
+            "can't find value 'nope'",
+        ),
+        (
+            "device_add",
+            json!({"driver": "i6300esb", "id": "x", "action": "inject-nmi"}),
+            "GenericError",
+            "inject-nmi is not supported",
+        ),
+        (
+            "device_add",
+            json!({"driver": "i6300esb", "id": "x", "action": "nope"}),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "device_add",
+            json!({"driver": "pci-testdev", "id": "x", "membar": "12K"}),
+            "GenericError",
+            "power of two",
+        ),
+        (
+            "device_add",
+            json!({"driver": "ivshmem-plain", "id": "x"}),
+            "GenericError",
+            "memdev",
+        ),
+        (
+            "device_add",
+            json!({"driver": "ivshmem-plain", "id": "x", "memdev": "nope"}),
+            "GenericError",
+            "nope",
+        ),
+        (
+            "device_add",
+            json!({"driver": "ivshmem-doorbell", "id": "x"}),
+            "GenericError",
+            "ivshmem-plain",
+        ),
+        (
+            "chardev-add",
+            json!({"id": "c0", "backend": {"type": "pty", "data": {}}}),
+            "GenericError",
+            "'pty' is not supported",
+        ),
+        (
+            "chardev-remove",
+            json!({"id": "nope"}),
+            "GenericError",
+            "'nope' not found",
+        ),
+        (
+            "watchdog-set-action",
+            json!({"action": "inject-nmi"}),
+            "GenericError",
+            "inject-nmi is not supported",
         ),
     ] {
         let refused = vmm.qmp().execute(command, arguments.clone());

@@ -2,6 +2,7 @@
 //! System tests: Debian guests under Ebbtide, seen from inside the guest and from management.
 
 mod boot;
+mod dimm;
 mod endings;
 mod hotplug;
 mod mistakes;
@@ -91,6 +92,10 @@ const SCENARIOS: &[Scenario] = &[
     scenario("devices come and go behind a port", hotplug::native),
     scenario("an id, a slot and a node are used again", hotplug::reuse),
     scenario("mistakes with devices", hotplug::mistakes),
+    scenario("dimms come and go", dimm::cycles),
+    scenario("a guest keeps a dimm", dimm::refusal),
+    scenario("a reset amid the removal of a dimm", dimm::reset),
+    scenario("mistakes with dimms", dimm::mistakes),
     scenario("signals end the VM in order", endings::signals),
     scenario("quit ends the VM in order", endings::quit),
     scenario("a monitor client is killed", monitor::killed_client),

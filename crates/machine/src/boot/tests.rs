@@ -2,7 +2,7 @@
 use std::io::Write;
 
 use ebbtide_memory::{Backing, Memory, MemoryConfig, PinnedRam, RamSpec, Region};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::*;
 use crate::layout::GIB;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Memory backends by name: from `object-add` to a RAM block, and back.
 
-use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_iothread::Blocking;
 use ebbtide_memory::{Backing, Memory, NumaPolicy, RamBlock, RamPolicy, RamSpec};
@@ -31,7 +30,27 @@ pub(crate) struct MemoryObject {
     qom_type: String,
     spec: RamSpec,
     policy: RamPolicy,
-    block: RefCell<Option<Arc<RamBlock>>>,
+    idle: IdleBlock,
+}
+
+/// The memory of a backend that no device has, if there is any now.
+#[derive(Clone)]
+pub(crate) struct IdleBlock(Arc<Mutex<Option<Arc<RamBlock>>>>);
+
+impl IdleBlock {
+    /// The memory, for its user.
+    pub(crate) fn take(&self) -> Option<Arc<RamBlock>> {
+        self.lock().take()
+    }
+
+    /// A user that could not use it gives it back.
+    pub(crate) fn put_back(&self, block: Arc<RamBlock>) {
+        *self.lock() = Some(block);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<RamBlock>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Released for MemoryObject {}
@@ -52,16 +71,20 @@ impl MemoryObject {
         object: &Rc<MemoryObject>,
         blocking: &Blocking,
     ) -> Result<Arc<RamBlock>, QmpError> {
-        match object.block.borrow_mut().take() {
-            Some(block) => return Ok(block),
-            None => {}
+        if let Some(block) = object.idle.take() {
+            return Ok(block);
         }
         allocate(&object.memory, &object.spec, &object.policy, blocking).await
     }
 
     /// A user that could not use it gives it back.
     pub(crate) fn put_back(&self, block: Arc<RamBlock>) {
-        *self.block.borrow_mut() = Some(block);
+        self.idle.put_back(block);
+    }
+
+    /// Where its memory is while no device has it.
+    pub(crate) fn idle(&self) -> IdleBlock {
+        self.idle.clone()
     }
 
     /// As `query-memdev` tells it.
@@ -123,9 +146,29 @@ impl Devices {
             qom_type,
             spec,
             policy,
-            block: RefCell::new(Some(block)),
+            idle: IdleBlock(Arc::new(Mutex::new(Some(block)))),
         };
         self.memory_objects().add(&id, object)
+    }
+
+    /// Sees to it that a memory backend which no device has, and which the property `memdev` names, has memory: a device
+    /// that had it may have taken that along. What does not exist is for its user to refuse.
+    ///
+    /// # Errors
+    /// A device has it, or the host has no memory.
+    pub(crate) async fn back_memory(
+        &self,
+        properties: &Properties,
+        user: &str,
+    ) -> Result<(), QmpError> {
+        let named = properties.get("memdev").and_then(|name| name.as_str());
+        let Some(name) = named.filter(|name| self.memory_objects().get(name).is_some()) else {
+            return Ok(());
+        };
+        let object = self.memory_objects().take(name, user)?;
+        let block = MemoryObject::block(object.value(), self.blocking()).await?;
+        object.value().put_back(block);
+        Ok(())
     }
 
     /// Takes a memory backend away, with its memory.
@@ -134,7 +177,7 @@ impl Devices {
     /// There is none, or a device uses it.
     pub(crate) async fn remove_memory_object(&self, id: &str) -> Result<(), QmpError> {
         let object = self.memory_objects().remove(id)?;
-        let Some(block) = object.block.borrow_mut().take() else {
+        let Some(block) = object.idle.take() else {
             return Ok(());
         };
         let memory = Arc::clone(&object.memory);

@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use ebbtide_bus::pci::{Bus, Devfn, Function, Port};
-use ebbtide_device::{Draining, Model};
+use ebbtide_device::{Draining, Holder, Model, held};
 use ebbtide_devices::i6300esb::I6300Esb;
 use ebbtide_devices::serial_pci::SerialPci;
 use ebbtide_devices::testdev::TestDevice;
@@ -21,6 +21,11 @@ pub(crate) trait Removable: Function {
     /// Ends its work for this guest, as at a reset of the machine; the future is ready when nothing is in flight and the
     /// registers are as at power-on. It does not keep the function alive.
     fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>>;
+
+    /// Who uses memory of it that is on its way out, for reports.
+    fn pins(&self) -> Vec<Holder> {
+        Vec::new()
+    }
 
     /// The guest stands still, and so does what time the device measures for it.
     fn pause(&self) {}
@@ -118,5 +123,11 @@ impl Model for PciModel {
             tracing::error!("{}: its BARs stay mapped: {e}", self.gate().name());
         }
         Arc::clone(&self.function).close()
+    }
+
+    fn holders(&self) -> Vec<Holder> {
+        let mut holders = held(self.gate());
+        holders.extend(self.function.pins());
+        holders
     }
 }

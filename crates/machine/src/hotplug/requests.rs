@@ -86,8 +86,9 @@ impl Devices {
         let driver = drivers::find(&args.driver)?;
         self.check_id(args.id.as_deref())?;
         let mut properties = args.properties;
-        let policy = policy(&mut properties)?;
         let name = args.id.clone().unwrap_or_else(|| driver.name.to_owned());
+        self.back_memory(&properties, &name).await?;
+        let policy = policy(&mut properties)?;
         let (id, bus) = (args.id.as_deref(), args.bus.as_deref());
         match driver.make {
             Make::Pci(make) => {

@@ -92,12 +92,24 @@ impl Ours {
         host.map_or(0, |host| host.as_ptr() as u64)
     }
 
+    pub fn lookups(&self, addresses: &[u64]) -> u64 {
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ self.lookup(*address))
+    }
+
     /// The host address of a slice of 64 bytes.
     #[inline(always)]
     pub fn slice(&self, address: u64) -> u64 {
         let guard = self.space.read(&self.reader);
         let slice = guard.slice(Gpa(address), 64, Access::Read);
         slice.map_or(0, |slice| black_box(slice.as_ptr()) as u64)
+    }
+
+    pub fn slices(&self, addresses: &[u64]) -> u64 {
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ self.slice(*address))
     }
 
     pub fn pins(&self, addresses: &[u64]) -> u64 {
@@ -235,12 +247,24 @@ impl VmMemory {
             .map_or(0, |host| host as u64)
     }
 
+    pub fn lookups(&self, addresses: &[u64]) -> u64 {
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ self.lookup(*address))
+    }
+
     /// The host address of a slice of 64 bytes.
     #[inline(always)]
     pub fn slice(&self, address: u64) -> u64 {
         let memory = self.memory.memory();
         let slice = GuestMemoryBackend::get_slice(&*memory, GuestAddress(address), 64);
         slice.map_or(0, |slice| black_box(slice.ptr_guard().as_ptr()) as u64)
+    }
+
+    pub fn slices(&self, addresses: &[u64]) -> u64 {
+        addresses
+            .iter()
+            .fold(0, |sum, address| sum ^ self.slice(*address))
     }
 
     pub fn views(&self, addresses: &[u64]) -> u64 {

@@ -105,9 +105,27 @@ fn lookups(plan: &Plan, id: &str, count: usize, regions: &[(u64, u64)], dep: boo
     let mut row = Row::new(&id);
     for _ in 0..plan.rounds {
         row.add(
-            each(plan, all, dep, |at| ours.lookup(at)),
-            each(plan, all, dep, |at| peer.lookup(at)),
-            each(plan, all, dep, |at| floor.lookup(at)),
+            each(
+                plan,
+                all,
+                dep,
+                |all| ours.lookups(all),
+                |at| ours.lookup(at),
+            ),
+            each(
+                plan,
+                all,
+                dep,
+                |all| peer.lookups(all),
+                |at| peer.lookup(at),
+            ),
+            each(
+                plan,
+                all,
+                dep,
+                |all| floor.lookups(all),
+                |at| floor.lookup(at),
+            ),
         );
     }
     row.print();
@@ -127,22 +145,34 @@ fn slices(plan: &Plan, id: &str, count: usize, dep: bool) {
     let mut row = Row::new(&id);
     for _ in 0..plan.rounds {
         row.add(
-            each(plan, all, dep, |at| ours.slice(at)),
-            each(plan, all, dep, |at| peer.slice(at)),
-            each(plan, all, dep, |at| floor.lookup(at)),
+            each(plan, all, dep, |all| ours.slices(all), |at| ours.slice(at)),
+            each(plan, all, dep, |all| peer.slices(all), |at| peer.slice(at)),
+            each(
+                plan,
+                all,
+                dep,
+                |all| floor.lookups(all),
+                |at| floor.lookup(at),
+            ),
         );
     }
     row.print();
 }
 
-/// Nanoseconds per look-up of `addresses`, one after the other or as they come.
-fn each(plan: &Plan, addresses: &[u64], dep: bool, look: impl Fn(u64) -> u64) -> f64 {
-    plan.time(addresses.len(), || {
-        if dep {
-            return dependent(addresses, &look);
-        }
-        addresses.iter().fold(0, |sum, at| sum ^ look(*at))
-    })
+/// Nanoseconds per look-up of `addresses`, `all` at once or `one` after the other. What is looked
+/// up in is an argument of `all`: captured, it would have to be loaded anew for each.
+fn each(
+    plan: &Plan,
+    addresses: &[u64],
+    dep: bool,
+    all: impl Fn(&[u64]) -> u64,
+    one: impl Fn(u64) -> u64,
+) -> f64 {
+    if dep {
+        plan.time(addresses.len(), || dependent(addresses, &one))
+    } else {
+        plan.time(addresses.len(), || all(addresses))
+    }
 }
 
 /// `count` regions of which the last is the virtio-mem region whose RAM is pinned.

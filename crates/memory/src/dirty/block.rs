@@ -77,6 +77,7 @@ impl RamBlock {
     ///
     /// # Safety
     /// The caller is in a section whose view shows the block, or holds a pin on it.
+    #[cfg_attr(not(feature = "vm-memory"), allow(dead_code))]
     #[inline]
     pub(crate) unsafe fn mark_held(&self, start: u64, len: u64) {
         let len = len.min(self.max_size_bytes().saturating_sub(start));

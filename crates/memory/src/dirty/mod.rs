@@ -21,10 +21,10 @@
 //! bitmap before any view shows it. A bitmap goes only with its block: until then a pin may mark.
 //!
 //! Marks come from guarded writes, from stores of [`crate::AddressSpace`], from writes through
-//! cached maps and slices, from writes by vm-memory's traits, and from pins taken for writing, which mark all they cover before they
-//! let go: a block that has drained has been marked. What the kernel or another process writes
-//! is known to an external tracker (KVM's slots), a [`crate::Listener`] of the address space,
-//! which merges what it knows when asked to ([`DirtyLog::sync`]).
+//! cached maps and slices, from writes by vm-memory's traits, and from pins taken for writing, which
+//! mark all they cover before they let go: a block that has drained has been marked. What the kernel
+//! or another process writes is known to an external tracker (KVM's slots), a [`crate::Listener`] of
+//! the address space, which merges what it knows when asked to ([`DirtyLog::sync`]).
 
 mod bitmap;
 mod block;

@@ -4,6 +4,7 @@
 
 pub(crate) mod barrier;
 pub(crate) mod counters;
+#[cfg_attr(not(feature = "vm-memory"), allow(dead_code))]
 pub(crate) mod here;
 pub(crate) mod hub;
 pub(crate) mod published;

@@ -18,9 +18,9 @@ use super::{Marks, WriteLog, Written};
 use crate::fault::Fault;
 use crate::{Access, AccessError, AddressSpace, Gpa, Pin, Plugged, RamBlock, Reader, SectionKind};
 
-/// The writable, plugged RAM of the machine that an address space showed at one moment, pinned:
-/// what linux-loader and vhost take. RAM of devices ([`Region::ram_device`](crate::Region::ram_device))
-/// is not in it; the views reach that.
+/// The writable, plugged RAM of the machine that an address space showed at one moment, pinned: what
+/// linux-loader and vhost take. RAM of devices is not in it
+/// ([`Region::ram_device`](crate::Region::ram_device)); the views reach that.
 ///
 /// `GuestMemoryBackend` promises memory that never changes, so this does not; and it knows
 /// neither ROM nor registers, so there are none in it. As long as it exists it holds up unplugs

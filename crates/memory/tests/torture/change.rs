@@ -81,7 +81,7 @@ fn grow(world: &World, number: u64, region: &Arc<Region>) -> bool {
 
 /// Moves registers about; the first load after the change finds them.
 pub fn mover(world: &World) {
-    let reader = world.memory.register();
+    let reader = world.register();
     let mut random = Random(4711);
     let bar = Region::mmio("bar", PAGE, Arc::new(Registers(0x5a)));
     let mut at = WINDOW_AT;
@@ -104,7 +104,7 @@ pub fn mover(world: &World) {
 /// Seals ranges of the sparse block; discards some, takes others back, plugs them again.
 pub fn sealer(world: &World, thread: u64) {
     let mut random = Random(77 + thread);
-    let reader = world.memory.register();
+    let reader = world.register();
     // Each sealer has its own half.
     let (low, count) = (thread * BLOCKS / 2, BLOCKS / 2);
     let mut number = 1 + thread;

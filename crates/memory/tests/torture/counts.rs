@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use ebbtide_memory::AccessError;
 
 macro_rules! counts {
-    ($(#[$doc:meta])* $name:ident { $($count:ident),* $(,)? }) => {
+    ($(#[$doc:meta])* $name:ident { $($(#[$what:meta])* $count:ident),* $(,)? }) => {
         $(#[$doc])*
         #[derive(Default)]
         pub struct $name {
-            $(pub $count: AtomicU64,)*
+            $($(#[$what])* pub $count: AtomicU64,)*
         }
 
         impl $name {
@@ -37,13 +37,15 @@ counts! {
 counts! {
     /// What may not be: all zero.
     Wrong {
-        /* a page that was written and not told, or told and not written */
-        lost_bits, phantom_bits,
-        /* accesses that the host did not serve */
+        /// Pages that were written and not told, or do not arrive.
+        lost_bits,
+        /// Pages that were told and not written.
+        phantom_bits,
+        /// Accesses that the host did not serve.
         faults,
-        /* contents of memory that was given back, or of another block */
+        /// Pages of a block that was given back, or of another block.
         stale_pages,
-        /* what was written under a pin and was not there at its end */
+        /// What was written under a pin and was not there at its end.
         lost_writes,
     }
 }

@@ -24,7 +24,7 @@ const OTHER_AT: u64 = 1 << 42;
 /// goes from one meeting at `meet` to the next.
 pub fn write(world: &World, writer: u64, meet: &Barrier) {
     let space = &world.space;
-    let reader = world.memory.register();
+    let reader = world.register();
     let mut random = Random(0x9e37_79b9 + writer);
     let map = |page| {
         let gpa = Gpa(LOGGED_AT + page * PAGE);
@@ -107,7 +107,7 @@ fn harvest(world: &World, reader: &Reader, sent: &mut Sent) -> u64 {
 /// Harvests while the writers write; after each round all must have been told, and nothing else.
 pub fn harvest_rounds(world: &World, meet: &Barrier) {
     world.memory.dirty_log().start(Migration).unwrap();
-    let reader = world.memory.register();
+    let reader = world.register();
     let bytes = (PAGES * PAGE) as usize;
     let mut sent = Sent {
         there: vec![0; bytes],
@@ -148,7 +148,7 @@ pub fn harvest_rounds(world: &World, meet: &Barrier) {
 /// Another block is plugged, written and unplugged, and other clients start and stop.
 pub fn disturb(world: &World) {
     let (memory, space) = (&world.memory, &world.space);
-    let reader = memory.register();
+    let reader = world.register();
     let mut rounds = 0;
     while world.running() {
         rounds += 1;

@@ -67,7 +67,7 @@ impl Held {
 /// they are or as clones.
 pub fn pinner(world: &World, thread: u64, away: &SyncSender<Held>) {
     let mut random = Random(0x1234_5678 + thread);
-    let reader = world.memory.register();
+    let reader = world.register();
     let mut held: Vec<Held> = Vec::new();
     let mut stamp = thread << 48;
     let offset = (thread as usize + 1) * 64;
@@ -124,7 +124,7 @@ pub fn drop_away(world: &World, received: &Receiver<Held>) {
 /// Sections, loads, cached translations.
 pub fn looker(world: &World, thread: u64) {
     let mut random = Random(0x9876_5432 + thread);
-    let reader = world.memory.register();
+    let reader = world.register();
     let rings: Vec<CachedMap> = (0..8)
         .map(|at| {
             let gpa = Gpa(if at % 2 == 0 {

@@ -3,7 +3,7 @@
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, Weak};
 use std::task::{Context, Poll, Wake, Waker};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
     AddressSpace, Backing, FlatSection, Listener, ListenerError, ListenerId, Memory, MemoryConfig,
-    Mmio, RamBlock, RamSpec, Region, RegionHold,
+    Mmio, RamBlock, RamSpec, Reader, Region, RegionHold,
 };
 
 use crate::counts::{Done, Wrong, add};
@@ -122,6 +122,8 @@ pub struct World {
     pub stop: AtomicBool,
     /// No round of writers is to come.
     pub last_round: AtomicBool,
+    /// Threads that have registered.
+    pub readers: AtomicU64,
     /// Tickets that are out.
     pub tickets: AtomicI64,
     pub done: Done,
@@ -156,6 +158,7 @@ impl World {
             mapper: Mutex::default(),
             stop: AtomicBool::new(false),
             last_round: AtomicBool::new(false),
+            readers: AtomicU64::new(0),
             tickets: AtomicI64::new(0),
             done: Done::default(),
             wrong: Wrong::default(),
@@ -173,6 +176,13 @@ impl World {
     pub fn remove_mapper(&self) {
         let id = self.mapper.lock().unwrap().take();
         assert!(id.is_some_and(|id| self.space.remove_listener(id).is_some()));
+    }
+
+    /// Makes the calling thread, which does so once, a reader.
+    pub fn register(&self) -> Reader {
+        let reader = self.memory.register();
+        add(&self.readers);
+        reader
     }
 
     pub fn running(&self) -> bool {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The models that come and go: a line for each says how it is made, seen and used.
 
+mod legacy;
+
 use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
@@ -190,7 +192,33 @@ pub const ALL: &[Model] = &[
             Ok(())
         },
     },
+    legacy::SERIAL,
+    legacy::WATCHDOG,
+    legacy::TEST_DEVICE,
+    legacy::SHARED_MEMORY,
 ];
+
+/// Models with I/O BARs: bridges forward no ports.
+pub const ROOT_BUS_ONLY: &[&str] = &["pci-serial"];
+
+/// Models whose driver not every kernel has, with the module.
+const MODULES: &[(&str, &str)] = &[("i6300esb", "i6300esb.ko")];
+
+impl Model {
+    /// The module this guest would need for it and does not have.
+    pub fn missing_module(&self, vmm: &mut Vmm) -> Result<Option<&'static str>> {
+        let named = MODULES.iter().find(|(driver, _)| *driver == self.driver);
+        let Some((_, module)) = named else {
+            return Ok(None);
+        };
+        let list = vmm
+            .guest()
+            .exec(&["/bin/busybox", "cat", "/modules/list"], STEP_LIMIT)?;
+        ensure!(list.code == Some(0), "{list:?}");
+        let loaded = list.output.lines().any(|line| line == *module);
+        Ok((!loaded).then_some(*module))
+    }
+}
 
 /// Where the one character device writes to.
 fn file_of_chardev(vmm: &mut Vmm) -> Result<File> {

@@ -5,6 +5,7 @@
 mod balloon;
 mod blk;
 mod console;
+mod ivshmem;
 mod net;
 mod ports;
 mod rng;
@@ -134,6 +135,7 @@ const DRIVERS: &[Driver] = &[
     serial::DRIVER,
     testdev::DRIVER,
     watchdog::DRIVER,
+    ivshmem::DRIVER,
 ];
 
 /// Models that exist elsewhere and not here, each with the reason.
@@ -274,6 +276,11 @@ pub(crate) fn find(name: &str) -> Result<&'static Driver, QmpError> {
     let named = |driver: &&Driver| driver.name == name || driver.aliases.contains(&name);
     if let Some(driver) = DRIVERS.iter().find(named) {
         return Ok(driver);
+    }
+    if name.starts_with("ivshmem")
+        && let Err(refused) = ebbtide_devices::ivshmem::check_driver(name)
+    {
+        return Err(QmpError::generic(refused.to_string()));
     }
     match REFUSED.iter().find(|(refused, _)| *refused == name) {
         Some((_, reason)) => Err(QmpError::generic(format!(
