@@ -179,11 +179,10 @@ pub const ALL: &[Model] = &[
             let port = json!({"driver": "virtserialport", "id": "port0", "bus": "dev0.0", "chardev": "c0", "nr": 1, "name": "org.ebbtide.test"});
             vmm.qmp().execute("device_add", port)?;
             wait_for(vmm, "/dev/vport*p1", true)?;
+            // A name that is opened after the device has gone would be that of a new file.
+            shell(vmm, "ln -sf $(echo /dev/vport*p1) /port")?;
             let written = file_of_chardev(vmm)?.metadata()?.len();
-            keep_on(
-                vmm,
-                "[ -c /dev/vport*p1 ] && echo tick | dd of=$(echo /dev/vport*p1)",
-            )?;
+            keep_on(vmm, "echo tick >&3")?;
             grows(&file_of_chardev(vmm)?, written)
         },
         stop: has_ended,
@@ -250,7 +249,8 @@ fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
 /// Runs `command` again and again until it fails. It has gone well when this returns.
 fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
     let script = format!(
-        "rm -f /done; (while {command}; do echo >> /done; done) < /dev/null > /dev/null 2>&1 &"
+        "rm -f /done; touch /going; ([ -c /port ] && exec 3<> /port; rm -f /port; while {command}; do echo >> /done; done; \
+         rm /going) < /dev/null > /dev/null 2>&1 &"
     );
     shell(vmm, &script)?;
     wait_for(vmm, "/done", true)
@@ -259,7 +259,7 @@ fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
 /// What was kept on ends, now that the device has gone: nothing hangs.
 fn has_ended(vmm: &mut Vmm) -> Result<()> {
     let begun = Instant::now();
-    while shell(vmm, "! pidof ping dd").is_err() {
+    while shell(vmm, "[ ! -e /going ]").is_err() {
         ensure!(
             begun.elapsed() < GUEST,
             "a command waits for a device that has gone"
