@@ -5,11 +5,12 @@ use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
-use ebbtide_iothread::Local;
+use ebbtide_iothread::{Local, Sender};
 
 use crate::abandon::{Abandoned, InFlight, Life};
 use crate::buffer::Buffer;
 use crate::error::Error;
+use crate::failure::{Failure, Teller};
 use crate::fault::{Faults, Point};
 use crate::file::FileBackend;
 use crate::image::{Image, SECTOR_BYTES};
@@ -44,6 +45,7 @@ struct Shared {
     features: Features,
     /// The outermost first: an operation meets them on its way in, and on its way out the other way round.
     faults: Vec<Faults>,
+    failures: Teller,
 }
 
 #[derive(Debug)]
@@ -72,6 +74,7 @@ impl Disk {
                 life: Life::new(image.size_bytes),
                 backend: Arc::new(Backend::File(FileBackend::new(image))),
                 faults: Vec::new(),
+                failures: Teller::default(),
             }),
         })
     }
@@ -110,6 +113,7 @@ impl Disk {
                     write_zeroes: true,
                 },
                 faults: Vec::new(),
+                failures: Teller::default(),
             }),
         }
     }
@@ -138,6 +142,7 @@ impl Disk {
                 backend: Arc::clone(&below.backend),
                 life: Arc::clone(&below.life),
                 faults: layers,
+                failures: Teller::default(),
                 ..*below
             }),
         }
@@ -146,6 +151,12 @@ impl Disk {
     /// The outermost faults it was given.
     pub fn faults(&self) -> Option<&Faults> {
         self.shared.faults.first()
+    }
+
+    /// From now on tells `failures` of operations that fail, though they were possible, calling this disk `name`. False: it
+    /// tells somebody already.
+    pub fn tell_failures(&self, name: &str, failures: Sender<Failure>) -> bool {
+        self.shared.failures.set(name, failures)
     }
 
     /// Gives the backend up: whatever is submitted from now on fails with `NotConnected`, also through another disk over
@@ -243,15 +254,21 @@ impl LocalDisk {
         let local = self.local.clone();
         let shared = Arc::clone(&self.shared);
         async move {
-            let _underway = shared.life.begin(op.kind());
+            let kind = op.kind();
+            let _underway = shared.life.begin(kind);
             if let Err(error) = shared.check(&op, buf.total_len()) {
                 return (Err(error), buf);
             }
-            if shared.faults.is_empty() {
-                return shared.perform(&local, op, buf).await;
+            let (result, buf) = if shared.faults.is_empty() {
+                shared.perform(&local, op, buf).await
+            } else {
+                // Boxed, to keep the future of a disk without faults small.
+                Box::pin(shared.perform_with_faults(&local, op, buf)).await
+            };
+            if let Err(error) = &result {
+                shared.failures.tell(kind, error);
             }
-            // Boxed, to keep the future of a disk without faults small.
-            Box::pin(shared.perform_with_faults(&local, op, buf)).await
+            (result, buf)
         }
     }
 }

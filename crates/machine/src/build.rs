@@ -219,6 +219,8 @@ impl ColdFunction {
                 node: self.id.clone(),
             };
             // Named like its device, as its user has named only that.
+            let failures = devices.news().disk.clone();
+            node.disk().tell_failures(&self.id, failures);
             let taken = devices.blocks().add(&self.id, node);
             let node = taken.and_then(|()| devices.blocks().take(&self.id, &self.id));
             uses.push(Box::new(node.map_err(|e| Error::part(&self.id, e.desc))?));

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ebbtide_block::fault::Rule;
-use ebbtide_block::{Cache, Discard, Disk, DiskSpec, Faults, NullSpec};
-use ebbtide_iothread::Blocking;
+use ebbtide_block::{Cache, Discard, Disk, DiskSpec, Failure, Faults, NullSpec};
+use ebbtide_iothread::{Blocking, Sender};
 use ebbtide_qmp::QmpError;
 use ebbtide_qmp::types::block::{
     BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroes, BlockdevDiscard, BlockdevOptions,
@@ -83,13 +83,14 @@ fn describe(
     )
 }
 
-/// Opens the node that `options` describe and puts it on the shelf.
+/// Opens the node that `options` describe and puts it on the shelf; of what fails it tells `failures`.
 ///
 /// # Errors
 /// A name that is missing or taken, a file that can't be opened, what is not supported; nothing was added.
 pub(crate) async fn add(
     shelf: &Shelf<BlockNode>,
     blocking: &Blocking,
+    failures: &Sender<Failure>,
     options: BlockdevOptions,
 ) -> Result<(), QmpError> {
     let name = options
@@ -99,6 +100,9 @@ pub(crate) async fn add(
     shelf.check_name(&name)?;
     let node = open(shelf, blocking, options, 0).await?;
     // Another client may have taken the name meanwhile.
+    shelf.check_name(&name)?;
+    // A disk that has another name already keeps it.
+    node.disk.tell_failures(&name, failures.clone());
     shelf.add(&name, node)
 }
 

@@ -328,7 +328,7 @@ impl Devices {
     /// has without a balloon.
     pub(crate) fn serve(&self, events: &EventSink, ram_bytes: impl Fn() -> u64 + 'static) {
         let _ = self.events.set(events.clone());
-        self.news.serve(&self.local, events, ram_bytes);
+        self.news.serve(&self.local, events, ram_bytes, &self.this);
         let Some(mut ejected) = self.ejected.borrow_mut().take() else {
             return;
         };

@@ -196,7 +196,7 @@ mod tests {
         let nested = json!({"server": false, "addr": {"type": "unix", "path": "/run/s"}});
         assert_eq!(of("stream", nested).unwrap(), stream);
         let text = "stream,addr.type=unix,addr.path=/run/s";
-        let mut option = Properties::parse(text, "type").unwrap();
+        let mut option = Properties::parse(text, "type").unwrap().nested().unwrap();
         option.take_string("type").unwrap();
         assert_eq!(source("stream", option).unwrap(), stream);
         let tap = json!({"ifname": "t0", "script": "no", "downscript": "no", "vhost": "off"});

@@ -2,19 +2,35 @@
 //! What devices say from their threads, as events of management.
 
 use std::cell::RefCell;
+use std::rc::Weak;
+use std::sync::Arc;
+use std::time::Duration;
 
+use ebbtide_block::{Failure, OpKind};
 use ebbtide_iothread::{Local, Receiver, Sender, channel};
 use ebbtide_qmp::EventSink;
-use ebbtide_qmp::types::events::{BALLOON_CHANGE, NETDEV_STREAM_DISCONNECTED};
+use ebbtide_qmp::types::block::{BlockErrorAction, BlockIoError, IoOperationType};
+use ebbtide_qmp::types::chardev::VserportChange;
+use ebbtide_qmp::types::events::{
+    BALLOON_CHANGE, BLOCK_IO_ERROR, NETDEV_STREAM_DISCONNECTED, VSERPORT_CHANGE,
+};
 use ebbtide_qmp::types::memory::BalloonInfo;
 use ebbtide_qmp::types::net::NetdevId;
 use ebbtide_virtio::balloon::BalloonEvent;
+use ebbtide_virtio::console::ConsoleEvent;
 use ebbtide_virtio::net::NetEvent;
+
+use super::{Devices, Face};
+
+/// How long a disk of which a failure was told tells no other.
+const QUIET: Duration = Duration::from_millis(100);
 
 /// Where devices of each kind say it. Belongs to the control thread.
 pub(crate) struct News {
     pub(crate) balloon: Sender<BalloonEvent>,
     pub(crate) net: Sender<NetEvent>,
+    pub(crate) console: Sender<ConsoleEvent>,
+    pub(crate) disk: Sender<Failure>,
     /// Until [`News::serve`] takes them.
     heard: RefCell<Option<Heard>>,
 }
@@ -22,18 +38,26 @@ pub(crate) struct News {
 struct Heard {
     balloon: Receiver<BalloonEvent>,
     net: Receiver<NetEvent>,
+    console: Receiver<ConsoleEvent>,
+    disk: Receiver<Failure>,
 }
 
 impl News {
     pub(super) fn new() -> News {
         let (balloon, balloon_heard) = channel();
         let (net, net_heard) = channel();
+        let (console, console_heard) = channel();
+        let (disk, disk_heard) = channel();
         News {
             balloon,
             net,
+            console,
+            disk,
             heard: RefCell::new(Some(Heard {
                 balloon: balloon_heard,
                 net: net_heard,
+                console: console_heard,
+                disk: disk_heard,
             })),
         }
     }
@@ -44,6 +68,7 @@ impl News {
         local: &Local,
         events: &EventSink,
         ram_bytes: impl Fn() -> u64 + 'static,
+        devices: &Weak<Devices>,
     ) {
         let Some(heard) = self.heard.borrow_mut().take() else {
             return;
@@ -51,6 +76,8 @@ impl News {
         let Heard {
             mut balloon,
             mut net,
+            mut console,
+            mut disk,
         } = heard;
         let sink = events.clone();
         let balloons = async move {
@@ -72,5 +99,62 @@ impl News {
             }
         };
         local.spawn(cards).detach();
+        let sink = events.clone();
+        let ports = async move {
+            while let Some(ConsoleEvent::PortChange { id, open }) = console.recv().await {
+                sink.emit(VSERPORT_CHANGE.with(VserportChange { id, open }));
+            }
+        };
+        local.spawn(ports).detach();
+        let (timer, devices) = (local.clone(), Weak::clone(devices));
+        let failures = async move {
+            while let Some(failure) = disk.recv().await {
+                let Some(devices) = devices.upgrade() else {
+                    return;
+                };
+                devices.tell_failure(&failure);
+                // Meanwhile its disk tells nothing else.
+                let timer = timer.clone();
+                let quiet = async move {
+                    timer.sleep(QUIET).await;
+                    drop(failure);
+                };
+                devices.local.spawn(quiet).detach();
+            }
+        };
+        local.spawn(failures).detach();
+    }
+}
+
+impl Devices {
+    /// Tells management of an operation that failed, as one of the device that has the disk.
+    fn tell_failure(&self, failure: &Failure) {
+        let Some(failed) = self.blocks().get(&failure.disk) else {
+            return;
+        };
+        let tree = self.tree().borrow();
+        let has_it = |face: &Face| match face {
+            Face::Disk { node } => {
+                let node = self.blocks().get(node);
+                node.is_some_and(|node| Arc::ptr_eq(node.disk(), failed.disk()))
+            }
+            _ => false,
+        };
+        let mut nodes = tree.iter().map(|(_, node)| node);
+        let Some(device) = nodes.find(|node| has_it(&node.info.face)) else {
+            return;
+        };
+        self.emit(BLOCK_IO_ERROR.with(BlockIoError {
+            qom_path: device.identity.path.clone(),
+            device: String::new(),
+            node_name: Some(failure.disk.to_string()),
+            operation: match failure.kind {
+                OpKind::Read => IoOperationType::Read,
+                _ => IoOperationType::Write,
+            },
+            action: BlockErrorAction::Report,
+            nospace: Some(failure.no_space),
+            reason: failure.reason.clone(),
+        }));
     }
 }

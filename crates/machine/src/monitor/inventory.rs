@@ -231,9 +231,8 @@ fn bus_below(
                 depth + 2,
             );
         }
-        if let Face::Scsi(_) = node.info.face {
-            let bus = crate::hotplug::drivers::scsi_bus_name(node.identity.id.as_deref());
-            bus_below(text, devices, Some(id), &bus, "SCSI", depth + 2);
+        if let Some((bus, kind)) = node.info.face.bus(node.identity.id.as_deref()) {
+            bus_below(text, devices, Some(id), &bus, kind, depth + 2);
         }
     }
 }

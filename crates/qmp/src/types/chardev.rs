@@ -70,6 +70,17 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Data of `VSERPORT_CHANGE`.
+    #[derive(Eq)]
+    pub struct VserportChange {
+        /// The id of the port of a console device.
+        id as "id": String,
+        /// Whether the guest has it open now.
+        open as "open": bool,
+    }
+}
+
+qapi_struct! {
     /// One item of `query-chardev`.
     #[derive(Eq)]
     pub struct ChardevInfo {

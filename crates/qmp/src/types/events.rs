@@ -6,6 +6,7 @@ use std::time::Duration;
 use crate::schema::{Empty, EventInfo, EventKind, RateLimit, qapi_struct};
 use crate::types::acpi::AcpiDeviceOst;
 use crate::types::block::BlockIoError;
+use crate::types::chardev::VserportChange;
 use crate::types::device::DevicePath;
 use crate::types::memory::BalloonInfo;
 use crate::types::net::NetdevId;
@@ -83,6 +84,9 @@ pub const BALLOON_CHANGE: EventKind<BalloonInfo> =
 /// The peer of a network backend is gone for good.
 pub const NETDEV_STREAM_DISCONNECTED: EventKind<NetdevId> =
     EventKind::new("NETDEV_STREAM_DISCONNECTED");
+/// The guest has opened or closed a port of a console device; at most once a second for each.
+pub const VSERPORT_CHANGE: EventKind<VserportChange> =
+    EventKind::limited("VSERPORT_CHANGE", once_a_second(Some("id")));
 /// The guest has let its watchdog run out; at most once a second.
 pub const WATCHDOG: EventKind<Watchdog> = EventKind::limited("WATCHDOG", once_a_second(None));
 
@@ -100,5 +104,6 @@ pub const ALL: &[EventInfo] = &[
     BLOCK_IO_ERROR.info(),
     BALLOON_CHANGE.info(),
     NETDEV_STREAM_DISCONNECTED.info(),
+    VSERPORT_CHANGE.info(),
     WATCHDOG.info(),
 ];

@@ -7,11 +7,12 @@ use serde_json::{Map, Value, json};
 use super::acpi::{AcpiDeviceOst, AcpiOstInfo, AcpiSlotType};
 use super::block::*;
 use super::blockdev::*;
-use super::chardev::ChardevAdd;
+use super::chardev::{ChardevAdd, VserportChange};
 use super::device::{DeviceAdd, DevicePath};
 use super::ebbtide::*;
 use super::events;
 use super::memory::*;
+use super::net::NetdevId;
 use super::pci::*;
 use super::qom::ObjectAdd;
 use super::run_state::{Watchdog, WatchdogAction};
@@ -507,6 +508,16 @@ fn events_have_qemus_shape() {
         json!({"WATCHDOG": {"action": "inject-nmi"}})
     );
     event(events::BALLOON_CHANGE.with(BalloonInfo { actual: 1 }));
+    let (id, open) = ("port0".into(), true);
+    assert_eq!(
+        event(events::VSERPORT_CHANGE.with(VserportChange { id, open })),
+        json!({"VSERPORT_CHANGE": {"id": "port0", "open": true}})
+    );
+    let netdev_id = "n0".into();
+    assert_eq!(
+        event(events::NETDEV_STREAM_DISCONNECTED.with(NetdevId { netdev_id })),
+        json!({"NETDEV_STREAM_DISCONNECTED": {"netdev-id": "n0"}})
+    );
 }
 
 #[test]
@@ -521,6 +532,7 @@ fn what_a_guest_can_repeat_is_limited() {
             ("MEMORY_DEVICE_SIZE_CHANGE", Some("qom-path")),
             ("BLOCK_IO_ERROR", Some("qom-path")),
             ("BALLOON_CHANGE", None),
+            ("VSERPORT_CHANGE", Some("id")),
             ("WATCHDOG", None)
         ]
     );

@@ -3,6 +3,7 @@
 
 mod legacy;
 
+use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::time::Instant;
@@ -163,6 +164,33 @@ pub const ALL: &[Model] = &[
         },
         clean_up: |_| Ok(()),
     },
+    Model {
+        driver: "virtio-serial-pci",
+        prepare: |vmm, ground| {
+            let out = ground.join("port");
+            let chardev = json!({"id": "c0", "backend": {"type": "file", "data": {"out": out}}});
+            vmm.qmp().execute("chardev-add", chardev)?;
+            Ok(())
+        },
+        arguments: || json!({"max_ports": 4}),
+        below: &["port0"],
+        present: "/sys/bus/virtio/drivers/virtio_console/virtio*",
+        start: |vmm| {
+            let port = json!({"driver": "virtserialport", "id": "port0", "bus": "dev0.0", "chardev": "c0", "nr": 1, "name": "org.ebbtide.test"});
+            vmm.qmp().execute("device_add", port)?;
+            wait_for(vmm, "/dev/vport*p1", true)?;
+            // A name that is opened after the device has gone would be that of a new file.
+            shell(vmm, "ln -sf $(echo /dev/vport*p1) /port")?;
+            let written = file_of_chardev(vmm)?.metadata()?.len();
+            keep_on(vmm, "echo tick >&3")?;
+            grows(&file_of_chardev(vmm)?, written)
+        },
+        stop: has_ended,
+        clean_up: |vmm| {
+            vmm.qmp().execute("chardev-remove", json!({"id": "c0"}))?;
+            Ok(())
+        },
+    },
     legacy::SERIAL,
     legacy::WATCHDOG,
     legacy::TEST_DEVICE,
@@ -191,6 +219,24 @@ impl Model {
     }
 }
 
+/// Where the one character device writes to.
+fn file_of_chardev(vmm: &mut Vmm) -> Result<File> {
+    let chardevs = vmm.qmp().execute("query-chardev", Value::Null)?;
+    let name = chardevs[0]["filename"].as_str().context("filename")?;
+    let path = name.strip_prefix("file:").context("no file")?;
+    File::open(path).with_context(|| path.to_owned())
+}
+
+/// Waits until a file is longer.
+fn grows(file: &File, than: u64) -> Result<()> {
+    let begun = Instant::now();
+    while file.metadata()?.len() <= than {
+        ensure!(begun.elapsed() < GUEST, "the guest's bytes do not arrive");
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
 /// Runs a shell command that must succeed.
 fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
     let done = vmm
@@ -203,7 +249,8 @@ fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
 /// Runs `command` again and again until it fails. It has gone well when this returns.
 fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
     let script = format!(
-        "rm -f /done; (while {command}; do echo >> /done; done) < /dev/null > /dev/null 2>&1 &"
+        "rm -f /done; touch /going; ([ -c /port ] && exec 3<> /port; rm -f /port; while {command}; do echo >> /done; done; \
+         rm /going) < /dev/null > /dev/null 2>&1 &"
     );
     shell(vmm, &script)?;
     wait_for(vmm, "/done", true)
@@ -212,7 +259,7 @@ fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
 /// What was kept on ends, now that the device has gone: nothing hangs.
 fn has_ended(vmm: &mut Vmm) -> Result<()> {
     let begun = Instant::now();
-    while shell(vmm, "! pidof ping dd").is_err() {
+    while shell(vmm, "[ ! -e /going ]").is_err() {
         ensure!(
             begun.elapsed() < GUEST,
             "a command waits for a device that has gone"

@@ -4,6 +4,7 @@
 
 mod balloon;
 mod blk;
+mod console;
 mod ivshmem;
 mod net;
 mod ports;
@@ -20,6 +21,7 @@ use ebbtide_device::{Model, NodeId};
 use ebbtide_iothread::Remote;
 use ebbtide_qmp::{Properties, QmpError};
 use ebbtide_virtio::balloon::VirtioBalloon;
+use ebbtide_virtio::console::VirtioConsole;
 use ebbtide_virtio::net::VirtioNet;
 use ebbtide_virtio::scsi::VirtioScsi;
 use ebbtide_virtio::{VirtioDevice, VirtioPci};
@@ -69,6 +71,8 @@ pub(crate) enum Face {
     Balloon(Weak<VirtioBalloon>),
     /// A SCSI adapter: its bus is called like it with `.0`.
     Scsi(Weak<VirtioScsi>),
+    /// A console device: its bus is called like it with `.0`.
+    Console(Weak<VirtioConsole>),
 }
 
 /// A device that was made and is not on a bus yet.
@@ -117,6 +121,9 @@ const DRIVERS: &[Driver] = &[
     scsi::ADAPTER,
     scsi::DISK,
     net::DRIVER,
+    console::DEVICE,
+    console::CONSOLE,
+    console::SERIAL_PORT,
     rng::DRIVER,
     balloon::DRIVER,
     ports::ROOT_PORT,
@@ -163,6 +170,17 @@ impl Driver {
             Make::Below(_) => &[],
         };
         of_bus.iter().chain(self.properties)
+    }
+}
+
+impl Face {
+    /// The name and the type of the bus that a device with this id has, if it has one of another kind than PCI.
+    pub(crate) fn bus(&self, id: Option<&str>) -> Option<(String, &'static str)> {
+        match self {
+            Face::Scsi(_) => Some((scsi::bus_name(id), "SCSI")),
+            Face::Console(_) => Some((console::bus_name(id), "virtio-serial-bus")),
+            Face::Plain | Face::Disk { .. } | Face::Net { .. } | Face::Balloon(_) => None,
+        }
     }
 }
 
@@ -249,9 +267,6 @@ fn queue_count(driver: &str, property: &str, properties: &mut Properties) -> Res
     let value = queues.to_string();
     Err(QmpError::property_value(driver, property, &value))
 }
-
-/// What the bus of a SCSI adapter with this id is called.
-pub(crate) use scsi::bus_name as scsi_bus_name;
 
 /// The driver of this name.
 ///

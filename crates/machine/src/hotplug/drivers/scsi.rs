@@ -158,7 +158,7 @@ fn find_adapter(
 }
 
 /// What the bus of an adapter is called.
-pub(crate) fn bus_name(adapter: Option<&str>) -> String {
+pub(super) fn bus_name(adapter: Option<&str>) -> String {
     format!("{}.0", adapter.unwrap_or("scsi"))
 }
 
