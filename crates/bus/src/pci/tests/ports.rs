@@ -198,6 +198,44 @@ fn a_device_comes_and_goes() {
     assert!(rig.ejects.take().is_empty());
 }
 
+/// What one port sees come and go ten thousand times is the same each time, and nothing of it is left.
+#[test]
+fn ten_thousand_devices_come_and_go() {
+    const CYCLES: usize = 10_000;
+    let mut rig = rig();
+    let memory_base = u64::from(PORT.read(&rig.machine, 0x20, 2) & 0xfff0) << 16;
+    let zero = Devfn::new(0, 0).unwrap();
+    let empty = rig.machine.memory.mtree(true);
+    let mut devices = Vec::new();
+    for cycle in 0..CYCLES {
+        let device = Device::new("disk", &FakeController::default());
+        rig.port.bus().attach(None, device.clone()).unwrap();
+        rig.slot.plugged();
+        assert_eq!(rig.acknowledge(), 1 << 3 | 1 << 8, "cycle {cycle}");
+        rig.command(rig.control() & !(1 << 10));
+        rig.command(rig.control() & !(3 << 8) | 1 << 8);
+        At(1, 0).write(&rig.machine, 0x10, 4, memory_base as u32);
+        At(1, 0).write(&rig.machine, COMMAND, 2, MEMORY);
+        assert_eq!(rig.machine.load(memory_base, 4), 0xb0, "cycle {cycle}");
+
+        assert_eq!(rig.slot.request_removal(), Ok(Removal::Asked));
+        rig.command(rig.control() | 1 << 10);
+        rig.command(rig.control() | 3 << 8);
+        assert_eq!(rig.ejects.take(), ["rp0 slot 0"], "cycle {cycle}");
+        device.config().gate().close();
+        assert_eq!(rig.machine.load(memory_base, 4), 0xffff_ffff);
+        rig.port.bus().unmap(zero).unwrap();
+        drop(rig.port.bus().detach_at(zero).unwrap());
+        rig.slot.detached();
+        rig.acknowledge();
+        assert_eq!((rig.status(), rig.link()), (0, false), "cycle {cycle}");
+        devices.push(Arc::downgrade(&device));
+    }
+    assert_eq!(rig.machine.memory.mtree(true), empty);
+    let left = devices.iter().filter(|it| it.strong_count() > 0).count();
+    assert_eq!(left, 0, "functions that nobody lets go of");
+}
+
 #[test]
 fn what_was_there_at_boot_is_no_event() {
     let (machine, controller) = (Machine::new(), FakeController::default());
