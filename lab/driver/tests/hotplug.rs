@@ -103,9 +103,13 @@ impl Rig {
 }
 
 fn root_port(board: &Board, owner: &Arc<Owner>) -> Arc<Port> {
+    port(board, owner, "rp0", PortModel::RootPort)
+}
+
+fn port(board: &Board, owner: &Arc<Owner>, name: &str, model: PortModel) -> Arc<Port> {
     let spec = PortSpec {
-        name: "rp0".into(),
-        model: PortModel::RootPort,
+        name: name.into(),
+        model,
         slot_number: 1,
         hotplug: Some(Arc::clone(owner) as _),
         reservation: None,
@@ -259,5 +263,65 @@ fn an_eject_does_not_wait_for_requests_and_the_guest_does_not_see_it_early() {
     drop(rig.port.bus().detach_at(zero).unwrap());
     rig.slot.detached();
     assert!(rig.driver.events().presence && !rig.driver.is_present());
+    queue.free();
+}
+
+/// A switch goes while a device below it is served by its ioeventfd and has a request in flight: all gates shut at once,
+/// what is below has to go first, and no ioeventfd is left to ring.
+#[test]
+fn a_switch_goes_with_a_device_below_that_is_at_work() {
+    let board = Board::new(32 << 20).unwrap();
+    let owner = Arc::new(Owner::default());
+    let root = root_port(&board, &owner);
+    let up = port(&board, &owner, "up0", PortModel::X3130Upstream);
+    let down = port(&board, &owner, "down0", PortModel::Xio3130Downstream);
+    let (echo, function) = echo(&board);
+    root.bus().attach(None, Arc::clone(&up) as _).unwrap();
+    up.bus().attach(None, Arc::clone(&down) as _).unwrap();
+    down.bus().attach(None, Arc::clone(&function) as _).unwrap();
+    board.attach(Arc::clone(&root) as _).unwrap();
+    let zero = Devfn::from_bits(0);
+    let device = board.device(1).other(3, zero);
+    assert!(device.is_there());
+    for bus in [1, 2, 3] {
+        device.other(bus, zero).enable();
+    }
+    device.enable_msix();
+    let address = device.bar(BAR);
+    let mut driver = VirtioDriver::new(&board, device).unwrap();
+    let mut queue = start(&mut driver);
+    let armed = || board.memory().mtree(true).matches("ioeventfd").count();
+    assert!(armed() > 0);
+    echo.hold.store(true, Ordering::SeqCst);
+    let gpa = board.ram().alloc(2, 1);
+    let parts = [Part::readable(gpa, 1), Part::writable(gpa, 1)];
+    queue.add(&parts, Layout::Direct).unwrap();
+    driver.kick(0);
+    assert!(poll(|| echo.held() == 1));
+
+    // The root port's slot is ejected: everything below shuts in one go.
+    for below in root.bus().functions_below() {
+        below.config().gate().close();
+    }
+    assert!(!driver.pci().is_there());
+    assert_eq!(driver.pci().load(address, 4), 0xffff_ffff);
+    driver.kick(0);
+    let mut closed = Box::pin(function.close());
+    for bus in [down.bus(), up.bus(), root.bus()] {
+        bus.unmap(zero).unwrap();
+    }
+    assert_eq!(armed(), 0, "{}", board.memory().mtree(true));
+    assert!(
+        block_on(&mut closed, Duration::from_millis(50)).is_none(),
+        "in flight"
+    );
+    assert!(up.bus().detach_at(zero).is_err(), "something is behind it");
+    echo.release();
+    block_on(closed, LIMIT).expect("nothing is in flight any more");
+    for bus in [down.bus(), up.bus(), root.bus()] {
+        drop(bus.detach_at(zero).expect("what is below has gone"));
+    }
+    assert_eq!(queue.device_used_idx(), 0, "the driver's rings are its own");
+    assert!(poll(|| Arc::strong_count(&function) == 1));
     queue.free();
 }

@@ -164,3 +164,154 @@ impl DimmEjectSink for Ejector {
         self.woken.notify();
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ebbtide_device::{Draining, GuestEject, Identity, Model, Tree};
+    use ebbtide_gate::Gate;
+    use ebbtide_iothread::Event;
+    use std::time::Instant;
+
+    const BUSES: [&str; 2] = ["pcie.0", "rp1"];
+
+    struct Still(Arc<Gate>);
+
+    impl Model for Still {
+        fn gate(&self) -> &Arc<Gate> {
+            &self.0
+        }
+
+        fn drain(&mut self) -> Draining {
+            Box::pin(self.0.drained())
+        }
+    }
+
+    fn at(bus: &str, slot: u8) -> SlotAddress {
+        SlotAddress {
+            bus: bus.into(),
+            slot,
+        }
+    }
+
+    /// A machine's slots, without a machine.
+    struct Slots {
+        ejector: Arc<Ejector>,
+        tree: Tree<()>,
+        /// What the vCPUs wake.
+        _woken: Event,
+    }
+
+    impl Slots {
+        fn new() -> Slots {
+            let woken = Event::new().unwrap();
+            Slots {
+                ejector: Ejector::new(woken.notifier()),
+                tree: Tree::default(),
+                _woken: woken,
+            }
+        }
+
+        fn plug(&mut self, key: &SlotKey, policy: GuestEject) -> (NodeId, Arc<Gate>) {
+            let gate = Gate::new("device");
+            let eject = Eject::new(policy, &gate);
+            let identity = Identity {
+                id: None,
+                path: format!("{key:?}"),
+            };
+            let model = Box::new(Still(Arc::clone(&gate)));
+            let node = self
+                .tree
+                .plug(
+                    None,
+                    identity,
+                    model,
+                    Some(Arc::clone(&eject)),
+                    (),
+                    Instant::now(),
+                )
+                .map_err(|(error, _)| error)
+                .unwrap();
+            self.ejector.occupy(key.clone(), &eject, node);
+            (node, gate)
+        }
+
+        /// The guest ejects whatever a machine could have.
+        fn eject_all(&self) {
+            for slot in 0..=u8::MAX {
+                for bus in BUSES.into_iter().chain(["", "nowhere"]) {
+                    EjectSink::eject(&*self.ejector, &at(bus, slot));
+                }
+            }
+            for slot in 0..=u16::MAX {
+                DimmEjectSink::eject(&*self.ejector, slot);
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_that_ejects_everything_gets_what_its_policies_allow() {
+        let mut slots = Slots::new();
+        slots.eject_all();
+        let mut plugged = Vec::new();
+        for (slot, policy) in [
+            (3, GuestEject::On),
+            (4, GuestEject::Off),
+            (5, GuestEject::Requested),
+            (6, GuestEject::Requested),
+        ] {
+            let dimm = SlotKey::Dimm(slot.into());
+            let keys = BUSES.map(|bus| SlotKey::Pci(at(bus, slot)));
+            for key in keys.into_iter().chain([dimm]) {
+                let (node, gate) = slots.plug(&key, policy);
+                if slot == 6 {
+                    slots.tree.request(node, Instant::now()).unwrap();
+                }
+                plugged.push((slot, node, gate));
+            }
+        }
+        slots.eject_all();
+        slots.eject_all();
+        for (slot, node, gate) in plugged {
+            let occupants = slots.ejector.occupants();
+            let mut it = occupants.iter().filter(|it| it.node == node);
+            let (Some(occupant), None) = (it.next(), it.next()) else {
+                panic!("slot {slot}: in no slot, or in several");
+            };
+            let allowed = matches!(slot, 3 | 6);
+            assert_eq!(gate.is_closed(), allowed, "slot {slot}");
+            assert_eq!(occupant.eject.is_isolated(), allowed, "slot {slot}");
+            assert_eq!(occupant.take_refused(), !allowed, "slot {slot}");
+            assert!(!occupant.take_refused(), "slot {slot}: told twice");
+        }
+    }
+
+    #[test]
+    fn who_has_left_a_slot_is_not_ejected_from_it_and_takes_nobody_along() {
+        let mut slots = Slots::new();
+        let key = SlotKey::Pci(at("rp1", 0));
+        let (first, first_gate) = slots.plug(&key, GuestEject::On);
+        slots.ejector.vacate(&key, first);
+        slots.eject_all();
+        assert!(!first_gate.is_closed() && slots.ejector.occupants().is_empty());
+        let (second, second_gate) = slots.plug(&key, GuestEject::On);
+        slots.ejector.vacate(&key, first);
+        assert_eq!(slots.ejector.occupants().len(), 1);
+        slots.eject_all();
+        assert!(second_gate.is_closed() && !first_gate.is_closed());
+        slots.ejector.vacate(&key, second);
+        assert!(slots.ejector.occupants().is_empty());
+    }
+
+    #[test]
+    fn a_guest_that_talks_without_end_is_not_listened_to_without_end() {
+        let slots = Slots::new();
+        for status in 0..10_000 {
+            slots.ejector.ost(7, 3, status);
+        }
+        let reports = slots.ejector.take_reports();
+        assert_eq!(reports.len(), REPORTS);
+        assert_eq!((reports[0].slot, reports[0].status), (7, 0));
+        assert!(slots.ejector.take_reports().is_empty());
+    }
+}

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Ports as their drivers see them: slots, interrupts, errors.
 
-use super::enumerator::scan;
+use super::enumerator::{flat, scan};
 use super::hostile::Random;
 use super::*;
 use crate::irq::MsiMessage;
@@ -196,6 +196,90 @@ fn a_device_comes_and_goes() {
     assert_eq!((rig.status(), rig.link()), (0, false));
     assert_eq!(rig.interrupts, 5, "button, three commands, gone");
     assert!(rig.ejects.take().is_empty());
+}
+
+/// What one port sees come and go ten thousand times is the same each time, and nothing of it is left.
+#[test]
+fn ten_thousand_devices_come_and_go() {
+    const CYCLES: usize = 10_000;
+    let mut rig = rig();
+    let memory_base = u64::from(PORT.read(&rig.machine, 0x20, 2) & 0xfff0) << 16;
+    let zero = Devfn::new(0, 0).unwrap();
+    let empty = rig.machine.memory.mtree(true);
+    let mut devices = Vec::new();
+    for cycle in 0..CYCLES {
+        let device = Device::new("disk", &FakeController::default());
+        rig.port.bus().attach(None, device.clone()).unwrap();
+        rig.slot.plugged();
+        assert_eq!(rig.acknowledge(), 1 << 3 | 1 << 8, "cycle {cycle}");
+        rig.command(rig.control() & !(1 << 10));
+        rig.command(rig.control() & !(3 << 8) | 1 << 8);
+        At(1, 0).write(&rig.machine, 0x10, 4, memory_base as u32);
+        At(1, 0).write(&rig.machine, COMMAND, 2, MEMORY);
+        assert_eq!(rig.machine.load(memory_base, 4), 0xb0, "cycle {cycle}");
+
+        assert_eq!(rig.slot.request_removal(), Ok(Removal::Asked));
+        rig.command(rig.control() | 1 << 10);
+        rig.command(rig.control() | 3 << 8);
+        assert_eq!(rig.ejects.take(), ["rp0 slot 0"], "cycle {cycle}");
+        device.config().gate().close();
+        assert_eq!(rig.machine.load(memory_base, 4), 0xffff_ffff);
+        rig.port.bus().unmap(zero).unwrap();
+        drop(rig.port.bus().detach_at(zero).unwrap());
+        rig.slot.detached();
+        rig.acknowledge();
+        assert_eq!((rig.status(), rig.link()), (0, false), "cycle {cycle}");
+        devices.push(Arc::downgrade(&device));
+    }
+    assert_eq!(rig.machine.memory.mtree(true), empty);
+    let left = devices.iter().filter(|it| it.strong_count() > 0).count();
+    assert_eq!(left, 0, "functions that nobody lets go of");
+}
+
+/// Whole switches come and go in one port; nothing of them is left.
+#[test]
+fn switches_come_and_go() {
+    const CYCLES: usize = 200;
+    let mut rig = rig();
+    let zero = Devfn::new(0, 0).unwrap();
+    let empty = rig.machine.memory.mtree(true);
+    let (mut ports, mut devices) = (Vec::new(), Vec::new());
+    for cycle in 0..CYCLES {
+        let controller = FakeController::default();
+        let new = |name, model| port(&rig.machine, name, model, Some(&rig.ejects), &controller);
+        let up = new("up0", PortModel::X3130Upstream);
+        let down = new("down0", PortModel::Xio3130Downstream);
+        let device = Device::new("disk", &controller);
+        down.bus().attach(None, device.clone()).unwrap();
+        up.bus().attach(None, down.clone()).unwrap();
+        rig.port.bus().attach(None, up.clone()).unwrap();
+        rig.slot.plugged();
+        assert_eq!(rig.acknowledge(), 1 << 3 | 1 << 8, "cycle {cycle}");
+        rig.command(rig.control() & !(1 << 10));
+        rig.command(rig.control() & !(3 << 8) | 1 << 8);
+        let found = scan(&rig.machine, 0, 255);
+        assert_eq!(flat(&found).len(), 5, "cycle {cycle}: up to the disk");
+
+        assert_eq!(rig.slot.request_removal(), Ok(Removal::Asked));
+        rig.command(rig.control() | 1 << 10);
+        rig.command(rig.control() | 3 << 8);
+        assert_eq!(rig.ejects.take(), ["rp0 slot 0"], "of the top only");
+        for below in rig.port.bus().functions_below() {
+            below.config().gate().close();
+        }
+        for bus in [down.bus(), up.bus(), rig.port.bus()] {
+            bus.unmap(zero).unwrap();
+            drop(bus.detach_at(zero).unwrap());
+        }
+        rig.slot.detached();
+        rig.acknowledge();
+        ports.extend([Arc::downgrade(&up), Arc::downgrade(&down)]);
+        devices.push(Arc::downgrade(&device));
+    }
+    assert_eq!(rig.machine.memory.mtree(true), empty);
+    let ports = ports.iter().filter(|it| it.strong_count() > 0).count();
+    let devices = devices.iter().filter(|it| it.strong_count() > 0).count();
+    assert_eq!((ports, devices), (0, 0), "nobody lets go of them");
 }
 
 #[test]
