@@ -236,7 +236,7 @@ impl ColdFunction {
                 self.driver,
                 made,
                 place,
-                GuestEject::Off,
+                GuestEject::default(),
                 true,
             )
             .map_err(|e| Error::part(&self.id, e.desc))?;

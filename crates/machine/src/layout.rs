@@ -164,7 +164,7 @@ mod tests {
         let small = Layout::new(GIB, &[], 1, 36).unwrap();
         assert_eq!(small.dimms, 4 * GIB..19 * GIB);
         assert!(Layout::new(GIB, &[], 0, 36).unwrap().dimms.is_empty());
-        assert!(Layout::new(GIB, &[], 1, 33).is_err());
+        assert!(Layout::new(GIB, &[], 1, 32).is_err());
     }
 
     #[test]

@@ -27,10 +27,11 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::sync::{Arc, Weak as ArcWeak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ebbtide_bus::acpi::PciHotplug;
 use ebbtide_bus::irq::MsiController;
+use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
 use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
 use ebbtide_devices::dimm::DimmBank;
@@ -55,6 +56,9 @@ pub(crate) use objects::{MEMORY_BACKENDS, MemoryObject};
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 pub(crate) use shared::Object;
+
+/// Uninvited ejects of one device are answered no more often.
+const UNINVITED: Duration = Duration::from_secs(1);
 
 /// What the machine keeps with each device.
 pub(crate) struct Info {
@@ -193,6 +197,9 @@ pub(crate) struct Devices {
     /// What watchdogs do that have no action of their own.
     watchdog_action: Arc<SharedAction>,
     ejector: Arc<Ejector>,
+    /// When an uninvited eject of a device was last answered.
+    answered: RefCell<BTreeMap<NodeId, Instant>>,
+    uninvited: LogLimit,
     root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
     ejected: RefCell<Option<Event>>,
@@ -229,6 +236,8 @@ impl Devices {
             surface,
             watchdog_action: Arc::default(),
             ejector: Ejector::new(ejected.notifier()),
+            answered: RefCell::default(),
+            uninvited: LogLimit::default(),
             root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
             threads: RefCell::new(threads),
@@ -345,36 +354,50 @@ impl Devices {
             .detach();
     }
 
-    /// Sees to what guests have ejected since the last time.
+    /// Sees to what guests have ejected and said since the last time.
     fn answer_ejects(&self) {
-        for occupant in self.ejector.occupants() {
-            let tree = self.tree.borrow();
-            let Some(node) = tree.get(occupant.node) else {
-                continue;
-            };
-            let refused = occupant.take_guest_refused();
-            if occupant.take_refused()
-                && let Some(slot) = &node.info.slot
-            {
-                tracing::warn!(
-                    "{}: the guest ejects it uninvited; it stays",
-                    node.identity.path
-                );
-                slot.still_occupied();
-            }
-            let taken = node.model().is_none();
-            drop(tree);
-            if occupant.eject.is_isolated() && !taken {
-                drop(self.remove(occupant.node));
-            } else if refused {
-                self.tree
-                    .borrow_mut()
-                    .cancel(occupant.node, self.local.now());
-                self.refused(occupant.node);
-            }
-        }
+        // Before the refusal that follows from one: it is the reason.
         for report in self.ejector.take_reports() {
             self.report(&report);
+        }
+        for occupant in self.ejector.occupants() {
+            let node = occupant.node;
+            if occupant.take_refused() {
+                self.answer_uninvited(node);
+            }
+            let refused = occupant.take_guest_refused();
+            let taken = match self.tree.borrow().get(node) {
+                Some(entry) => entry.model().is_none(),
+                None => continue,
+            };
+            if occupant.eject.is_isolated() && !taken {
+                drop(self.remove(node));
+            } else if refused {
+                self.tree.borrow_mut().cancel(node, self.local.now());
+                self.refused(node);
+            }
+        }
+    }
+
+    /// The guest has ejected what it may not: it is told that the device is still there. Not at once again, for a guest
+    /// that fails to turn a slot on turns it off, and would be told, and try, for ever.
+    fn answer_uninvited(&self, node: NodeId) {
+        let now = self.local.now();
+        let last = self.answered.borrow_mut().insert(node, now);
+        if last.is_some_and(|last| now.saturating_duration_since(last) < UNINVITED) {
+            return;
+        }
+        let tree = self.tree.borrow();
+        let Some(entry) = tree.get(node) else { return };
+        if let Some(suppressed) = self.uninvited.allow() {
+            let path = &entry.identity.path;
+            tracing::warn!(
+                suppressed,
+                "{path}: the guest ejects it uninvited; it stays"
+            );
+        }
+        if let Some(slot) = &entry.info.slot {
+            slot.still_occupied();
         }
     }
 

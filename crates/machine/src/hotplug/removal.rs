@@ -81,6 +81,7 @@ impl Bus for Buses {
         let Some((id, node)) = tree.iter().find(|(_, node)| node.identity == *identity) else {
             return;
         };
+        self.devices.answered.borrow_mut().remove(&id);
         if let Some(slot) = &node.info.slot {
             self.devices.ejector.vacate(&slot.key(), id);
         }
