@@ -113,11 +113,13 @@ impl Machine {
             .max_bytes
             .map(|bytes| format!(",max={}M", bytes >> 20))
             .unwrap_or_default();
-        command.arg("--memory").arg(format!(
-            "size={}M{max},slots={}",
-            self.boot_bytes >> 20,
-            self.memory_slots
-        ));
+        let slots = match self.memory_slots {
+            0 => String::new(),
+            slots => format!(",slots={slots}"),
+        };
+        command
+            .arg("--memory")
+            .arg(format!("size={}M{max}{slots}", self.boot_bytes >> 20));
         for disk in &self.disks {
             let readonly = if disk.readonly { ",readonly=on" } else { "" };
             command.arg("--disk").arg(format!(
