@@ -35,7 +35,7 @@ impl Devices {
         }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
-            let added = blocks::add(&self.blocks, self.blocking(), node.clone()).await;
+            let added = blocks::add(&self.blocks, self.opener(), node.clone()).await;
             added.map_err(|e| Error::part(format!("--blockdev {name}"), e.desc))?;
         }
         for device in &config.devices {

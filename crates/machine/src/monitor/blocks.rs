@@ -13,7 +13,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
     table
         .on(commands::BLOCKDEV_ADD, async |m, _, options| {
             let devices = &m.devices;
-            blocks::add(devices.blocks(), devices.blocking(), options).await?;
+            blocks::add(devices.blocks(), devices.opener(), options).await?;
             Ok(Empty {})
         })
         .on(commands::BLOCKDEV_DEL, async |m, _, args| {
