@@ -245,13 +245,15 @@ impl Confinement {
         }
     }
 
-    fn is_sealed(&self) -> bool {
+    /// Whether [`seal`](Self::seal) is done.
+    pub(crate) fn is_sealed(&self) -> bool {
         self.sealed.load(Ordering::Acquire)
     }
 
-    /// Whether the control thread may start programs: they inherit its limits, and can't live with them.
-    pub(crate) fn allows_programs(&self) -> bool {
-        !self.is_sealed() || (self.seccomp != Seccomp::On && self.paths.is_none())
+    /// Whether a program inherits limits that it can't live with: it does not from the control thread, before
+    /// [`seal`](Self::seal).
+    pub(crate) fn limits_programs(&self) -> bool {
+        self.seccomp == Seccomp::On || self.paths.is_some()
     }
 }
 

@@ -46,7 +46,9 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
     let source = source(&kind, properties)?;
     let name = id.clone();
     let netdev = match source {
-        Source::Passt(_) => program(devices, name, &source)?,
+        Source::Passt(_) if devices.confinement().limits_programs() => {
+            program(devices, name, &source)?
+        }
         Source::Stream(ref path) => {
             let path = Some(path.clone());
             devices
@@ -54,7 +56,7 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
                 .open(path, move || open(name, &source))
                 .await?
         }
-        Source::Tap(_) => {
+        Source::Tap(_) | Source::Passt(_) => {
             devices
                 .opener()
                 .open(None, move || open(name, &source))
@@ -68,7 +70,7 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
 /// Starts a backend that is a program. It would inherit the limits of the thread that starts it: so it is this one, and
 /// only before this one has any.
 fn program(devices: &Devices, id: String, source: &Source) -> Result<Arc<Netdev>, QmpError> {
-    if !devices.confinement().allows_programs() {
+    if devices.confinement().is_sealed() {
         return Err(refused(
             "type",
             "passt",
