@@ -107,6 +107,9 @@ impl Machine {
         command
             .arg("--cmdline")
             .arg(&self.command_line)
+            // Where tests put the images they plug later.
+            .arg("--allow")
+            .arg(std::env::temp_dir())
             .arg("--cpus")
             .arg(self.cpus.to_string());
         let max = self

@@ -3,8 +3,8 @@
 
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
 
 use ebbtide_iothread::{Blocking, Local};
 use io_uring::{opcode, types};
@@ -55,8 +55,9 @@ pub(crate) struct FileBackend {
     punch_hole: Ability,
     zero_range: Ability,
     device_discard: Ability,
-    /// For the one call that io_uring does not know. Started when a device turns out to need it.
-    blocking: OnceLock<Option<Blocking>>,
+    /// For the one call that io_uring does not know. Who serves a disk may not be allowed to start threads, so a device
+    /// that may need it has it from the start.
+    blocking: Option<Blocking>,
 }
 
 impl FileBackend {
@@ -82,12 +83,17 @@ impl FileBackend {
     }
 
     pub(crate) fn new(image: Image) -> FileBackend {
+        let blocking = image.block_device.then(|| {
+            Blocking::new("disk-discard", 1).inspect_err(
+                |error| tracing::warn!(%error, "discard is not passed on to the block device"),
+            )
+        });
         FileBackend {
             image: Arc::new(image),
             punch_hole: Ability::presumed(),
             zero_range: Ability::presumed(),
             device_discard: Ability::presumed(),
-            blocking: OnceLock::new(),
+            blocking: blocking.and_then(Result::ok),
         }
     }
 
@@ -126,7 +132,7 @@ impl FileBackend {
         if !self.image.block_device || !self.device_discard.present() {
             return Ok(());
         }
-        let Some(blocking) = self.blocking() else {
+        let Some(blocking) = &self.blocking else {
             return Ok(());
         };
         let image = Arc::clone(&self.image);
@@ -195,15 +201,5 @@ impl FileBackend {
         })
         .await;
         ability.learn(answer)
-    }
-
-    fn blocking(&self) -> Option<&Blocking> {
-        self.blocking
-            .get_or_init(|| {
-                Blocking::new("disk-discard", 1)
-                    .inspect_err(|error| tracing::warn!(%error, "discard is not passed on to the block device"))
-                    .ok()
-            })
-            .as_ref()
     }
 }

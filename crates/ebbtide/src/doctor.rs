@@ -117,6 +117,23 @@ fn table(report: &Report) -> String {
                 "missing (Linux 6.13 has it); page protection is used instead".into()
             },
         ),
+        (
+            "seccomp",
+            host.seccomp,
+            if host.seccomp {
+                "works".into()
+            } else {
+                "missing: `run` needs --seccomp off".into()
+            },
+        ),
+        (
+            "landlock",
+            host.landlock.is_some(),
+            match host.landlock {
+                Some(version) => format!("version {version}"),
+                None => "missing: `run` can't limit which files are opened".into(),
+            },
+        ),
     ];
     let mut text: String = rows
         .iter()
@@ -148,7 +165,14 @@ mod tests {
         let text = table(&report);
         let first = text.lines().next().unwrap();
         assert_eq!(first, "-- KVM            there is no /nonexistent/kvm");
-        for name in ["io_uring", "membarrier", "huge pages", "memory guard"] {
+        for name in [
+            "io_uring",
+            "membarrier",
+            "huge pages",
+            "memory guard",
+            "seccomp",
+            "landlock",
+        ] {
             let line = text
                 .lines()
                 .find(|l| l.get(3..).is_some_and(|l| l.starts_with(name)));

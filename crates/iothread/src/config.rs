@@ -16,6 +16,8 @@ pub struct Config {
     pub stop_limit: Duration,
     /// The time source of its timers.
     pub clock: Clock,
+    /// What the ring can be asked for. The kernel keeps to it, whatever this process does later.
+    pub operations: Operations,
     /// Use only what an older kernel has. For tests of those paths.
     #[doc(hidden)]
     pub kernel: Kernel,
@@ -27,9 +29,25 @@ impl Default for Config {
             entries: 256,
             stop_limit: Duration::from_secs(10),
             clock: Clock::system(),
+            operations: Operations::All,
             kernel: Kernel::Newest,
         }
     }
+}
+
+/// What a ring can be asked for.
+///
+/// A seccomp filter sees none of a ring's operations: a thread that may not open a file could have its ring open it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Operations {
+    /// All that the kernel has.
+    #[default]
+    All,
+    /// What moves data through open descriptors, waits and cancels: NOP, READ, WRITE, READV, WRITEV, FSYNC, FALLOCATE,
+    /// POLL_ADD, TIMEOUT, ASYNC_CANCEL; with no flags but [`Local::submit`](crate::Local::submit)'s. Anything else,
+    /// OPENAT and CONNECT among it, is answered `-EACCES`, and nothing more can be registered with the ring. Needs
+    /// Linux 5.10.
+    OpenFiles,
 }
 
 /// Generations of io_uring as far as they differ for an executor.

@@ -26,6 +26,14 @@ pub enum Error {
         /// The kernel's answer.
         source: io::Error,
     },
+    /// The kernel does not limit the ring to the operations that were asked for.
+    #[error("cannot restrict the io_uring of `{name}` (Linux 5.10 or newer can): {source}")]
+    Restrict {
+        /// The thread that asked.
+        name: String,
+        /// The kernel's answer.
+        source: io::Error,
+    },
     /// This kernel's io_uring lacks something that memory safety or delivery depends on.
     #[error(
         "the io_uring of this kernel is too old for `{name}`: it lacks {lacks} (Linux 5.6 or newer has it)"

@@ -61,7 +61,7 @@ mod timers;
 pub use blocking::{Blocking, Finished};
 pub use channel::{Receiver, Sender, channel};
 pub use clock::{Clock, ManualClock};
-pub use config::{Config, Kernel};
+pub use config::{Config, Kernel, Operations};
 pub use error::{Elapsed, Error, Stopped};
 pub use event::{Event, Notifier};
 pub use local::Local;

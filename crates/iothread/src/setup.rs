@@ -3,9 +3,10 @@
 
 use std::io;
 
-use io_uring::{Builder, IoUring};
+use io_uring::register::Restriction;
+use io_uring::{Builder, IoUring, opcode};
 
-use crate::config::{Config, Kernel};
+use crate::config::{Config, Kernel, Operations};
 use crate::error::Error;
 
 /// A way to set up a ring, and the kernel that has it.
@@ -27,6 +28,20 @@ const FLAVOURS: [Flavour; 3] = [
     (Kernel::Linux5_6, |_| ()),
 ];
 
+/// What [`Operations::OpenFiles`] names.
+const OPEN_FILES: [u8; 10] = [
+    opcode::Nop::CODE,
+    opcode::Read::CODE,
+    opcode::Write::CODE,
+    opcode::Readv::CODE,
+    opcode::Writev::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::Timeout::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
 /// Makes the best ring that this kernel has, or one as for `config.kernel`; to be used by this thread only.
 pub(crate) fn new_ring(name: &str, config: &Config) -> Result<IoUring, Error> {
     let entries = config.entries.max(1);
@@ -38,9 +53,14 @@ pub(crate) fn new_ring(name: &str, config: &Config) -> Result<IoUring, Error> {
         let mut builder = IoUring::builder();
         builder.dontfork();
         switch_on(&mut builder);
+        if config.operations != Operations::All {
+            // It takes nothing until it is restricted and switched on.
+            builder.setup_r_disabled();
+        }
         match builder.build(entries) {
             Ok(ring) => {
                 check(name, &ring)?;
+                restrict(name, &ring, config)?;
                 tracing::debug!(name, ?flavour, entries, "io_uring is set up");
                 return Ok(ring);
             }
@@ -50,6 +70,23 @@ pub(crate) fn new_ring(name: &str, config: &Config) -> Result<IoUring, Error> {
         }
     }
     Err(Error::from_setup(name, entries, refused))
+}
+
+/// Limits the ring to `config.operations` and switches it on. What can be registered with it later is nothing.
+fn restrict(name: &str, ring: &IoUring, config: &Config) -> Result<(), Error> {
+    match config.operations {
+        Operations::All => return Ok(()),
+        Operations::OpenFiles => {}
+    }
+    let submitter = ring.submitter();
+    let mut allowed: Vec<Restriction> = OPEN_FILES.into_iter().map(Restriction::sqe_op).collect();
+    submitter
+        .register_restrictions(&mut allowed)
+        .and_then(|()| submitter.register_enable_rings())
+        .map_err(|source| Error::Restrict {
+            name: name.to_owned(),
+            source,
+        })
 }
 
 /// What nothing here works without.

@@ -20,6 +20,7 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 
 use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
+use crate::confine::{Confinement, Kind};
 use crate::cpus::Cpus;
 use crate::hotplug::{AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32};
@@ -32,7 +33,7 @@ use crate::{Error, host};
 /// later: addresses are not used twice.
 const ARENA_SPARE: u64 = 4 << 40;
 /// Threads for jobs that may block.
-const BLOCKING_THREADS: usize = 2;
+pub(crate) const BLOCKING_THREADS: usize = 2;
 /// RAM wins over everything it overlaps; nothing should.
 const RAM_PRIORITY: i32 = 10;
 
@@ -66,6 +67,7 @@ impl Prepared {
     pub fn new(config: MachineConfig) -> Result<Prepared, Error> {
         config.validate()?;
         host::admit_boot_ram(config.ram.size_bytes, &config.ram.backing)?;
+        let confinement = Confinement::new(&config)?;
         let boot = Arc::new(BootImage::open(config.boot.clone())?);
         let vm: Arc<dyn Vm> = kvm::open(kvm::DEFAULT_PATH)
             .and_then(|kvm| kvm.create_vm())
@@ -78,7 +80,7 @@ impl Prepared {
             vm.limits().phys_bits,
         )?);
         let (memory_sender, memory_events) = channel();
-        let mut parts = Parts::new(&config, &layout, &vm)?;
+        let mut parts = Parts::new(&config, &layout, &vm, confinement)?;
         let slots = parts.memory_devices(&config, &layout, &*vm, &memory_sender)?;
         parts.disks(&config, &*vm)?;
         Ok(Prepared {
@@ -114,6 +116,7 @@ impl Prepared {
             msi: vm.msi(),
             blocking: Arc::clone(&parts.blocking),
             requests: sender.clone(),
+            confinement: Arc::clone(&parts.confinement),
         };
         let threads = std::mem::take(&mut parts.threads);
         let devices = Devices::new(surface, threads, local, config.drain_timeout)
@@ -157,6 +160,7 @@ impl Prepared {
             system,
             bridge,
             blocking,
+            confinement,
             ..
         } = parts;
         let machine = Machine {
@@ -166,6 +170,7 @@ impl Prepared {
             devices,
             slots,
             blocking,
+            confinement,
             vm,
             system,
             memory,
@@ -255,11 +260,17 @@ struct Parts {
     functions: Vec<ColdFunction>,
     threads: BTreeMap<String, IoThread>,
     blocking: Arc<Blocking>,
+    confinement: Arc<Confinement>,
 }
 
 impl Parts {
     /// Memory with boot RAM, both address spaces, the PCI host bridge.
-    fn new(config: &MachineConfig, layout: &Layout, vm: &Arc<dyn Vm>) -> Result<Parts, Error> {
+    fn new(
+        config: &MachineConfig,
+        layout: &Layout,
+        vm: &Arc<dyn Vm>,
+        confinement: Arc<Confinement>,
+    ) -> Result<Parts, Error> {
         let failed = |e: ebbtide_memory::Error| Error::part("memory", e);
         let devices: u64 = config.memory_devices.iter().map(|d| d.size_bytes).sum();
         let arena_bytes = config
@@ -267,7 +278,9 @@ impl Parts {
             .size_bytes
             .saturating_add(devices)
             .saturating_add(ARENA_SPARE);
-        let memory = Memory::new(MemoryConfig { arena_bytes }).map_err(failed)?;
+        let memory = confinement.within(Kind::Grace, || {
+            Memory::new(MemoryConfig { arena_bytes }).map_err(failed)
+        })?;
         let root = Region::container("system", 1 << 64);
         let system = memory.address_space("memory", &root).map_err(failed)?;
         let port_root = Region::container("io", 1 << 16);
@@ -292,6 +305,9 @@ impl Parts {
             })
             .map_err(failed)?;
         wire_interrupts(&bridge, &**vm)?;
+        let blocking = confinement.within(Kind::Blocking, || {
+            Blocking::new("blocking", BLOCKING_THREADS).map_err(|e| Error::part("threads", e))
+        })?;
         Ok(Parts {
             memory,
             root,
@@ -301,15 +317,13 @@ impl Parts {
             bridge,
             functions: Vec::new(),
             threads: BTreeMap::new(),
-            blocking: Arc::new(
-                Blocking::new("blocking", BLOCKING_THREADS)
-                    .map_err(|e| Error::part("threads", e))?,
-            ),
+            blocking: Arc::new(blocking),
+            confinement,
         })
     }
 
     fn iothread(&mut self, name: &str) -> Result<Remote, Error> {
-        let thread = IoThread::spawn(name).map_err(|e| Error::part(name, e))?;
+        let thread = self.confinement.iothread(name)?;
         let remote = thread.remote();
         self.threads.insert(name.to_owned(), thread);
         Ok(remote)
@@ -393,7 +407,10 @@ impl Parts {
         }
         let remote = self.iothread("io-disks")?;
         for disk in &config.disks {
-            let opened = open_disk(disk)?;
+            // Who opens a block device may start a thread for it.
+            let opened = self
+                .confinement
+                .within(Kind::Blocking, || open_disk(disk))?;
             let spec = BlkSpec {
                 serial: disk.serial.clone(),
                 ..BlkSpec::new(&disk.id)
@@ -539,7 +556,13 @@ fn processors(
     let chips = vm
         .save_chips()
         .map_err(|e| Error::part("interrupt controllers", e))?;
-    let cpus = Cpus::start(vcpus, &parts.system, &parts.ports, requests)?;
+    let cpus = Cpus::start(
+        vcpus,
+        &parts.system,
+        &parts.ports,
+        requests,
+        &parts.confinement,
+    )?;
     let power_on = PowerOn {
         chips,
         cpus: Arc::new(states),

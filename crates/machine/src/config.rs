@@ -13,6 +13,7 @@ use ebbtide_qmp::types::qom::ObjectAdd;
 
 use crate::Error;
 use crate::boot::BootSpec;
+use crate::confine::ConfinementConfig;
 use crate::layout::MIB;
 use crate::machine::BOOT_RAM;
 
@@ -58,6 +59,8 @@ pub struct MachineConfig {
     pub no_reboot: bool,
     /// How long reset and quit wait for requests in flight, at most [`MAX_DRAIN_TIMEOUT`].
     pub drain_timeout: Duration,
+    /// What its threads may ask of the kernel.
+    pub confinement: ConfinementConfig,
 }
 
 /// Boot RAM.
@@ -312,6 +315,7 @@ mod tests {
             qmp: vec![],
             no_reboot: false,
             drain_timeout: Duration::from_secs(10),
+            confinement: ConfinementConfig::default(),
         }
     }
 

@@ -15,7 +15,7 @@
 
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::task::{Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -24,6 +24,7 @@ use ebbtide_hypervisor::{Exit, Kicker, Vcpu};
 use ebbtide_memory::{AddressSpace, Reader};
 
 use crate::Error;
+use crate::confine::{Confinement, Kind};
 use crate::lifecycle::{Request, Requests};
 
 /// What a vCPU has to tell the control thread.
@@ -113,19 +114,21 @@ impl Shared {
 pub struct Cpus {
     shared: Arc<Shared>,
     kickers: Vec<Kicker>,
-    threads: Vec<JoinHandle<()>>,
+    /// They hand back what may take system calls to free that they are not allowed.
+    threads: Vec<JoinHandle<Box<dyn Vcpu>>>,
 }
 
 impl Cpus {
-    /// Starts one thread for each of `vcpus`, parked.
+    /// Starts one thread for each of `vcpus`, confined and parked.
     ///
     /// # Errors
-    /// When a thread can't be started.
+    /// When a thread can't be started or confined.
     pub fn start(
         vcpus: Vec<Box<dyn Vcpu>>,
         system: &Arc<AddressSpace>,
         ports: &Arc<AddressSpace>,
         requests: &Requests,
+        confinement: &Arc<Confinement>,
     ) -> Result<Cpus, Error> {
         let count = vcpus.len();
         let shared = Arc::new(Shared {
@@ -154,11 +157,17 @@ impl Cpus {
                 ports: Arc::clone(ports),
                 requests: requests.clone(),
             };
+            let confinement = Arc::clone(confinement);
+            let (tell, told) = mpsc::channel();
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))
-                .spawn(move || cpu.main())
+                .spawn(move || cpu.begin(confinement, tell))
                 .map_err(|e| Error::part(format!("vcpu{index} thread"), e))?;
             cpus.threads.push(thread);
+            let failed = |e: String| Error::part(format!("vcpu{index} thread: confinement"), e);
+            told.recv()
+                .map_err(|e| failed(e.to_string()))?
+                .map_err(|e| failed(e.to_string()))?;
         }
         Ok(cpus)
     }
@@ -272,10 +281,28 @@ struct Cpu {
 }
 
 impl Cpu {
-    fn main(mut self) {
+    /// The life of the thread; `tell` hears whether it is confined.
+    fn begin(
+        mut self,
+        confinement: Arc<Confinement>,
+        tell: mpsc::Sender<std::io::Result<()>>,
+    ) -> Box<dyn Vcpu> {
+        // Before it is confined: it takes signals to be received.
         if let Err(e) = self.vcpu.bind_thread() {
             self.fail(&e.to_string());
         }
+        let confined = confinement.enter(Kind::Vcpu);
+        drop(confinement);
+        let goes_on = confined.is_ok();
+        // Whoever starts it waits for this.
+        let _ = tell.send(confined);
+        if goes_on {
+            self.main();
+        }
+        self.vcpu
+    }
+
+    fn main(&mut self) {
         let reader = self.system.memory().register();
         loop {
             if self.shared.attention.load(Ordering::SeqCst) && !self.parked() {

@@ -20,6 +20,7 @@
 pub mod boot;
 mod build;
 pub mod config;
+mod confine;
 mod cpus;
 mod error;
 pub mod host;
@@ -32,6 +33,7 @@ mod platform;
 mod size_events;
 
 pub use build::{Built, Prepared};
+pub use confine::{ConfinementConfig, Seccomp};
 pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
 pub use error::Error;

@@ -23,7 +23,9 @@ use ebbtide_virtio::mem::{MemError, MemStatus, VirtioMem};
 
 use crate::Error;
 use crate::boot::{self, BootImage, Entry};
+use crate::build::BLOCKING_THREADS;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
+use crate::confine::Confinement;
 use crate::cpus::Cpus;
 use crate::hotplug::Devices;
 use crate::layout::Layout;
@@ -105,6 +107,7 @@ pub struct Machine {
     pub(crate) devices: Rc<Devices>,
     pub(crate) slots: Vec<MemorySlot>,
     pub(crate) blocking: Arc<Blocking>,
+    pub(crate) confinement: Arc<Confinement>,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) system: Arc<AddressSpace>,
     pub(crate) memory: Arc<Memory>,
@@ -216,11 +219,14 @@ impl Machine {
             .await
     }
 
-    /// Starts the guest for the first time.
+    /// Starts the guest for the first time. From here on the calling thread is confined as the configuration wants it.
     ///
     /// # Errors
     /// When the kernel does not fit or a vCPU refuses its state.
     pub async fn start(&self, events: &EventSink) -> Result<(), Error> {
+        self.confinement
+            .seal(&self.blocking, BLOCKING_THREADS)
+            .await?;
         self.devices.serve(events, self.ram_gauge());
         self.load().await?;
         self.take(Step::Go, events).await;

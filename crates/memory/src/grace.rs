@@ -421,6 +421,7 @@ impl Worker {
     #[cfg(loom)]
     pub(crate) fn state(&self) -> String {
         let kind = |job: &Job| match job {
+            Job::View(_) => "view".to_owned(),
             Job::Retire(_) => "retire".to_owned(),
             Job::Grace(_) => "grace".to_owned(),
             Job::Drain(drain) => format!("drain {}", drain.slot()),

@@ -16,7 +16,7 @@ use ebbtide_iothread::Local;
 use ebbtide_machine::boot::BootSpec;
 use ebbtide_machine::config::{MAX_CPUS, MachineConfig, MemoryDeviceConfig};
 use ebbtide_machine::lifecycle::Ending;
-use ebbtide_machine::{Built, Prepared};
+use ebbtide_machine::{Built, ConfinementConfig, Prepared, Seccomp};
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{EventSink, Server, SocketSpec};
@@ -75,12 +75,34 @@ pub struct RunArgs {
     qmp: Vec<String>,
     #[command(flatten)]
     parts: PartArgs,
+    /// on, log or off: end the process when a thread makes a system call that it has no need for, log it, or let it be
+    #[arg(long, value_name = "MODE", default_value = "on")]
+    seccomp: SeccompMode,
+    /// on or off: let only files be opened that lie in the directories of those named here, or below --allow
+    #[arg(long, value_name = "SWITCH", default_value = "on")]
+    landlock: Switch,
+    /// A directory or file that monitors may have opened, too
+    #[arg(long, value_name = "PATH")]
+    allow: Vec<PathBuf>,
     /// End the VM when the guest resets
     #[arg(long)]
     no_reboot: bool,
     /// How long reset and quit wait for requests in flight
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = crate::seconds::from_zero)]
     drain_timeout: Duration,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum SeccompMode {
+    On,
+    Log,
+    Off,
+}
+
+#[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
+enum Switch {
+    On,
+    Off,
 }
 
 /// Runs a guest to its end.
@@ -204,6 +226,15 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         qmp,
         no_reboot: args.no_reboot,
         drain_timeout: args.drain_timeout,
+        confinement: ConfinementConfig {
+            seccomp: match args.seccomp {
+                SeccompMode::On => Seccomp::On,
+                SeccompMode::Log => Seccomp::Log,
+                SeccompMode::Off => Seccomp::Off,
+            },
+            landlock: args.landlock == Switch::On,
+            allow: args.allow,
+        },
     };
     config
         .validate()

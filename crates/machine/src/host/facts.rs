@@ -24,6 +24,10 @@ pub struct Facts {
     pub io_uring: Uring,
     /// Whether `MADV_GUARD_INSTALL` works (Linux 6.13 and newer).
     pub memory_guard: bool,
+    /// Whether threads can be given filters of system calls (seccomp).
+    pub seccomp: bool,
+    /// Version of landlock, which limits the files that can be opened.
+    pub landlock: Option<u32>,
     /// Bytes of memory that may be used.
     pub available_bytes: Option<u64>,
     /// Which limit that is.
@@ -63,6 +67,7 @@ impl Facts {
     /// Looks, and tries.
     pub fn gather() -> Facts {
         let available = super::available(Path::new("/"));
+        let (seccomp, landlock) = crate::confine::offered();
         Facts {
             huge_pages: huge_pages(Path::new("/")),
             membarrier: Membarrier {
@@ -70,6 +75,8 @@ impl Facts {
             },
             io_uring: uring(),
             memory_guard: memory_guard(),
+            seccomp,
+            landlock,
             available_bytes: available.as_ref().map(|a| a.bytes),
             available_limit: available.map(|a| a.limit),
         }
@@ -157,6 +164,7 @@ mod tests {
     #[test]
     fn facts_serialize() {
         let facts = serde_json::to_value(Facts::gather()).unwrap();
+        assert!(facts["seccomp"].is_boolean());
         assert!(facts["io_uring"]["available"].is_boolean());
         assert!(facts["available_bytes"].as_u64().is_some());
     }

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Block nodes: from `blockdev-add` to an opened disk.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ebbtide_block::fault::Rule;
 use ebbtide_block::{Cache, Discard, Disk, DiskSpec, Failure, Faults, NullSpec};
-use ebbtide_iothread::{Blocking, Sender};
+use ebbtide_iothread::Sender;
 use ebbtide_qmp::QmpError;
 use ebbtide_qmp::types::block::{
     BlockDeviceInfo, BlockdevCacheInfo, BlockdevDetectZeroes, BlockdevDiscard, BlockdevOptions,
@@ -15,6 +16,7 @@ use ebbtide_qmp::types::block::{
 use ebbtide_qmp::types::blockdev::{BlockdevRef, BlockdevSource, HostFile};
 
 use super::backends::{Released, Shelf, Use};
+use super::opener::Opener;
 
 /// How deep nodes may be described within each other.
 const MAX_DEPTH: usize = 8;
@@ -89,7 +91,7 @@ fn describe(
 /// A name that is missing or taken, a file that can't be opened, what is not supported; nothing was added.
 pub(crate) async fn add(
     shelf: &Shelf<BlockNode>,
-    blocking: &Blocking,
+    opener: Opener<'_>,
     failures: &Sender<Failure>,
     options: BlockdevOptions,
 ) -> Result<(), QmpError> {
@@ -98,7 +100,7 @@ pub(crate) async fn add(
         .clone()
         .ok_or_else(|| QmpError::generic("'node-name' must be specified for the root node"))?;
     shelf.check_name(&name)?;
-    let node = open(shelf, blocking, options, 0).await?;
+    let node = open(shelf, opener, options, 0).await?;
     // Another client may have taken the name meanwhile.
     shelf.check_name(&name)?;
     // A disk that has another name already keeps it.
@@ -108,7 +110,7 @@ pub(crate) async fn add(
 
 async fn open(
     shelf: &Shelf<BlockNode>,
-    blocking: &Blocking,
+    opener: Opener<'_>,
     mut options: BlockdevOptions,
     depth: usize,
 ) -> Result<BlockNode, QmpError> {
@@ -117,7 +119,7 @@ async fn open(
     let name = options.node_name.clone();
     match source {
         BlockdevSource::File(file) | BlockdevSource::HostDevice(file) => {
-            open_file(blocking, &options, file).await
+            open_file(opener, &options, file).await
         }
         BlockdevSource::NullCo {
             size,
@@ -143,7 +145,7 @@ async fn open(
                     "'offset' and 'size' of the driver raw are not supported: the whole node is used",
                 ));
             }
-            let (below, disk, info) = below(shelf, blocking, name, file, depth).await?;
+            let (below, disk, info) = below(shelf, opener, name, file, depth).await?;
             let filename = info.image.filename.clone();
             Ok(BlockNode {
                 info: describe(
@@ -163,7 +165,7 @@ async fn open(
                 .map(|rule| rule.parse::<Rule>())
                 .collect::<Result<Vec<_>, _>>()
                 .map_err(|e| QmpError::generic(e.to_string()))?;
-            let (below, disk, info) = below(shelf, blocking, name, file, depth).await?;
+            let (below, disk, info) = below(shelf, opener, name, file, depth).await?;
             let faults = Faults::new();
             rules.into_iter().for_each(|rule| faults.inject(rule));
             let disk = Arc::new(disk.behind(&faults));
@@ -188,7 +190,7 @@ type Below = (Option<Use<BlockNode>>, Arc<Disk>, BlockDeviceInfo);
 /// The node another stands on: one that is there, or one of its own.
 async fn below(
     shelf: &Shelf<BlockNode>,
-    blocking: &Blocking,
+    opener: Opener<'_>,
     user: Option<String>,
     node: BlockdevRef,
     depth: usize,
@@ -203,14 +205,14 @@ async fn below(
             "nodes are described more than {MAX_DEPTH} deep within each other"
         ))),
         BlockdevRef::Inline(options) => {
-            let node = Box::pin(open(shelf, blocking, *options, depth + 1)).await?;
+            let node = Box::pin(open(shelf, opener, *options, depth + 1)).await?;
             Ok((node._below, node.disk, node.info))
         }
     }
 }
 
 async fn open_file(
-    blocking: &Blocking,
+    opener: Opener<'_>,
     options: &BlockdevOptions,
     file: HostFile,
 ) -> Result<BlockNode, QmpError> {
@@ -237,15 +239,15 @@ async fn open_file(
         ..DiskSpec::new(&file.filename)
     };
     let may_be_readonly = options.auto_read_only.unwrap_or(false) && !readonly;
-    let disk = blocking
-        .run(move || {
+    let path = PathBuf::from(&file.filename);
+    let disk = opener
+        .open(Some(path), move || {
             Disk::open(&spec).or_else(|error| match may_be_readonly {
                 true => Disk::open(&spec.readonly()).map_err(|_| error),
                 false => Err(error),
             })
         })
-        .await
-        .map_err(|e| QmpError::generic(e.to_string()))?;
+        .await?;
     let disk = Arc::new(disk);
     let driver = options.driver.to_string();
     Ok(BlockNode {

@@ -58,8 +58,14 @@ impl Devices {
         self.check_chardev_name(&id)?;
         let spec = spec(backend)?;
         let opening = spec.clone();
-        let opened = self.blocking().run(move || Chardev::open(&opening)).await;
-        let chardev = opened.map_err(|e| QmpError::generic(e.to_string()))?;
+        let path = match &spec {
+            ChardevSpec::File(path) | ChardevSpec::Unix(path) => Some(path.clone()),
+            _ => None,
+        };
+        let chardev = self
+            .opener()
+            .open(path, move || Chardev::open(&opening))
+            .await?;
         // Another client may have taken the name meanwhile.
         self.check_chardev_name(&id)?;
         let wire = Wire::new();

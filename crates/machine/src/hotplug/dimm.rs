@@ -178,7 +178,7 @@ impl Devices {
         let (memdev, spec) = spec(&id, policy, &mut properties, cold)?;
         properties.finish_device(DRIVER)?;
         let object = self.memory_objects().take(&memdev, &id)?;
-        let block = MemoryObject::block(object.value(), self.blocking()).await?;
+        let block = MemoryObject::block(object.value(), self.opener()).await?;
         let plugged = Dimm::plug(bank, &spec, &block);
         let dimm = match plugged {
             Ok(dimm) => dimm,

@@ -17,6 +17,7 @@ mod ending;
 pub(crate) mod netdevs;
 mod news;
 mod objects;
+mod opener;
 mod pci;
 mod places;
 mod removal;
@@ -41,6 +42,7 @@ use ebbtide_memory::AddressSpace;
 use ebbtide_net::Netdev;
 use ebbtide_qmp::{EventSink, QmpError};
 
+use crate::confine::Confinement;
 use crate::lifecycle::Requests;
 
 pub(crate) use backends::{AnyUse, Shelf, Use};
@@ -53,6 +55,7 @@ use ejector::OstReport;
 pub(crate) use ejector::{Ejector, SlotKey};
 use news::News;
 pub(crate) use objects::{MEMORY_BACKENDS, MemoryObject};
+pub(crate) use opener::Opener;
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 pub(crate) use shared::Object;
@@ -179,6 +182,7 @@ pub(crate) struct Surface {
     pub(crate) msi: Arc<dyn MsiController>,
     pub(crate) blocking: Arc<Blocking>,
     pub(crate) requests: Requests,
+    pub(crate) confinement: Arc<Confinement>,
 }
 
 /// All devices of a machine. Belongs to the control thread.
@@ -308,6 +312,19 @@ impl Devices {
         &self.surface.blocking
     }
 
+    /// What threads may do.
+    pub(crate) fn confinement(&self) -> &Arc<Confinement> {
+        &self.surface.confinement
+    }
+
+    /// The way to open what management names.
+    pub(crate) fn opener(&self) -> Opener<'_> {
+        Opener {
+            blocking: &self.surface.blocking,
+            confinement: &self.surface.confinement,
+        }
+    }
+
     /// What guests eject by.
     pub(crate) fn ejector(&self) -> &Arc<Ejector> {
         &self.ejector
@@ -410,7 +427,11 @@ impl Devices {
         if let Some(thread) = threads.get(name) {
             return Ok(thread.remote());
         }
-        let thread = IoThread::spawn(name).map_err(|e| QmpError::generic(e.to_string()))?;
+        let thread = self
+            .surface
+            .confinement
+            .iothread(name)
+            .map_err(|e| QmpError::generic(e.to_string()))?;
         let remote = thread.remote();
         threads.insert(name.to_owned(), thread);
         Ok(remote)

@@ -45,10 +45,39 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
     devices.netdevs().check_name(&id).map_err(taken)?;
     let source = source(&kind, properties)?;
     let name = id.clone();
-    let opened = devices.blocking().run(move || open(name, &source)).await;
-    let netdev = opened.map_err(|e| QmpError::generic(e.to_string()))?;
+    let netdev = match source {
+        Source::Passt(_) if devices.confinement().limits_programs() => {
+            program(devices, name, &source)?
+        }
+        Source::Stream(ref path) => {
+            let path = Some(path.clone());
+            devices
+                .opener()
+                .open(path, move || open(name, &source))
+                .await?
+        }
+        Source::Tap(_) | Source::Passt(_) => {
+            devices
+                .opener()
+                .open(None, move || open(name, &source))
+                .await?
+        }
+    };
     // Another client may have taken the id meanwhile.
     devices.netdevs().add(&id, netdev).map_err(taken)
+}
+
+/// Starts a backend that is a program. It would inherit the limits of the thread that starts it: so it is this one, and
+/// only before this one has any.
+fn program(devices: &Devices, id: String, source: &Source) -> Result<Arc<Netdev>, QmpError> {
+    if devices.confinement().is_sealed() {
+        return Err(refused(
+            "type",
+            "passt",
+            "a confined process starts no programs: name it with --netdev at the start, connect to one with stream, or start with --seccomp off --landlock off",
+        ));
+    }
+    open(id, source).map_err(|e| QmpError::generic(e.to_string()))
 }
 
 /// Closes a backend that nothing uses.

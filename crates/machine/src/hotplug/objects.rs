@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use ebbtide_iothread::Blocking;
 use ebbtide_memory::{Backing, Memory, NumaPolicy, RamBlock, RamPolicy, RamSpec};
 use ebbtide_qmp::types::memory::{HostMemPolicy, Memdev};
 use ebbtide_qmp::types::qom::ObjectAdd;
@@ -13,6 +12,7 @@ use ebbtide_qmp::{Properties, QmpError};
 
 use super::Devices;
 use super::backends::Released;
+use super::opener::Opener;
 
 /// The types of memory backends.
 pub(crate) const MEMORY_BACKENDS: &[&str] = &[
@@ -69,12 +69,12 @@ impl MemoryObject {
     /// The memory, for its user.
     pub(crate) async fn block(
         object: &Rc<MemoryObject>,
-        blocking: &Blocking,
+        opener: Opener<'_>,
     ) -> Result<Arc<RamBlock>, QmpError> {
         if let Some(block) = object.idle.take() {
             return Ok(block);
         }
-        allocate(&object.memory, &object.spec, &object.policy, blocking).await
+        allocate(&object.memory, &object.spec, &object.policy, opener).await
     }
 
     /// A user that could not use it gives it back.
@@ -116,13 +116,16 @@ async fn allocate(
     memory: &Arc<Memory>,
     spec: &RamSpec,
     policy: &RamPolicy,
-    blocking: &Blocking,
+    opener: Opener<'_>,
 ) -> Result<Arc<RamBlock>, QmpError> {
     let (memory, spec, policy) = (Arc::clone(memory), spec.clone(), policy.clone());
-    blocking
-        .run(move || memory.ram().add_with(spec, &policy))
+    let path = match &spec.backing {
+        Backing::File { path, .. } => Some(path.clone()),
+        _ => None,
+    };
+    opener
+        .open(path, move || memory.ram().add_with(spec, &policy))
         .await
-        .map_err(|e| QmpError::generic(e.to_string()))
 }
 
 impl Devices {
@@ -140,7 +143,7 @@ impl Devices {
         let spec = spec(&qom_type, &id, &mut properties)?;
         properties.finish()?;
         let memory = self.system().memory();
-        let block = allocate(memory, &spec, &policy, self.blocking()).await?;
+        let block = allocate(memory, &spec, &policy, self.opener()).await?;
         let object = MemoryObject {
             memory: Arc::clone(memory),
             qom_type,
@@ -166,7 +169,7 @@ impl Devices {
             return Ok(());
         };
         let object = self.memory_objects().take(name, user)?;
-        let block = MemoryObject::block(object.value(), self.blocking()).await?;
+        let block = MemoryObject::block(object.value(), self.opener()).await?;
         object.value().put_back(block);
         Ok(())
     }

@@ -35,8 +35,8 @@ impl Devices {
         }
         for node in &config.block_nodes {
             let name = node.node_name.clone().unwrap_or_default();
-            let added =
-                blocks::add(&self.blocks, self.blocking(), &self.news.disk, node.clone()).await;
+            let failures = &self.news.disk;
+            let added = blocks::add(&self.blocks, self.opener(), failures, node.clone()).await;
             added.map_err(|e| Error::part(format!("--blockdev {name}"), e.desc))?;
         }
         for device in &config.devices {

@@ -56,7 +56,7 @@ pub(crate) async fn add(devices: &Devices, args: ObjectAdd) -> Result<(), QmpErr
     } = args;
     let taken = |_| QmpError::duplicate_object_id(&id);
     let object = match qom_type.as_str() {
-        "iothread" => iothread(&id, properties).await?,
+        "iothread" => iothread(devices, &id, properties).await?,
         "rng-builtin" => {
             properties.finish()?;
             Object::Rng(RngBackend::new(&id, Builtin))
@@ -90,7 +90,11 @@ pub(crate) async fn remove(devices: &Devices, id: &str) -> Result<(), QmpError> 
     Ok(())
 }
 
-async fn iothread(id: &str, mut properties: Properties) -> Result<Object, QmpError> {
+async fn iothread(
+    devices: &Devices,
+    id: &str,
+    mut properties: Properties,
+) -> Result<Object, QmpError> {
     let polling = properties.take_uint::<u64>("poll-max-ns")?.unwrap_or(0);
     properties.finish()?;
     if polling != 0 {
@@ -99,7 +103,10 @@ async fn iothread(id: &str, mut properties: Properties) -> Result<Object, QmpErr
         )));
     }
     let failed = |e: String| QmpError::generic(format!("iothread '{id}': {e}"));
-    let thread = IoThread::spawn(id).map_err(|e| failed(e.to_string()))?;
+    let thread = devices
+        .confinement()
+        .iothread(id)
+        .map_err(|e| failed(e.to_string()))?;
     let (tell, told) = oneshot::channel();
     thread
         .remote()
@@ -127,7 +134,11 @@ async fn rng_random(
     let path = properties.take_string("filename")?;
     properties.finish()?;
     let path = PathBuf::from(path.unwrap_or_else(|| File::DEFAULT_PATH.to_owned()));
-    let opened = devices.blocking().run(move || File::open(&path)).await;
-    let file = opened.map_err(|e| QmpError::generic(format!("object '{id}': {e}")))?;
+    let opening = path.clone();
+    let file = devices
+        .opener()
+        .open(Some(path), move || File::open(&opening))
+        .await
+        .map_err(|e| QmpError::generic(format!("object '{id}': {}", e.desc)))?;
     Ok(Object::Rng(RngBackend::new(id, file)))
 }

@@ -14,7 +14,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
         .on(commands::BLOCKDEV_ADD, async |m, _, options| {
             let devices = &m.devices;
             let failures = &devices.news().disk;
-            blocks::add(devices.blocks(), devices.blocking(), failures, options).await?;
+            blocks::add(devices.blocks(), devices.opener(), failures, options).await?;
             Ok(Empty {})
         })
         .on(commands::BLOCKDEV_DEL, async |m, _, args| {

@@ -272,6 +272,12 @@ impl Transport {
             Phase::Resetting { wires, reset, .. } if reset.is(ended) => {
                 self.remove_ioeventfds(&wires.ioeventfds);
                 self.power_on(state);
+                // A vCPU thread may be here, which must not be the one to close descriptors. Without the iothread the
+                // machine is going down.
+                let _ = self.remote.spawn(move |_| {
+                    drop(wires);
+                    std::future::ready(())
+                });
                 // Last: it is what the driver waits for.
                 reset.finish();
             }
