@@ -171,7 +171,9 @@ fn model_removal_of_broken_queue() {
         removed.listen();
         let task = thread::spawn(move || drop(removed));
 
-        Removal::begin(&gate, &[removal]);
+        // A transport keeps its half until the gate has drained.
+        let removals = [removal];
+        Removal::begin(&gate, &removals);
         task.join().expect("task");
         assert!(gate.is_drained(), "a lease is left that nobody has");
     });

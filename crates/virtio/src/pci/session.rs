@@ -2,7 +2,7 @@
 //! From one reset to the next: features, activation, and the reset that ends it.
 //!
 //! ```text
-//!   Idle ──── DRIVER_OK ────▶ Active ──── status 0, quiesce, close ────▶ Resetting
+//!   Idle ──── DRIVER_OK ────▶ Active ──── status 0, quiesce, drop ─────▶ Resetting
 //!    ▲  ▲ status 0 │                      (the gate closes)                  │
 //!    │  └──────────┘                  │                                      │
 //!    │                                └─ close ─▶ Removing ── reset, drained ─┤
