@@ -20,7 +20,7 @@ mod sync;
 mod tree;
 
 pub use eject::{Answer, Eject, GuestEject};
-pub use model::{Draining, Holder, Model, held};
+pub use model::{Draining, Holder, Model};
 pub use removal::{Pending, Surroundings, remove};
 pub use subtree::{
     Bus, Detached, Drain, Drained, Gone, GuestNotice, Identity, Isolated, Plugged, Subtree,

@@ -20,6 +20,28 @@ pub struct Holder {
     pub age: Option<Duration>,
 }
 
+impl Holder {
+    /// Who is inside `gate`.
+    pub fn inside(gate: &Gate) -> Vec<Holder> {
+        let held = gate.held();
+        let mmio = Holder::count(held.mmio.into(), "register access", "es", None);
+        let io = Holder::count(held.io.into(), "request", "s", None);
+        mmio.into_iter().chain(io).collect()
+    }
+
+    /// So many requests; `None` for none of them.
+    pub fn requests(count: u64, oldest: Option<Duration>) -> Option<Holder> {
+        Holder::count(count, "request", "s", oldest)
+    }
+
+    fn count(count: u64, what: &str, plural: &str, age: Option<Duration>) -> Option<Holder> {
+        (count > 0).then(|| Holder {
+            what: format!("{count} {what}{}", if count == 1 { "" } else { plural }),
+            age,
+        })
+    }
+}
+
 /// A device as its life sees it, whatever it does.
 ///
 /// A model does nothing about the order of its end: it is called in that order. It must not be reachable for anybody but
@@ -36,7 +58,7 @@ pub trait Model: Send {
 
     /// Who keeps it from draining, for reports.
     fn holders(&self) -> Vec<Holder> {
-        held(self.gate())
+        Holder::inside(self.gate())
     }
 
     /// Gives up what the drain waits for: kills a process, closes a connection, abandons a backend. What is in flight
@@ -44,19 +66,4 @@ pub trait Model: Send {
     fn force(&mut self) -> bool {
         false
     }
-}
-
-/// Who is within a gate, for reports.
-pub fn held(gate: &Gate) -> Vec<Holder> {
-    let held = gate.held();
-    let count = |n: u32, what: &str| {
-        (n > 0).then(|| Holder {
-            what: format!("{n} {what}{}", if n == 1 { "" } else { "s" }),
-            age: None,
-        })
-    };
-    count(held.mmio, "register access")
-        .into_iter()
-        .chain(count(held.io, "request"))
-        .collect()
 }

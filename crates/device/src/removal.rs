@@ -97,6 +97,7 @@ async fn drain<T, S: Surroundings<T>>(
     let top = subtree.identity().clone();
     let mut drain = subtree.drain();
     let (mut listening, mut forced) = (true, false);
+    note_holders(around, drain.undrained());
     loop {
         match wait(around, &mut drain, &mut force, listening).await {
             Waited::Drained(subtree) => return *subtree,
@@ -106,21 +107,28 @@ async fn drain<T, S: Surroundings<T>>(
                 if !forced {
                     tracing::warn!("{}: nothing can be forced", top.path);
                 }
+                note_holders(around, drain.undrained());
             }
             Waited::Unforced => listening = false,
             Waited::Long => {
                 let undrained = drain.undrained();
                 let age = around.now().saturating_duration_since(began);
                 around.stalled(&top, age, &undrained);
-                let mut tree = around.tree().borrow_mut();
-                for (identity, holders) in undrained {
-                    tree.note_holders(&identity, holders);
-                }
+                note_holders(around, undrained);
                 if forced {
+                    let mut tree = around.tree().borrow_mut();
                     tree.note_phase(nodes, Phase::Quarantined, around.now());
                 }
             }
         }
+    }
+}
+
+/// What keeps the devices, for whoever asks: they are not in the tree while they drain.
+fn note_holders<T, S: Surroundings<T>>(around: &S, undrained: Vec<(Identity, Vec<Holder>)>) {
+    let mut tree = around.tree().borrow_mut();
+    for (identity, holders) in undrained {
+        tree.note_holders(&identity, holders);
     }
 }
 

@@ -2,6 +2,7 @@
 //! The contract between a virtio device and the transport that carries it.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ebbtide_gate::{Drained, Entry, Gate, Lease};
 use ebbtide_iothread::{Event, Local};
@@ -9,6 +10,7 @@ use ebbtide_memory::{AddressSpace, ReadGuard};
 
 use crate::control::TransportControl;
 use crate::interrupt::QueueInterrupt;
+use crate::removal::{Removal, Removed};
 use crate::virtq::{Queue, QueueError};
 
 /// A device model, whatever the transport.
@@ -49,6 +51,26 @@ pub trait VirtioDevice: Send + Sync {
     fn attach(&self, control: TransportControl) {
         let _ = control;
     }
+
+    /// Gives up what requests in flight wait for: what the backend has begun ends when it ends, nothing more is begun.
+    /// False: there is nothing to give up.
+    fn abandon(&self) -> bool {
+        false
+    }
+
+    /// The requests a backend works on, for reports; `None`: the device does not count them.
+    fn in_flight(&self) -> Option<InFlight> {
+        None
+    }
+}
+
+/// Requests a backend works on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InFlight {
+    /// How many.
+    pub requests: u64,
+    /// The age of the oldest, where that is known.
+    pub oldest: Option<Duration>,
 }
 
 /// What a device gets to serve its queues from DRIVER_OK to the next reset.
@@ -57,6 +79,9 @@ pub trait VirtioDevice: Send + Sync {
 /// while doing so, and every request holds one from its pop until its chain is given back. When the gate closes, tasks
 /// end: finish what is in flight, drop the leases, start nothing new. The driver learns that the reset is complete when
 /// the last lease is gone.
+///
+/// A device that is removed under a live driver closes the gate, too. A task that [listens](Removed::listen) has a lease
+/// then to answer what is in its queue, so that nothing in the guest waits for an answer that never comes.
 ///
 /// A chain that waits for something the host may never have (a frame to receive, random bytes, room in a pipe) waits
 /// without a lease and without pins, as the addresses it is. It is served under a lease taken then, or dropped when there
@@ -68,7 +93,7 @@ pub struct Activation {
     pub queues: Vec<ActiveQueue>,
     /// The memory the device may access.
     pub memory: Arc<AddressSpace>,
-    /// Closed by the reset that ends this activation.
+    /// Closed by the reset or the removal that ends this activation.
     pub gate: Arc<Gate>,
     /// The device's way to talk to the driver besides the queues.
     pub control: TransportControl,
@@ -84,20 +109,30 @@ pub struct ActiveQueue {
     pub kick: Event,
     /// Tells the driver about used chains.
     pub interrupt: QueueInterrupt,
+    /// Tells the task that the device is removed. To whom does not listen a removal is the same as a reset.
+    pub removed: Removed,
     /// What [`kicked`](Self::kicked) waits for besides a kick, kept from one call to the next.
     end: Option<Drained>,
 }
 
 impl ActiveQueue {
-    /// Puts the parts together.
-    pub fn new(index: u16, queue: Queue, kick: Event, interrupt: QueueInterrupt) -> Self {
-        Self {
+    /// Puts the parts together; also the transport's way to say that the device is removed.
+    pub fn new(
+        index: u16,
+        queue: Queue,
+        kick: Event,
+        interrupt: QueueInterrupt,
+    ) -> (Self, Removal) {
+        let (removal, removed) = Removal::new();
+        let queue = Self {
             index,
             queue,
             kick,
             interrupt,
+            removed,
             end: None,
-        }
+        };
+        (queue, removal)
     }
 
     /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, or the kick can never

@@ -34,9 +34,14 @@ impl QueueInterrupt {
         }
     }
 
+    /// Whether the activation goes on: no reset has begun.
+    pub(crate) fn is_active(&self) -> bool {
+        self.link.status.is_active(self.session)
+    }
+
     /// Interrupts the driver.
     pub fn signal(&self) {
-        if self.link.status.is_active(self.session) {
+        if self.is_active() {
             self.link.interrupts.queue(self.index);
         }
     }

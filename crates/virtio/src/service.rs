@@ -13,7 +13,12 @@
 //!
 //! While chains keep coming the driver is told not to kick, and the queue is looked at again after the backend had its
 //! turn. A job holds its pins and a lease of the activation's gate from its pop until it is given back, or until its
-//! backend operation ends after the gate was closed; then nobody touches the queue any more.
+//! backend operation ends after a reset closed the gate; then nobody touches the queue any more.
+//!
+//! When the device is removed instead, the driver may be alive: jobs are given back as ever, and what is not begun is
+//! answered with an error, until nothing comes any more (`rest.rs`).
+
+mod rest;
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -30,6 +35,7 @@ use ebbtide_memory::{AccessError, AddressSpace, ReadGuard, Reader};
 use crate::control::TransportControl;
 use crate::device::ActiveQueue;
 use crate::interrupt::QueueInterrupt;
+use crate::removal::Removed;
 use crate::virtq::{Chain, Queue, QueueError};
 
 /// What a device makes of the chains of a queue.
@@ -48,6 +54,16 @@ pub(crate) trait Service: 'static {
         guard: &ReadGuard<'_>,
         chain: Chain,
     ) -> Result<Begun<Self::Job, Self::Kept>, Unanswerable>;
+
+    /// Answers a request that will never begin: its device is being removed. Inside a read section.
+    ///
+    /// # Errors
+    /// There is no place to answer at.
+    fn refuse(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: Chain,
+    ) -> Result<Answered<Self::Kept>, Unanswerable>;
 
     /// Carries a job out and answers it.
     fn carry_out(
@@ -94,7 +110,8 @@ pub(crate) struct Setup {
     pub complaints: Arc<LogLimit>,
 }
 
-/// Serves the queue until the gate closes or the driver breaks the queue.
+/// Serves the queue until a reset or a removal closes the gate, or the driver breaks the queue. To be told of a removal
+/// the caller has to [listen](Removed::listen) before the activation returns.
 pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
     let Setup {
         name,
@@ -109,6 +126,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         queue,
         kick,
         interrupt,
+        removed,
         ..
     } = queue;
     let inbox = Rc::new(Inbox::new());
@@ -118,6 +136,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
     let turns = Turns {
         local: local.clone(),
         gate: Arc::clone(&gate),
+        removed,
         space,
         reader,
         service: Rc::new(service),
@@ -128,36 +147,17 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         interrupt,
         kicks_on: true,
     };
-    let mut drained = pin!(gate.drained());
-    loop {
-        let Some(lease) = gate.enter(Entry::Io) else {
-            break;
-        };
-        let turn = turns.turn(&mut rings);
-        drop(lease);
-        match turn {
-            Ok(Turn::Busy) => local.yield_now().await,
-            Ok(Turn::Idle) => {
-                let ended = poll_fn(|cx| {
-                    if drained.as_mut().poll(cx).is_ready() {
-                        return Poll::Ready(true);
-                    }
-                    inbox.poll_news(cx.waker()).map(|()| false)
-                });
-                if ended.await {
-                    break;
-                }
-            }
-            Err(fault) => {
-                if let Some(_lease) = gate.enter(Entry::Io) {
-                    if let Some(suppressed) = complaints.allow() {
-                        tracing::warn!(device = &*name, queue = index, suppressed, %fault, "the driver's queue is unusable");
-                    }
-                    control.needs_reset();
-                }
-                break;
-            }
+    let served = match turns.until_closed(&mut rings).await {
+        Ok(()) => turns.answer_rest(&mut rings).await,
+        fault => fault,
+    };
+    if let Err(fault) = served
+        && let Some(_lease) = gate.enter(Entry::Io)
+    {
+        if let Some(suppressed) = complaints.allow() {
+            tracing::warn!(device = &*name, queue = index, suppressed, %fault, "the driver's queue is unusable");
         }
+        control.needs_reset();
     }
     inbox.close();
 }
@@ -190,6 +190,7 @@ struct Rings {
 struct Turns<S: Service> {
     local: Local,
     gate: Arc<Gate>,
+    removed: Removed,
     space: Arc<AddressSpace>,
     reader: Reader,
     service: Rc<S>,
@@ -197,6 +198,30 @@ struct Turns<S: Service> {
 }
 
 impl<S: Service> Turns<S> {
+    /// Serves until the gate closes, or is about to.
+    async fn until_closed(&self, rings: &mut Rings) -> Result<(), Fault> {
+        let mut drained = pin!(self.gate.drained());
+        while let Some(lease) = self.gate.enter(Entry::Io) {
+            let turn = self.turn(rings);
+            drop(lease);
+            if let Turn::Busy = turn? {
+                self.local.yield_now().await;
+                continue;
+            }
+            let ended = poll_fn(|cx| {
+                let removed = self.removed.poll(cx.waker()).is_ready();
+                if removed || drained.as_mut().poll(cx).is_ready() {
+                    return Poll::Ready(true);
+                }
+                self.inbox.poll_news(cx.waker()).map(|()| false)
+            });
+            if ended.await {
+                break;
+            }
+        }
+        Ok(())
+    }
+
     fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {
         let (turn, interrupt) = {
             let guard = self.space.read(&self.reader);
@@ -228,16 +253,20 @@ impl<S: Service> Turns<S> {
     /// Starts everything that is available; returns how much that was.
     fn take_chains(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<usize, Fault> {
         let mut popped = 0;
-        while let Some(chain) = rings.queue.pop(guard)? {
+        // A chain without a lease could not be answered any more.
+        while let Some(lease) = self.gate.enter(Entry::Io) {
+            let Some(chain) = rings.queue.pop(guard)? else {
+                break;
+            };
             if std::mem::take(&mut rings.kicks_on) {
                 rings.queue.disable_kick(guard)?;
             }
             popped += 1;
-            let Some(lease) = self.gate.enter(Entry::Io) else {
-                break;
-            };
             match self.service.begin(guard, chain)? {
-                Begun::Answered(answered) => self.inbox.put(Done { answered, lease }),
+                Begun::Answered(answered) => self.inbox.put(Done {
+                    answered,
+                    lease: Some(lease),
+                }),
                 Begun::Job(job) => self.start(job, lease),
             }
         }
@@ -246,10 +275,15 @@ impl<S: Service> Turns<S> {
 
     fn start(&self, job: S::Job, lease: Lease) {
         let inbox = Rc::clone(&self.inbox);
+        inbox.jobs.set(inbox.jobs.get() + 1);
         let running = Rc::clone(&self.service).carry_out(job);
         let task = async move {
             let answered = running.await;
-            inbox.put(Done { answered, lease });
+            inbox.jobs.set(inbox.jobs.get().saturating_sub(1));
+            inbox.put(Done {
+                answered,
+                lease: Some(lease),
+            });
         };
         self.local.spawn(task).detach();
     }
@@ -275,9 +309,9 @@ impl<S: Service> Turns<S> {
 /// A job that is answered but not yet given back.
 struct Done<K> {
     answered: Answered<K>,
-    /// Held to the end.
+    /// Held to the end. `None`: that of the removal covers it.
     #[expect(dead_code, reason = "its drop is what matters")]
-    lease: Lease,
+    lease: Option<Lease>,
 }
 
 /// What wakes the queue's task.
@@ -285,6 +319,8 @@ struct Inbox<K> {
     kicked: Cell<bool>,
     done: RefCell<Vec<Done<K>>>,
     waker: RefCell<Option<Waker>>,
+    /// Jobs that have begun and are not answered.
+    jobs: Cell<usize>,
     /// Nobody will give anything back any more.
     closed: Cell<bool>,
 }
@@ -295,6 +331,7 @@ impl<K> Inbox<K> {
             kicked: Cell::new(false),
             done: RefCell::default(),
             waker: RefCell::default(),
+            jobs: Cell::new(0),
             closed: Cell::new(false),
         }
     }

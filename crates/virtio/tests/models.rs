@@ -6,6 +6,8 @@
 //!
 //! seeded: reset_before_drain breaks model_reset
 //! seeded: needs_reset_any_session breaks model_reset
+//! seeded: removal_closes_first breaks model_removal
+//! seeded: removal_waits_for_ended_task breaks model_removal_of_broken_queue
 //! seeded: config_change_unlocked breaks model_config_change
 //! seeded: silent_change_keeps_generation breaks model_config_silent
 //! seeded: driver_ok_unlocked breaks model_config_pending
@@ -14,12 +16,15 @@
 //! seeded: wakes_before_it_is_gone breaks model_task_management
 #![cfg(loom)]
 
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
+use std::task::Poll;
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_virtio::scsi::modelled::Commands;
-use ebbtide_virtio::{Change, Interrupts, Link, Reset, status};
+use ebbtide_virtio::{Change, Interrupts, Link, Removal, Reset, status};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
 use loom::sync::atomic::{AtomicU32, Ordering};
@@ -113,6 +118,64 @@ fn model_reset() {
             status::ACKNOWLEDGE,
             "marked by an earlier session"
         );
+    });
+}
+
+#[test]
+fn model_removal() {
+    const INVARIANT: &str = "a removal drains after the queue's task has answered what is there, and nothing touches \
+                             the rings after that";
+    check("virtio/removal", INVARIANT, Some(3), || {
+        let gate = Gate::new("modelled");
+        let ring = Arc::new(Ring::new());
+        let (removal, removed) = Removal::new();
+        removed.listen();
+        let task = {
+            let (gate, ring) = (Arc::clone(&gate), Arc::clone(&ring));
+            thread::spawn(move || {
+                if let Some(lease) = gate.enter(Entry::Io) {
+                    ring.write(1);
+                    drop(lease);
+                }
+                let mut drained = pin!(gate.drained());
+                block_on(poll_fn(|cx| {
+                    if removed.poll(cx.waker()).is_ready() {
+                        return Poll::Ready(());
+                    }
+                    drained.as_mut().poll(cx)
+                }));
+                let lease = removed.take();
+                let answers = lease.is_some();
+                if answers {
+                    ring.write(2);
+                }
+                drop(lease);
+                answers
+            })
+        };
+
+        Removal::begin(&gate, &[removal]);
+        block_on(gate.drained());
+        ring.write(3);
+        assert!(task.join().expect("task"), "requests are left unanswered");
+    });
+}
+
+#[test]
+fn model_removal_of_broken_queue() {
+    const INVARIANT: &str =
+        "a removal drains although the task of a queue has ended or ends meanwhile";
+    check("virtio/removal_of_broken_queue", INVARIANT, Some(3), || {
+        let gate = Gate::new("modelled");
+        let (removal, removed) = Removal::new();
+        removed.listen();
+        let task = thread::spawn(move || drop(removed));
+
+        // A transport keeps its half until the gate has drained.
+        let removals = [removal];
+        Removal::begin(&gate, &removals);
+        task.join().expect("task");
+        assert!(gate.is_drained(), "a lease is left that nobody has");
     });
 }
 

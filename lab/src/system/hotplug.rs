@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices come and go while the guest uses them. Nothing hangs, nothing is lost, nothing is left behind.
 
+mod force;
 mod models;
 mod peer;
 mod residue;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
+pub(super) use force::{forced, quarantined};
 use models::Model;
 pub(super) use residue::Residue;
 

@@ -92,6 +92,8 @@ const SCENARIOS: &[Scenario] = &[
     scenario("devices come and go", hotplug::cycles),
     scenario("devices come and go behind a port", hotplug::native),
     scenario("an id, a slot and a node are used again", hotplug::reuse),
+    scenario("a disk goes by force while it works", hotplug::forced),
+    scenario("a dead disk goes by force", hotplug::quarantined),
     scenario("mistakes with devices", hotplug::mistakes),
     scenario("dimms come and go", dimm::cycles),
     scenario("a guest keeps a dimm", dimm::refusal),

@@ -53,6 +53,10 @@ impl Devices {
     pub(crate) async fn quiesce(&self) -> Vec<Stuck> {
         let drains: Vec<_> = {
             let tree = self.tree.borrow();
+            let leaving = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
+            for function in leaving.filter_map(|(_, n)| n.info.site.function()) {
+                function.forget_guest();
+            }
             let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             // All gates close before the first wait.
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {

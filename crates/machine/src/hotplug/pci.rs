@@ -6,12 +6,12 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use ebbtide_bus::pci::{Bus, Devfn, Function, Port};
-use ebbtide_device::{Draining, Holder, Model, held};
+use ebbtide_device::{Draining, Holder, Model};
 use ebbtide_devices::i6300esb::I6300Esb;
 use ebbtide_devices::serial_pci::SerialPci;
 use ebbtide_devices::testdev::TestDevice;
 use ebbtide_gate::Gate;
-use ebbtide_virtio::VirtioPci;
+use ebbtide_virtio::{InFlight, VirtioPci};
 
 /// A PCI function that can be taken away while it works.
 pub(crate) trait Removable: Function {
@@ -25,6 +25,19 @@ pub(crate) trait Removable: Function {
     /// Who uses memory of it that is on its way out, for reports.
     fn pins(&self) -> Vec<Holder> {
         Vec::new()
+    }
+
+    /// The guest is another one: what is on its way out answers nothing any more.
+    fn forget_guest(&self) {}
+
+    /// Gives up what its requests wait for. False: there is nothing to give up.
+    fn force(&self) -> bool {
+        false
+    }
+
+    /// The requests that keep it from draining.
+    fn requests(&self) -> Option<Holder> {
+        None
     }
 
     /// The guest stands still, and so does what time the device measures for it.
@@ -41,6 +54,20 @@ impl Removable for VirtioPci {
 
     fn quiesce(&self) -> Pin<Box<dyn Future<Output = ()>>> {
         Box::pin(VirtioPci::quiesce(self))
+    }
+
+    fn forget_guest(&self) {
+        // The reset has begun with that; the removal waits for its end.
+        drop(VirtioPci::quiesce(self));
+    }
+
+    fn force(&self) -> bool {
+        self.abandon()
+    }
+
+    fn requests(&self) -> Option<Holder> {
+        let InFlight { requests, oldest } = self.in_flight();
+        Holder::requests(requests, oldest)
     }
 }
 
@@ -126,8 +153,13 @@ impl Model for PciModel {
     }
 
     fn holders(&self) -> Vec<Holder> {
-        let mut holders = held(self.gate());
+        let mut holders = Holder::inside(self.gate());
+        holders.extend(self.function.requests());
         holders.extend(self.function.pins());
         holders
+    }
+
+    fn force(&mut self) -> bool {
+        self.function.force()
     }
 }

@@ -216,6 +216,9 @@ impl VirtioBalloon {
             2 if features & feature::STATS_VQ != 0 => None,
             _ => Some(Kind::Report),
         };
+        if kind.is_some() {
+            setup.queue.removed.listen();
+        }
         let spawned = match kind {
             Some(kind) => self.remote.spawn(move |local| {
                 let pages = Pages::new(kind, shared, local.clone(), &setup);

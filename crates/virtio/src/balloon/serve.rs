@@ -89,6 +89,15 @@ impl Service for Pages {
         Ok(Begun::Job(Job { head, buffers }))
     }
 
+    /// Nothing is done with the pages, which the driver has back when its device is gone.
+    fn refuse(&self, _guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<()>, Unanswerable> {
+        Ok(Answered {
+            head: chain.head,
+            written: 0,
+            kept: (),
+        })
+    }
+
     async fn carry_out(self: Rc<Self>, job: Job) -> Answered<()> {
         let Job { head, mut buffers } = job;
         while !self.gate.is_closed() {

@@ -42,6 +42,8 @@ pub struct BlkMetrics {
     pub bad_memory: u64,
     /// Chains no answer could be found for: the device wanted a reset.
     pub malformed: u64,
+    /// Requests that had not begun when the device was removed: answered with an error.
+    pub refused: u64,
     /// Requests in work now.
     pub in_flight: u64,
 }
@@ -61,6 +63,7 @@ pub(super) struct Counters {
     pub unsupported: AtomicU64,
     pub bad_memory: AtomicU64,
     pub malformed: AtomicU64,
+    pub refused: AtomicU64,
     in_flight: AtomicU64,
 }
 
@@ -113,6 +116,7 @@ impl Counters {
             unsupported: self.unsupported.load(Ordering::Relaxed),
             bad_memory: self.bad_memory.load(Ordering::Relaxed),
             malformed: self.malformed.load(Ordering::Relaxed),
+            refused: self.refused.load(Ordering::Relaxed),
             in_flight: self.in_flight.load(Ordering::Relaxed),
         }
     }

@@ -16,6 +16,7 @@ mod run;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
 
 use ebbtide_block::Disk;
 use ebbtide_bus::log_limit::LogLimit;
@@ -26,7 +27,8 @@ use self::metrics::Counters;
 pub use self::metrics::{BlkMetrics, KindMetrics};
 use self::request::{Terms, id_bytes};
 use self::run::Requests;
-use crate::device::{ActivateError, Activation, VirtioDevice};
+use crate::device::{ActivateError, Activation, InFlight, VirtioDevice};
+use crate::flights::Flights;
 use crate::service::{Setup, serve};
 
 /// The device type (5.2.1).
@@ -96,6 +98,7 @@ pub struct VirtioBlk {
     /// The one field a driver can write: 5.2.5.
     writeback: Arc<AtomicBool>,
     counters: Arc<Counters>,
+    flights: Arc<Flights>,
     complaints: Arc<LogLimit>,
 }
 
@@ -105,6 +108,7 @@ impl VirtioBlk {
         let mut remotes = vec![remote];
         remotes.extend(spec.more_iothreads);
         let queues = spec.queues.max(1);
+        let queue_sizes = vec![spec.queue_size; usize::from(queues)];
         let config = Config {
             capacity_bytes: disk.size_bytes(),
             logical_block_bytes: disk.logical_block_bytes(),
@@ -118,7 +122,8 @@ impl VirtioBlk {
         Arc::new(VirtioBlk {
             name: spec.id.into(),
             id: id_bytes(&spec.serial),
-            queue_sizes: vec![spec.queue_size; usize::from(queues)],
+            flights: Arc::new(Flights::new(&queue_sizes)),
+            queue_sizes,
             disk,
             remotes,
             config,
@@ -188,6 +193,16 @@ impl VirtioDevice for VirtioBlk {
         true
     }
 
+    fn abandon(&self) -> bool {
+        // The requests under way keep what they need by themselves.
+        let _ = self.disk.abandon();
+        true
+    }
+
+    fn in_flight(&self) -> Option<InFlight> {
+        Some(self.flights.in_flight(Instant::now()))
+    }
+
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
         let Activation {
             features,
@@ -205,6 +220,8 @@ impl VirtioDevice for VirtioBlk {
         };
         for queue in queues {
             let remote = self.remote_of(queue.index)?;
+            queue.removed.listen();
+            let index = queue.index;
             let setup = Setup {
                 name: Arc::clone(&self.name),
                 queue,
@@ -215,6 +232,7 @@ impl VirtioDevice for VirtioBlk {
             };
             let disk = Arc::clone(&self.disk);
             let (counters, writeback) = (Arc::clone(&self.counters), Arc::clone(&self.writeback));
+            let flights = Arc::clone(&self.flights);
             let (id, flushes, may_unmap) = (self.id, has(feature::FLUSH), self.config.discard);
             remote
                 .spawn(move |local| {
@@ -223,6 +241,8 @@ impl VirtioDevice for VirtioBlk {
                         terms,
                         id,
                         counters,
+                        flights,
+                        queue: index,
                         gate: Arc::clone(&setup.gate),
                         writeback,
                         flushes,

@@ -49,6 +49,41 @@ pub(super) struct AnswerPlace {
 }
 
 impl AnswerPlace {
+    /// That of a chain of which nothing else is wanted.
+    ///
+    /// # Errors
+    /// No status byte can be written.
+    pub(super) fn of(guard: &ReadGuard<'_>, chain: Chain) -> Result<AnswerPlace, Unanswerable> {
+        let Chain {
+            head, mut writable, ..
+        } = chain;
+        AnswerPlace::take(guard, head, &mut writable)
+    }
+
+    /// The status is the last writable byte, whichever buffer that is in (2.7.4.1, 5.2.6).
+    fn take(
+        guard: &ReadGuard<'_>,
+        head: u16,
+        writable: &mut Buffers,
+    ) -> Result<AnswerPlace, Unanswerable> {
+        let last = writable
+            .split_back(1)
+            .ok_or(Unanswerable::NoRoom { head })?;
+        let &[(gpa, _)] = &*last else {
+            return Err(Unanswerable::NoRoom { head });
+        };
+        let status = match guard.pin(gpa, 1, Access::Write) {
+            Ok(pin) => Some(pin),
+            // The guest has just given this memory back. It cannot expect an answer there; other requests go on.
+            Err(AccessError::Unplugged { .. }) => None,
+            Err(source) => return Err(Unanswerable::Memory { head, source }),
+        };
+        Ok(AnswerPlace {
+            status,
+            room: writable.total_len(),
+        })
+    }
+
     /// Writes the status; returns how many bytes of the chain are written from its start, without a gap, when `data` of
     /// them were.
     pub(super) fn give(&self, status: Status, data: u32) -> u32 {
@@ -105,7 +140,7 @@ impl Preparation<'_, '_> {
             readable,
             mut writable,
         } = chain;
-        let answer = self.answer_place(head, &mut writable)?;
+        let answer = AnswerPlace::take(self.guard, head, &mut writable)?;
         let room = answer.room;
         let mut kind = None;
         let (work, bad_memory) = match self.work(readable, &writable, &mut kind) {
@@ -130,26 +165,6 @@ impl Preparation<'_, '_> {
             answer,
         };
         Ok(Prepared { job, bad_memory })
-    }
-
-    /// The status is the last writable byte, whichever buffer that is in (2.7.4.1, 5.2.6).
-    fn answer_place(&self, head: u16, writable: &mut Buffers) -> Result<AnswerPlace, Unanswerable> {
-        let last = writable
-            .split_back(1)
-            .ok_or(Unanswerable::NoRoom { head })?;
-        let &[(gpa, _)] = &*last else {
-            return Err(Unanswerable::NoRoom { head });
-        };
-        let status = match self.guard.pin(gpa, 1, Access::Write) {
-            Ok(pin) => Some(pin),
-            // The guest has just given this memory back. It cannot expect an answer there; other requests go on.
-            Err(AccessError::Unplugged { .. }) => None,
-            Err(source) => return Err(Unanswerable::Memory { head, source }),
-        };
-        Ok(AnswerPlace {
-            status,
-            room: writable.total_len(),
-        })
     }
 
     fn work(

@@ -14,6 +14,7 @@ use ebbtide_memory::{PinList, ReadGuard};
 use super::metrics::Counters;
 use super::prepare::{AnswerPlace, Job, Preparation, Work};
 use super::request::{ID_BYTES, Kind, Segments, Status, Terms};
+use crate::flights::Flights;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::Chain;
 
@@ -23,7 +24,10 @@ pub(super) struct Requests {
     pub terms: Terms,
     pub id: [u8; ID_BYTES],
     pub counters: Arc<Counters>,
-    /// The activation's: once it is closed nobody waits for an answer.
+    pub flights: Arc<Flights>,
+    /// Which queue it is.
+    pub queue: u16,
+    /// The activation's: once it is closed nobody waits for data.
     pub gate: Arc<Gate>,
     /// How the driver set the cache, if it can.
     pub writeback: Arc<AtomicBool>,
@@ -59,6 +63,7 @@ impl Service for Requests {
         self.counters.begin();
         let (job, began) = (prepared.job, Instant::now());
         let Work::Answer { status, written } = job.work else {
+            self.flights.begin(self.queue, job.head, began);
             return Ok(Begun::Job((job, began)));
         };
         let moved = (status == Status::Ok).then_some(u64::from(written));
@@ -68,6 +73,22 @@ impl Service for Requests {
             written: job.answer.give(status, written),
             kept: (job.answer, PinList::new()),
         }))
+    }
+
+    fn refuse(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: Chain,
+    ) -> Result<Answered<Memory>, Unanswerable> {
+        let head = chain.head;
+        let answer = AnswerPlace::of(guard, chain)
+            .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
+        self.counters.count(&self.counters.refused);
+        Ok(Answered {
+            head,
+            written: answer.give(Status::IoErr, 0),
+            kept: (answer, PinList::new()),
+        })
     }
 
     async fn carry_out(self: Rc<Self>, (job, began): (Job, Instant)) -> Answered<Memory> {
@@ -90,6 +111,7 @@ impl Service for Requests {
             0
         };
         let written = answer.give(status, data_written);
+        self.flights.end(self.queue, head);
         let moved = result.is_ok().then_some(u64::from(data_bytes));
         self.count(kind, moved, began);
         Answered {

@@ -37,7 +37,7 @@ use self::transport::{State, Transport, Wiring};
 use self::vectors::Vectors;
 use self::window::Window;
 use crate::control::Link;
-use crate::device::VirtioDevice;
+use crate::device::{InFlight, VirtioDevice};
 use crate::sync::{Mutex, lock};
 use crate::virtq::MAX_SIZE;
 
@@ -164,24 +164,47 @@ impl VirtioPci {
         }
     }
 
-    /// Takes the function away from the guest: from now on its registers read all ones and take no writes. The future is
-    /// ready when nothing of it is in use any more. Idempotent.
+    /// Takes the function away from the guest: from now on its registers read all ones and take no writes. A driver that is
+    /// alive gets an answer for all it has in the queues: what the backend has begun ends, the rest fails. The future is
+    /// ready when nothing of the function is in use any more. Idempotent.
     pub fn close(self: &Arc<Self>) -> impl Future<Output = ()> + Send + 'static {
         self.transport.close();
         let transport = self.transport.get();
         // Closes the activation's gate now; what is left to do is found again below.
-        let _ = transport.begin_reset(&mut lock(&transport.state));
+        let _ = transport.begin_removal(&mut lock(&transport.state));
         let this = Arc::clone(self);
         async move {
             this.gate().drained().await;
             // A register access that was admitted before the gate closed may have activated the device meanwhile.
             let transport = this.transport.get();
+            let activation = transport.begin_removal(&mut lock(&transport.state));
+            if let Some(gate) = activation {
+                gate.drained().await;
+            }
             let reset = transport.begin_reset(&mut lock(&transport.state));
             if let Some(reset) = reset {
                 reset.drained().await;
                 transport.finish_reset(&reset);
             }
         }
+    }
+
+    /// Gives up what the requests in flight wait for; see [`VirtioDevice::abandon`].
+    pub fn abandon(&self) -> bool {
+        self.transport.get().device.abandon()
+    }
+
+    /// What keeps the function from draining besides register accesses.
+    pub fn in_flight(&self) -> InFlight {
+        let transport = self.transport.get();
+        transport.device.in_flight().unwrap_or_else(|| {
+            let state = lock(&transport.state);
+            let held = state.phase.gate().map_or(0, |gate| gate.held().io);
+            InFlight {
+                requests: held.into(),
+                oldest: None,
+            }
+        })
     }
 }
 

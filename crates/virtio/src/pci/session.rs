@@ -2,9 +2,10 @@
 //! From one reset to the next: features, activation, and the reset that ends it.
 //!
 //! ```text
-//!   Idle ──── DRIVER_OK ────▶ Active ──── status 0, quiesce, close ────▶ Resetting
+//!   Idle ──── DRIVER_OK ────▶ Active ──── status 0, quiesce, drop ─────▶ Resetting
 //!    ▲  ▲ status 0 │                      (the gate closes)                  │
-//!    │  └──────────┘                                                         │
+//!    │  └──────────┘                  │                                      │
+//!    │                                └─ close ─▶ Removing ── reset, drained ─┤
 //!    └─────────── the gate is drained: registers as at power-on ─────────────┘
 //! ```
 
@@ -20,6 +21,7 @@ use super::transport::{State, Transport};
 use crate::device::{ActivateError, Activation, ActiveQueue};
 use crate::features;
 use crate::interrupt::QueueInterrupt;
+use crate::removal::Removal;
 use crate::reset::Reset;
 use crate::status::{self, Session};
 use crate::sync::lock;
@@ -31,6 +33,8 @@ pub(super) enum Phase {
     Idle,
     /// It does.
     Active(Wires),
+    /// It is being removed: it answers what is in its queues and takes nothing else from the driver.
+    Removing(Wires),
     /// It must not any more but has requests in flight; the driver waits for the status to read 0.
     Resetting {
         wires: Wires,
@@ -44,6 +48,7 @@ pub(super) struct Wires {
     gate: Arc<Gate>,
     kicks: Vec<(u16, Notifier)>,
     ioeventfds: Vec<Ioeventfd>,
+    removals: Vec<Removal>,
 }
 
 impl Phase {
@@ -51,8 +56,19 @@ impl Phase {
         matches!(self, Phase::Active(_))
     }
 
-    pub(super) fn is_resetting(&self) -> bool {
-        matches!(self, Phase::Resetting { .. })
+    /// Whether the activation has ended and has not drained yet, as far as is known.
+    pub(super) fn is_ending(&self) -> bool {
+        matches!(self, Phase::Removing(_) | Phase::Resetting { .. })
+    }
+
+    /// The gate of the activation, if there is one.
+    pub(super) fn gate(&self) -> Option<&Arc<Gate>> {
+        match self {
+            Phase::Idle => None,
+            Phase::Active(wires) | Phase::Removing(wires) | Phase::Resetting { wires, .. } => {
+                Some(&wires.gate)
+            }
+        }
     }
 
     /// Wakes the device for a queue, if it serves that one.
@@ -143,6 +159,7 @@ impl Transport {
             gate: Arc::clone(gate),
             kicks: Vec::new(),
             ioeventfds: Vec::new(),
+            removals: Vec::new(),
         };
         for (index, queue) in (0u16..).zip(&registers.queues) {
             if !queue.enabled {
@@ -154,7 +171,9 @@ impl Transport {
             wires.kicks.push((index, kick.notifier()));
             wires.ioeventfds.push(ioeventfd(index, &kick));
             let interrupt = QueueInterrupt::new(&self.link, session, index);
-            queues.push(ActiveQueue::new(index, queue, kick, interrupt));
+            let (queue, removal) = ActiveQueue::new(index, queue, kick, interrupt);
+            queues.push(queue);
+            wires.removals.push(removal);
         }
         let activation = Activation {
             features,
@@ -238,7 +257,7 @@ impl Transport {
                 self.link.finish_reset(session);
                 None
             }
-            Phase::Active(wires) => {
+            Phase::Active(wires) | Phase::Removing(wires) => {
                 let reset = Reset::begin(&self.link, &wires.gate);
                 state.phase = Phase::Resetting {
                     wires,
@@ -260,6 +279,19 @@ impl Transport {
                 Some(reset)
             }
         }
+    }
+
+    /// The device is removed: the tasks of its queues answer what is there and end. Returns the gate of the activation,
+    /// if there is one: it has drained when they have. The interrupts work until the [reset](Self::begin_reset) after that.
+    pub(super) fn begin_removal(&self, state: &mut State) -> Option<Arc<Gate>> {
+        state.phase = match std::mem::replace(&mut state.phase, Phase::Idle) {
+            Phase::Active(wires) => {
+                Removal::begin(&wires.gate, &wires.removals);
+                Phase::Removing(wires)
+            }
+            other => other,
+        };
+        state.phase.gate().cloned()
     }
 
     /// `reset` is drained. Does nothing when it is complete already.

@@ -101,7 +101,7 @@ impl Transport {
             let Some(bytes) = bytes.get(..usize::from(size)) else {
                 return;
             };
-            if !lock(&self.state).phase.is_resetting() {
+            if !lock(&self.state).phase.is_ending() {
                 self.link
                     .write_config(|| self.device.write_config(offset - DEVICE.start, bytes));
             }
@@ -122,7 +122,7 @@ impl Transport {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
         // A driver that resets has to wait until the status reads 0; what it writes before that is lost.
-        if state.phase.is_resetting() && write != Write::Status(0) {
+        if state.phase.is_ending() && write != Write::Status(0) {
             return;
         }
         let registers = &mut state.registers;

@@ -3,6 +3,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ebbtide_block::LocalDisk;
 use ebbtide_gate::{Entry, Gate, Lease};
@@ -27,8 +28,10 @@ use crate::virtq::{Buffers, Chain};
 pub(super) struct Commands {
     pub shared: Arc<Shared>,
     pub local: Local,
-    /// The activation's: once it is closed nobody waits for an answer.
+    /// The activation's: once it is closed nobody waits for data.
     pub gate: Arc<Gate>,
+    /// Which of the device's queues it is.
+    pub index: u16,
     /// Its list of tasks.
     pub queue: usize,
 }
@@ -92,6 +95,17 @@ pub(super) struct Kept {
     _data: Option<PinList>,
     _hold: Option<Hold>,
     _task: Option<Task>,
+}
+
+impl Kept {
+    fn answer(answer: AnswerPlace) -> Kept {
+        Kept {
+            _answer: answer,
+            _data: None,
+            _hold: None,
+            _task: None,
+        }
+    }
 }
 
 /// The result of a command.
@@ -171,6 +185,7 @@ impl Service for Commands {
         match judged {
             Ok((action, bytes, hold, address)) => {
                 counters.begin();
+                self.shared.flights.begin(self.index, head, Instant::now());
                 let task = self.shared.tasks.begin(self.queue, address, tag);
                 Ok(Begun::Job(Job {
                     head,
@@ -185,19 +200,36 @@ impl Service for Commands {
             }
             Err(outcome) => {
                 let written = self.answer(&answer, outcome, room, sizes);
-                let kept = Kept {
-                    _answer: answer,
-                    _data: None,
-                    _hold: None,
-                    _task: None,
-                };
                 Ok(Begun::Answered(Answered {
                     head,
                     written,
-                    kept,
+                    kept: Kept::answer(answer),
                 }))
             }
         }
+    }
+
+    /// The device goes with all its units: what else could be said is tried again by the driver.
+    fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Kept>, Unanswerable> {
+        let Chain {
+            head,
+            mut readable,
+            mut writable,
+        } = chain;
+        let counters = &self.shared.counters;
+        let sizes = self.shared.config.sizes();
+        let place = RESPONSE_HEADER_BYTES + sizes.sense;
+        let answer = AnswerPlace::take(guard, head, &mut writable, place)
+            .inspect_err(|_| counters.count(&counters.malformed))?;
+        // As for any command: the header is not data.
+        let _ = readable.split_front(COMMAND_HEADER_BYTES + sizes.cdb);
+        let room = readable.total_len().max(writable.total_len());
+        let outcome = Outcome::response(Response::BadTarget);
+        Ok(Answered {
+            head,
+            written: self.answer(&answer, outcome, room, sizes),
+            kept: Kept::answer(answer),
+        })
     }
 
     async fn carry_out(self: Rc<Self>, job: Job) -> Answered<Kept> {
@@ -222,6 +254,7 @@ impl Service for Commands {
             (Fate::Running, Ok(())) => Outcome::good(bytes, if reads { bytes } else { 0 }),
         };
         let written = self.answer(&answer, outcome, room, sizes);
+        self.shared.flights.end(self.index, head);
         self.shared.counters.end();
         Answered {
             head,

@@ -45,6 +45,22 @@ impl Service for Controls {
             .inspect_err(|_| counters.count(&counters.malformed))
     }
 
+    fn refuse(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: Chain,
+    ) -> Result<Answered<AnswerPlace>, Unanswerable> {
+        let begun = self.begin(guard, chain)?;
+        Ok(match begun {
+            Begun::Answered(answered) => answered,
+            Begun::Job(Job { head, answer, .. }) => Answered {
+                head,
+                written: answer.give(&[Response::BadTarget as u8], 0),
+                kept: answer,
+            },
+        })
+    }
+
     async fn carry_out(self: Rc<Self>, job: Job) -> Answered<AnswerPlace> {
         let Job {
             head,

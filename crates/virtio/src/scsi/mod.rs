@@ -28,6 +28,7 @@ mod targets;
 mod tasks;
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use ebbtide_block::Disk;
 use ebbtide_bus::log_limit::LogLimit;
@@ -47,7 +48,8 @@ use self::tasks::Tasks;
 #[cfg(loom)]
 #[doc(hidden)]
 pub use self::tasks::modelled;
-use crate::device::{ActivateError, Activation, VirtioDevice};
+use crate::device::{ActivateError, Activation, InFlight, VirtioDevice};
+use crate::flights::Flights;
 use crate::service::{self, Setup};
 
 /// The device type (5.6.1).
@@ -165,8 +167,10 @@ impl VirtioScsi {
         remotes.extend(more_iothreads);
         // Command and response take a descriptor each.
         let segments_max = u32::from(queue_size.saturating_sub(2).max(1));
+        let queue_sizes = vec![queue_size; usize::from(queues + REQUEST_QUEUES)];
         let shared = Shared {
             name: id.into(),
+            flights: Flights::new(&queue_sizes),
             config: Config::new(queues, segments_max, max_sectors, cmd_per_lun),
             targets: Targets::default(),
             tasks: Tasks::new(queues.into()),
@@ -175,7 +179,7 @@ impl VirtioScsi {
         };
         Arc::new(VirtioScsi {
             shared: Arc::new(shared),
-            queue_sizes: vec![queue_size; usize::from(queues + REQUEST_QUEUES)],
+            queue_sizes,
             remotes,
             hotplug,
             param_change,
@@ -295,6 +299,9 @@ impl VirtioScsi {
         let index = setup.queue.index;
         let remote = self.remote_of(index)?;
         let shared = Arc::clone(&self.shared);
+        if index != EVENT_QUEUE {
+            setup.queue.removed.listen();
+        }
         let spawned = match index {
             CONTROL_QUEUE => {
                 remote.spawn(move |local| service::serve(local, setup, Controls { shared }))
@@ -308,6 +315,7 @@ impl VirtioScsi {
                     shared,
                     local: local.clone(),
                     gate: Arc::clone(&setup.gate),
+                    index,
                     queue: usize::from(index - REQUEST_QUEUES),
                 };
                 service::serve(local, setup, commands)
@@ -371,6 +379,19 @@ impl VirtioDevice for VirtioScsi {
         self.shared.config.reset();
         self.shared.targets.power_on();
         true
+    }
+
+    fn abandon(&self) -> bool {
+        let units = self.shared.targets.read();
+        for unit in units.values() {
+            // The commands under way keep what they need by themselves.
+            let _ = unit.get().disk.abandon();
+        }
+        !units.is_empty()
+    }
+
+    fn in_flight(&self) -> Option<InFlight> {
+        Some(self.shared.flights.in_flight(Instant::now()))
     }
 
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {

@@ -8,6 +8,7 @@ use super::events::Events;
 use super::metrics::Counters;
 use super::targets::Targets;
 use super::tasks::Tasks;
+use crate::flights::Flights;
 
 pub(super) struct Shared {
     pub name: Arc<str>,
@@ -16,4 +17,5 @@ pub(super) struct Shared {
     pub tasks: Arc<Tasks>,
     pub events: Arc<Events>,
     pub counters: Counters,
+    pub flights: Flights,
 }
