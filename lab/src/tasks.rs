@@ -69,6 +69,9 @@ pub struct BenchOptions {
     /// What to measure
     #[arg(long, value_enum, default_value_t = Suite::Guests)]
     suite: Suite,
+    /// How often `unplug` is measured
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..))]
+    rounds: u8,
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
@@ -209,7 +212,9 @@ pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     }
     match options.suite {
         Suite::Guests => guests::run(&options.common.ebbtide, &image)?,
-        Suite::Unplug => guests::unplug::run(&options.common.ebbtide, &image)?,
+        Suite::Unplug => {
+            guests::unplug::run(&options.common.ebbtide, &image, options.rounds.into())?
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

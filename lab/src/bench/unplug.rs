@@ -18,7 +18,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use ebbtide_agent::protocol::{Command, DiskStart, PortValue};
 use serde_json::{Value, json};
 
-use super::{PEER, RUNS, Row, median, ms, row};
+use super::{PEER, Row, median, ms, row};
 use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::vmm::{Disk, Machine, Program, Vmm, log_tail};
@@ -70,7 +70,7 @@ struct Sample {
 /// # Errors
 /// When a guest of either VMM does not do its part, or is told of the end of a device before its requests have ended, or
 /// management before the guest. A budget that is missed is no error: it is in the rows.
-pub fn run(ebbtide: &Path, image: &Image) -> Result<()> {
+pub fn run(ebbtide: &Path, image: &Image, rounds: usize) -> Result<()> {
     let (mut ours, mut peers) = (Vec::new(), Vec::new());
     eprintln!(
         "ejects: {} disks on null-co with latency-ns={} and a request under way each, {CPUS} vCPUs; all are ejected under \
@@ -78,8 +78,8 @@ pub fn run(ebbtide: &Path, image: &Image) -> Result<()> {
         SLOTS.len(),
         LATENCY.as_nanos()
     );
-    for round in 1..=RUNS {
-        eprintln!("round {round} of {RUNS}");
+    for round in 1..=rounds {
+        eprintln!("round {round} of {rounds}");
         let program = Program::Ebbtide(ebbtide.to_owned());
         ours.push(sample("Ebbtide", program, image).context("Ebbtide")?);
         peers.push(sample(PEER, Program::Qemu, image).context(PEER)?);
