@@ -111,7 +111,8 @@ pub fn refusal(ground: &Ground) -> Result<()> {
     let begun = Instant::now();
     loop {
         let caches = "echo 3 > /proc/sys/vm/drop_caches";
-        vmm.guest().exec(&["/bin/busybox", "sh", "-c", caches], GUEST)?;
+        vmm.guest()
+            .exec(&["/bin/busybox", "sh", "-c", caches], GUEST)?;
         vmm.qmp().execute("device_del", json!({"id": "dimm0"}))?;
         if wait_for_end(&mut vmm)? {
             break;
