@@ -29,8 +29,9 @@ const LATENCY: Duration = Duration::from_secs(20);
 const SLOTS: std::ops::Range<u32> = 7..17;
 /// So many of them are ejected under QEMU: the first write outlasts the requests of all.
 const PEER_EJECTS: usize = 1;
-/// QEMU's board whose bus 0 has hot-plug slots. Without what makes QEMU or KVM load a processor's task register anew: it
-/// comes back marked busy, as manuals say, and QEMU's emulation of SVM then takes ports away from user mode.
+/// QEMU's board whose bus 0 has hot-plug slots. With SMM, VMware's port and the APIC's `vapic` (see `machine`) as they are by
+/// default, user mode's port accesses fault in the capsule; without the three they do not. Which of them it is, and why, is
+/// not known: a task register that KVM loads anew, marked busy, would explain it.
 const PEER_BOARD: &str = "pc,smm=off,vmport=off";
 /// The registers of PCI hot-plug through ACPI, the same on both VMMs; which bus they speak of.
 const UP: u16 = 0xae00;
