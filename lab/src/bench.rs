@@ -2,6 +2,8 @@
 //! Whole guests side by side: Ebbtide and Debian's QEMU in turn, same kernel, initrd, command line
 //! and machine.
 
+pub mod unplug;
+
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
@@ -34,6 +36,9 @@ struct Row {
     n: usize,
     min: f64,
     max: f64,
+    /// What every run of ours has to stay below.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    budget: Option<f64>,
 }
 
 /// What one guest's life gives.
@@ -127,13 +132,7 @@ fn resident_of_small_mappings(smaps: &str) -> u64 {
     sum
 }
 
-fn row(
-    id: &'static str,
-    unit: &'static str,
-    ours: &[Sample],
-    peers: &[Sample],
-    of: fn(&Sample) -> f64,
-) -> Row {
+fn row<S>(id: &'static str, unit: &'static str, ours: &[S], peers: &[S], of: fn(&S) -> f64) -> Row {
     let mut mine: Vec<f64> = ours.iter().map(of).collect();
     let mut theirs: Vec<f64> = peers.iter().map(of).collect();
     mine.sort_by(f64::total_cmp);
@@ -148,6 +147,7 @@ fn row(
         n: mine.len(),
         min: mine.first().copied().unwrap_or(f64::NAN),
         max: mine.last().copied().unwrap_or(f64::NAN),
+        budget: None,
     }
 }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use ebbtide_agent::protocol::{
     Checked, Command, DiskStart, DiskStatus, Done, Event, Executed, Filled, Freed, KernelLog,
-    Message, PipesHeld, Ready, Report, Request, parse_line,
+    Message, PipesHeld, PortWritten, Ready, Report, Request, parse_line,
 };
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -322,6 +322,22 @@ impl Guest {
     /// As [`Guest::call`].
     pub fn free_pipes(&mut self) -> Result<PipesHeld> {
         self.call(Command::PipesFree, SHORT)
+    }
+
+    /// Writes four bytes to an I/O port; the time the guest's processor stayed at that, by its own clock.
+    ///
+    /// # Errors
+    /// As [`Guest::call`].
+    pub fn port_write(&mut self, port: u16, value: u32, timeout: Duration) -> Result<Duration> {
+        let written: PortWritten = self.call(
+            Command::PortWrite {
+                port,
+                value,
+                width: 4,
+            },
+            timeout,
+        )?;
+        Ok(Duration::from_nanos(written.ns))
     }
 
     /// Restarts the guest; [`Guest::wait_ready`] waits for it to come back.

@@ -66,6 +66,20 @@ pub struct EachOptions {
 pub struct BenchOptions {
     #[command(flatten)]
     common: Common,
+    /// What to measure
+    #[arg(long, value_enum, default_value_t = Suite::Guests)]
+    suite: Suite,
+    /// How often `unplug` is measured
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..))]
+    rounds: u8,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Suite {
+    /// Boot, grow, shrink, memory of the VMM
+    Guests,
+    /// Disks that their guest ejects while requests of theirs are under way
+    Unplug,
 }
 
 /// What every task is given.
@@ -196,7 +210,12 @@ pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     )? {
         return Ok(code);
     }
-    guests::run(&options.common.ebbtide, &image)?;
+    match options.suite {
+        Suite::Guests => guests::run(&options.common.ebbtide, &image)?,
+        Suite::Unplug => {
+            guests::unplug::run(&options.common.ebbtide, &image, options.rounds.into())?
+        }
+    }
     Ok(ExitCode::SUCCESS)
 }
 

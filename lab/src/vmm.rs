@@ -48,6 +48,8 @@ pub struct Disk {
 pub struct Machine {
     /// The VMM.
     pub program: Program,
+    /// QEMU's machine: `q35`, or `pc`, whose bus 0 has hot-plug slots as Ebbtide's has.
+    pub qemu_board: &'static str,
     /// Kernel and initramfs.
     pub image: Image,
     /// Kernel command line.
@@ -73,6 +75,7 @@ impl Machine {
     pub fn new(program: Program, image: Image) -> Machine {
         Machine {
             program,
+            qemu_board: "q35",
             image,
             command_line: COMMAND_LINE.to_owned(),
             cpus: 1,
@@ -145,7 +148,7 @@ impl Machine {
         let mut command = Command::new(program);
         command.args([
             "-M",
-            "q35",
+            self.qemu_board,
             "-nodefaults",
             "-display",
             "none",
@@ -483,7 +486,7 @@ mod tests {
             line.starts_with("run --kernel /k --initrd /i --cmdline console=ttyS0"),
             "{line}"
         );
-        let rest = "--cpus 1 --memory size=512M,max=4096M --disk path=/disk,id=d0,readonly=on \
+        let rest = "--cpus 1 --memory size=512M,max=4096M,slots=0 --disk path=/disk,id=d0,readonly=on \
                     --serial unix:/s --qmp unix:/q";
         assert!(line.ends_with(rest), "{line}");
     }

@@ -2,6 +2,7 @@
 //! `cargo xtask bench`: side by side with peers and floors, in one run.
 
 use std::fs;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -10,12 +11,21 @@ use crate::{build, lab};
 
 #[derive(clap::Args)]
 pub struct BenchArgs {
+    /// Only this
+    #[arg(value_enum)]
+    suite: Option<Suite>,
     /// Run the guests on this machine's own KVM, whatever the probe says
     #[arg(long)]
     host: bool,
     /// Only the rows of the memory core, which need no guest
-    #[arg(long)]
+    #[arg(long, conflicts_with = "suite")]
     core: bool,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Suite {
+    /// Disks that their guest ejects while requests of 20 s are under way; writes target/bench/unplug.json
+    Unplug,
 }
 
 /// One measurement beside its peer.
@@ -30,6 +40,20 @@ struct Row {
     n: u32,
     min: f64,
     max: f64,
+    /// What every run of ours has to stay below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    budget: Option<f64>,
+}
+
+impl Row {
+    /// Whether the budget was kept; nothing for a row that has none.
+    fn verdict(&self) -> String {
+        match self.budget {
+            None => String::new(),
+            Some(budget) if self.max < budget => format!("ok: {:.2} < {budget}", self.max),
+            Some(budget) => format!("MISSED: {:.2}, not below {budget}", self.max),
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -37,29 +61,44 @@ struct Summary {
     rows: Vec<Row>,
 }
 
-/// Measures, prints a table, writes `target/bench/summary.json`.
+/// Measures, prints a table, writes `target/bench/summary.json`, or the file of the suite. A budget that is missed is
+/// shown, and is no error.
 ///
 /// # Errors
 /// When a benchmark or a peer can't run: an empty cell is an error.
 pub fn run(args: &BenchArgs) -> Result<()> {
+    if let Some(Suite::Unplug) = args.suite {
+        return report(guests("unplug", args.host)?, "unplug.json");
+    }
     let mut rows = core()?;
     if !args.core {
-        rows.extend(guests(args.host)?);
+        rows.extend(guests("guests", args.host)?);
     }
+    report(rows, "summary.json")
+}
+
+fn report(rows: Vec<Row>, name: &str) -> Result<()> {
     println!(
-        "{:<18} {:>10} {:>10} {:>10} {:<5} peer",
-        "id", "ours", "peer", "floor", "unit"
+        "{:<20} {:>10} {:>10} {:>10} {:<5} {:<15} worst of ours and its budget",
+        "id", "ours", "peer", "floor", "unit", "peer is"
     );
     for r in &rows {
         let floor = r.floor.map_or_else(|| "-".into(), |f| format!("{f:.2}"));
-        println!(
-            "{:<18} {:>10.2} {:>10.2} {:>10} {:<5} {}",
-            r.id, r.ours, r.peer, floor, r.unit, r.peer_name
+        let line = format!(
+            "{:<20} {:>10.2} {:>10.2} {:>10} {:<5} {:<15} {}",
+            r.id,
+            r.ours,
+            r.peer,
+            floor,
+            r.unit,
+            r.peer_name,
+            r.verdict()
         );
+        println!("{}", line.trim_end());
     }
     let dir = build::target_dir().join("bench");
     fs::create_dir_all(&dir)?;
-    let file = dir.join("summary.json");
+    let file = dir.join(name);
     fs::write(&file, serde_json::to_string_pretty(&Summary { rows })?)?;
     println!("written to {}", file.display());
     Ok(())
@@ -77,8 +116,10 @@ fn core() -> Result<Vec<Row>> {
     parse(&text)
 }
 
-fn guests(host: bool) -> Result<Vec<Row>> {
+fn guests(suite: &str, host: bool) -> Result<Vec<Row>> {
     let mut command = lab::command("bench")?;
+    // Progress is seen as it is made.
+    command.arg("--suite").arg(suite).stderr(Stdio::inherit());
     if host {
         command.env("EBBTIDE_KVM", "host");
     }
@@ -108,6 +149,12 @@ mod tests {
         let row = r#"{"id":"a","ours":1,"peer":2,"peer_name":"p","floor":null,"unit":"ns","n":5,"min":1,"max":2}"#;
         let rows = parse(&format!("hello\n{row}\n")).unwrap();
         assert_eq!(rows[0].id, "a");
+        assert_eq!(rows[0].verdict(), "");
+        let budgeted = row.replace("\"max\":2", "\"max\":2,\"budget\":2.5");
+        assert_eq!(parse(&budgeted).unwrap()[0].verdict(), "ok: 2.00 < 2.5");
+        let missed = row.replace("\"max\":2", "\"max\":2,\"budget\":2");
+        let verdict = parse(&missed).unwrap()[0].verdict();
+        assert!(verdict.starts_with("MISSED"), "{verdict}");
         assert!(parse("hello").is_err());
         assert!(parse("{\"id\":\"a\"}").is_err());
     }

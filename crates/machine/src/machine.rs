@@ -137,6 +137,11 @@ impl Machine {
         self.cpus.count() as u64
     }
 
+    /// For each vCPU the longest that one exit has kept it out of the guest since this was last asked.
+    pub fn take_longest_stays(&self) -> Vec<Duration> {
+        self.cpus.take_longest_stays()
+    }
+
     /// The memory core.
     pub fn memory(&self) -> &Arc<Memory> {
         &self.memory

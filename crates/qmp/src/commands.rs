@@ -10,7 +10,9 @@ use crate::types::block::{
 };
 use crate::types::chardev::{ChardevAdd, ChardevInfo, ChardevRemove, ChardevReturn};
 use crate::types::device::{DeviceAdd, DeviceDel, HotpluggableCpu, IothreadInfo, TypeName};
-use crate::types::ebbtide::{DeviceId, Memory, QueryResize, Removal, Resize, Status, Wait, Waited};
+use crate::types::ebbtide::{
+    DeviceId, Memory, QueryResize, Removal, Resize, Status, VcpuStay, Wait, Waited,
+};
 use crate::types::introspection::SchemaEntity;
 use crate::types::memory::{Balloon, BalloonInfo, Memdev, MemoryDeviceInfo, MemorySizeSummary};
 use crate::types::monitor::{CommandName, HumanMonitorCommand, QmpCapabilities, VersionInfo};
@@ -125,6 +127,9 @@ pub const HUMAN_MONITOR_COMMAND: Command<HumanMonitorCommand, String> =
 
 /// State, vCPUs, process id, version.
 pub const EBBTIDE_QUERY_STATUS: Command<Empty, Status> = Command::new("x-ebbtide-query-status");
+/// How long exits have kept each vCPU out of the guest; begins anew with each answer.
+pub const EBBTIDE_QUERY_VCPUS: Command<Empty, Vec<VcpuStay>> =
+    Command::new("x-ebbtide-query-vcpus");
 /// The guest's memory and what it costs the host.
 pub const EBBTIDE_QUERY_MEMORY: Command<Empty, Memory> = Command::new("x-ebbtide-query-memory");
 /// How far a memory device has come towards its requested size.

@@ -178,6 +178,9 @@ struct Session {
     last_write: u64,
     written: HashMap<u64, u64>,
     status: DiskStatus,
+    /// When the last operation ended, or the session began.
+    last_end: Instant,
+    longest_gap: Duration,
 }
 
 /// The operation failed or brought something else; the status says what.
@@ -211,11 +214,20 @@ impl Session {
             last_write: 0,
             written,
             status,
+            last_end: Instant::now(),
+            longest_gap: Duration::ZERO,
         })
     }
 
     fn status(&self, running: bool) -> DiskStatus {
+        // The time since the last end is a gap in the making only as long as there is somebody to end it.
+        let open = if running {
+            self.last_end.elapsed()
+        } else {
+            Duration::ZERO
+        };
         DiskStatus {
+            longest_gap_ms: millis(self.longest_gap.max(open)),
             ok: self.status.errors == 0 && self.status.mismatches == 0,
             running,
             blocks: self.written.len() as u64,
@@ -327,7 +339,13 @@ impl Session {
         block: u64,
         result: std::io::Result<()>,
     ) -> Result<(), Failed> {
-        self.status.slowest_ms = self.status.slowest_ms.max(millis(start.elapsed()));
+        let end = Instant::now();
+        let millis_since = |before| millis(end.saturating_duration_since(before));
+        self.status.slowest_ms = self.status.slowest_ms.max(millis_since(start));
+        self.longest_gap = self
+            .longest_gap
+            .max(end.saturating_duration_since(self.last_end));
+        self.last_end = end;
         result.map_err(|error| {
             self.status.errors += 1;
             self.status
@@ -434,6 +452,7 @@ mod tests {
         let end = work.stop(true);
         std::fs::remove_file(path).unwrap();
         assert!(end.ok && end.verified_all && !end.running, "{end:?}");
+        assert!(end.longest_gap_ms >= end.slowest_ms, "{end:?}");
         assert!(end.bytes_verified >= end.blocks * BLOCK_BYTES as u64 && end.syncs > 0);
     }
 
@@ -461,6 +480,19 @@ mod tests {
                 .unwrap()
                 .ends_with("block 3, write 1: holds block 0, write 1")
         );
+    }
+
+    #[test]
+    fn a_pause_is_a_gap() {
+        let (path, start) = image(64 << 10);
+        let mut session = Session::open(&start.path, 5, 0).unwrap();
+        assert!(session.write(0, 1).is_ok());
+        std::thread::sleep(Duration::from_millis(30));
+        assert!(session.status(true).longest_gap_ms >= 30, "under way");
+        assert!(session.write(0, 1).is_ok());
+        let status = session.status(false);
+        std::fs::remove_file(path).unwrap();
+        assert!(status.longest_gap_ms >= 30, "{status:?}");
     }
 
     #[test]

@@ -13,6 +13,7 @@ pub mod exec;
 pub mod kernel_log;
 pub mod pattern;
 pub mod pipes;
+pub mod ports;
 pub mod protocol;
 pub mod report;
 pub mod serve;

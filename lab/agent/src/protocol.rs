@@ -102,6 +102,22 @@ pub enum Command {
         #[serde(default = "default_exec_timeout_ms")]
         timeout_ms: u64,
     },
+    /// Writes to an I/O port and measures how long the guest's processor stays at that: [`PortWritten`].
+    PortWrite {
+        /// The port.
+        port: u16,
+        /// What to write; must fit.
+        value: u32,
+        /// Bytes: 1, 2 or 4.
+        width: u8,
+    },
+    /// Reads an I/O port: [`PortValue`].
+    PortRead {
+        /// The port.
+        port: u16,
+        /// Bytes: 1, 2 or 4.
+        width: u8,
+    },
     /// Answers after this time: [`Done`].
     Sleep {
         /// How long.
@@ -304,6 +320,8 @@ pub struct DiskStatus {
     pub first_error: Option<String>,
     /// Longest operation in milliseconds.
     pub slowest_ms: u64,
+    /// Longest time without the end of an operation in milliseconds, pauses and the one under way included.
+    pub longest_gap_ms: u64,
     /// Whether every block was read back at the end of this request.
     pub verified_all: bool,
 }
@@ -339,6 +357,20 @@ pub struct Executed {
     pub output: String,
     /// Whether the output was longer.
     pub truncated: bool,
+}
+
+/// Answer to [`Command::PortWrite`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PortWritten {
+    /// From before the instruction to after it, in the guest's monotonic time.
+    pub ns: u64,
+}
+
+/// Answer to [`Command::PortRead`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PortValue {
+    /// What was read.
+    pub value: u32,
 }
 
 /// An answer that carries nothing else.

@@ -18,7 +18,7 @@ use crate::protocol::{
     Command, Done, Event, Filled, Freed, Message, PipesHeld, REQUEST_LIMIT_BYTES, Request,
 };
 use crate::tty::{Line, Lines, Messages};
-use crate::{disk, exec, kernel_log, report};
+use crate::{disk, exec, kernel_log, ports, report};
 
 /// What lasts from one request to the next.
 #[derive(Debug, Default)]
@@ -155,6 +155,8 @@ fn run(request: Request, state: &State, messages: &Messages) -> Result<Value> {
         Command::Exec { argv, timeout_ms } => {
             to_value(exec::run(&argv, Duration::from_millis(timeout_ms))?)
         }
+        Command::PortWrite { port, value, width } => to_value(ports::write(port, value, width)?),
+        Command::PortRead { port, width } => to_value(ports::read(port, width)?),
         Command::Sleep { ms } => {
             std::thread::sleep(Duration::from_millis(ms));
             to_value(Done {})

@@ -11,10 +11,11 @@ mod memory;
 mod qom;
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use ebbtide_iothread::oneshot;
 use ebbtide_qmp::schema::Empty;
-use ebbtide_qmp::types::ebbtide::Status;
+use ebbtide_qmp::types::ebbtide::{Status, VcpuStay};
 use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 
@@ -52,9 +53,21 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 pid: u64::from(std::process::id()),
                 version: env!("CARGO_PKG_VERSION").into(),
             })
+        })
+        .on(commands::EBBTIDE_QUERY_VCPUS, async |m, _, Empty {}| {
+            Ok(vcpu_stays(m.take_longest_stays()))
         });
     let table = devices::add(qom::add(memory::add(table)));
     inventory::add(backends::add(chardevs::add(blocks::add(table))))
+}
+
+fn vcpu_stays(stays: Vec<Duration>) -> Vec<VcpuStay> {
+    let stay = |(index, stay): (u64, Duration)| VcpuStay {
+        index,
+        // Rounded up: only a vCPU that has not left the guest has stayed out for no time.
+        longest_exit_us: u64::try_from(stay.as_nanos().div_ceil(1000)).unwrap_or(u64::MAX),
+    };
+    (0..).zip(stays).map(stay).collect()
 }
 
 /// `cpu-index` of a monitor command. No command here is about one vCPU, but a wrong index is an
@@ -86,5 +99,20 @@ pub(crate) async fn go(machine: &Machine) -> Result<Empty, QmpError> {
         Some(Err(reason)) => Err(QmpError::generic(reason)),
         // None: the machine is ending, and so is this connection.
         Some(Ok(())) | None => Ok(Empty {}),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stays_are_in_microseconds_and_never_less_than_they_were() {
+        let stays = [0, 1, 1000, 1001].map(Duration::from_nanos);
+        let told: Vec<(u64, u64)> = vcpu_stays(stays.to_vec())
+            .into_iter()
+            .map(|stay| (stay.index, stay.longest_exit_us))
+            .collect();
+        assert_eq!(told, [(0, 0), (1, 1), (2, 1), (3, 2)]);
     }
 }

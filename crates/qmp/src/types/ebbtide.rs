@@ -20,6 +20,18 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// One vCPU: an item of the answer to `x-ebbtide-query-vcpus`.
+    #[derive(Copy, Eq)]
+    pub struct VcpuStay {
+        /// Its index.
+        index as "index": u64,
+        /// The longest that one exit has kept it out of the guest since this was last asked, microseconds, rounded up:
+        /// from the return of KVM_RUN to its next call. Time in which the machine was stopped does not count.
+        longest_exit_us as "longest-exit-us": u64,
+    }
+}
+
+qapi_struct! {
     /// The answer to `x-ebbtide-query-memory`.
     #[derive(Eq)]
     pub struct Memory {

@@ -49,6 +49,7 @@ pub(crate) fn plug_commands() -> Vec<CommandInfo> {
         QUERY_MEMDEV.info(),
         QUERY_BALLOON.info(),
         BALLOON.info(),
+        EBBTIDE_QUERY_VCPUS.info(),
         EBBTIDE_QUERY_REMOVALS.info(),
         EBBTIDE_WAIT.info(),
         EBBTIDE_DEVICE_FORCE.info(),
