@@ -37,5 +37,6 @@ pub use confine::{ConfinementConfig, Seccomp};
 pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
 pub use error::Error;
+pub use hotplug::drivers::{check_driver, driver_names};
 pub use machine::{Machine, MemorySlot};
 pub use size_events::report_sizes;

@@ -248,6 +248,16 @@ const MEM_KEYS: &[&str] = &[
     "prealloc",
 ];
 
+/// That there is no such driver, with the one that may be meant.
+pub fn unknown_driver(driver: &str, reason: &str) -> OptionError {
+    let mut known = ebbtide_machine::driver_names();
+    known.extend(MEMORY_DRIVERS);
+    OptionError::new(
+        "--device",
+        format!("{reason}: {}", unknown("driver", driver, &known)),
+    )
+}
+
 /// One `--device`; takes its backend out of `objects`, for a backend serves one device.
 pub fn device(
     device: DeviceAdd,

@@ -253,6 +253,10 @@ fn memory_devices(
     let (memory, others): (Vec<_>, Vec<_>) = std::mem::take(&mut parts.devices)
         .into_iter()
         .partition(is_memory);
+    for device in &others {
+        ebbtide_machine::check_driver(&device.driver)
+            .map_err(|reason| devices::unknown_driver(&device.driver, &reason))?;
+    }
     parts.devices = others;
     let used = |object: &ObjectAdd| {
         let memdev =

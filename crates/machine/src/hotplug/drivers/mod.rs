@@ -290,6 +290,22 @@ pub(crate) fn find(name: &str) -> Result<&'static Driver, QmpError> {
     }
 }
 
+/// Whether `--device` and `device_add` know a driver of this name.
+///
+/// # Errors
+/// They don't; for some names the reason is said.
+pub fn check_driver(name: &str) -> Result<(), String> {
+    if name == super::dimm::DRIVER {
+        return Ok(());
+    }
+    find(name).map(|_| ()).map_err(|e| e.desc)
+}
+
+/// The names of all drivers of `--device`, DIMMs included.
+pub fn driver_names() -> Vec<&'static str> {
+    names().chain([super::dimm::DRIVER]).collect()
+}
+
 /// All names, without aliases.
 pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     DRIVERS.iter().map(|driver| driver.name)
