@@ -60,6 +60,8 @@ pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 pub(crate) use shared::Object;
 
+/// How long a vCPU has to get out of the register write that has woken the control thread.
+const AFTER_THE_VCPU: Duration = Duration::from_millis(1);
 /// Uninvited ejects of one device are answered no more often.
 const UNINVITED: Duration = Duration::from_secs(1);
 
@@ -362,17 +364,21 @@ impl Devices {
         self.local
             .spawn(async move {
                 while ejected.wait(&local).await.is_ok() {
+                    // The vCPU first: on a host without a core to spare it would wait, within its register write, for
+                    // all that is done here.
+                    local.sleep(AFTER_THE_VCPU).await;
                     let Some(devices) = this.upgrade() else {
                         return;
                     };
-                    devices.answer_ejects();
+                    devices.answer_ejects().await;
                 }
             })
             .detach();
     }
 
-    /// Sees to what guests have ejected and said since the last time.
-    fn answer_ejects(&self) {
+    /// Sees to what guests have ejected and said since the last time. Between two removals others have their turn: each
+    /// changes the memory map, which takes the host a while.
+    async fn answer_ejects(&self) {
         // Before the refusal that follows from one: it is the reason.
         for report in self.ejector.take_reports() {
             self.report(&report);
@@ -389,6 +395,7 @@ impl Devices {
             };
             if occupant.eject.is_isolated() && !taken {
                 drop(self.remove(node));
+                self.local.yield_now().await;
             } else if refused {
                 self.tree.borrow_mut().cancel(node, self.local.now());
                 self.refused(node);
