@@ -486,7 +486,7 @@ mod tests {
             line.starts_with("run --kernel /k --initrd /i --cmdline console=ttyS0"),
             "{line}"
         );
-        let rest = "--cpus 1 --memory size=512M,max=4096M,slots=0 --disk path=/disk,id=d0,readonly=on \
+        let rest = "--cpus 1 --memory size=512M,max=4096M --disk path=/disk,id=d0,readonly=on \
                     --serial unix:/s --qmp unix:/q";
         assert!(line.ends_with(rest), "{line}");
     }
