@@ -3,7 +3,8 @@
 //!
 //! A crate with models lists them in its `models.toml`; they are the tests of its
 //! `tests/models.rs`, or of the file of `tests/` that it names, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
-//! script when `EBBTIDE_SEEDED` names it, so that only that crate is built again.
+//! script when `EBBTIDE_SEEDED` names it, so that only that crate is built again. `cargo xtask test` tries one bug of
+//! each model, `cargo xtask models` all.
 
 use std::fs;
 use std::path::Path;
@@ -22,6 +23,9 @@ pub struct ModelsArgs {
     /// Print the list as JSON
     #[arg(long)]
     json: bool,
+    /// One seeded bug of each model instead of all
+    #[arg(long)]
+    pub short: bool,
 }
 
 #[derive(Deserialize)]
@@ -69,11 +73,12 @@ struct Seeded {
 /// # Errors
 /// A model that fails, a bug that is not found, or no model at all.
 pub fn run(args: &ModelsArgs) -> Result<()> {
-    let rows = all(|line| {
+    let say = |line: &str| {
         if !args.json {
             println!("{line}");
         }
-    })?;
+    };
+    let rows = all(args.short, say)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     }
@@ -113,8 +118,12 @@ struct Outcome<'a> {
 
 /// Two builds at a time, each in a target directory of its own: one waits for the compiler while
 /// the other searches.
-fn all(say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
-    let crates = crates()?;
+fn all(short: bool, say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
+    let mut crates = crates()?;
+    if short {
+        let models = crates.iter_mut().flat_map(|of| &mut of.models);
+        models.for_each(|model| model.seeded.truncate(1));
+    }
     let builds: Vec<Build<'_>> = crates.iter().flat_map(builds).collect();
     let waiting = Mutex::new(builds.iter());
     let outcomes = std::thread::scope(|scope| {
@@ -288,6 +297,8 @@ fn test(
         .arg("--nocapture")
         .env("RUSTFLAGS", "--cfg loom")
         .env("CARGO_TARGET_DIR", target)
+        // A bug is a few lines of a crate that was built before.
+        .env("CARGO_INCREMENTAL", "1")
         .env_remove("EBBTIDE_SEEDED");
     if let Some(bug) = seeded {
         command.env("EBBTIDE_SEEDED", bug);
