@@ -25,7 +25,17 @@ pub struct ModelsArgs {
     json: bool,
     /// One seeded bug of each model instead of all
     #[arg(long)]
-    pub short: bool,
+    short: bool,
+}
+
+impl ModelsArgs {
+    /// The short form, for people.
+    pub fn short() -> Self {
+        Self {
+            json: false,
+            short: true,
+        }
+    }
 }
 
 #[derive(Deserialize)]

@@ -81,10 +81,7 @@ fn unit() -> Result<()> {
 fn models_and_torture() -> Result<()> {
     std::thread::scope(|scope| {
         let torture = scope.spawn(|| torture::run(&torture::TortureArgs::default()));
-        let models = models::run(&models::ModelsArgs {
-            short: true,
-            ..models::ModelsArgs::default()
-        });
+        let models = models::run(&models::ModelsArgs::short());
         let torture = torture
             .join()
             .unwrap_or_else(|_| bail!("the torture's thread panicked"));
