@@ -115,8 +115,8 @@ fn answer(client: UnixStream) -> Option<()> {
     Some(())
 }
 
-/// A line goes to the peer and its answer comes back; then lines go there without end, with pauses: a port that sends at once can keep a slow
-/// guest in its interrupt handler for good.
+/// A line goes to the peer and its answer comes back; then lines go there without end, with pauses. Without them a guest under
+/// emulation was seen to stay in its interrupt handler: the port sends as fast as it is written to, at no baud rate.
 fn talk(vmm: &mut Vmm) -> Result<()> {
     let script = format!(
         "rm -f /tmp/talked
