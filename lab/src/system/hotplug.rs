@@ -25,7 +25,7 @@ const LOOK: Duration = Duration::from_millis(20);
 /// Cycles of the short form and of the long one.
 const CYCLES: (u32, u32) = (3, 200);
 /// What is left behind is looked for from here on: the first cycles fill caches.
-const SETTLED: u32 = 2;
+const SETTLED: u32 = 1;
 
 /// Each model, by ACPI on bus 0: plugged, used, unplugged while it is used, over and over.
 pub fn cycles(ground: &Ground) -> Result<()> {
@@ -100,14 +100,15 @@ fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> 
     let ground = tempfile::tempdir()?;
     (model.prepare)(vmm, ground.path()).context("prepare")?;
     let mut settled = None;
-    for cycle in 0..cycles.max(SETTLED + 1) {
+    for cycle in 0..cycles {
         one_cycle(vmm, model, bus).with_context(|| format!("cycle {cycle}"))?;
         if cycle == SETTLED {
             settled = Some(Residue::of(vmm)?);
         }
     }
-    let settled = settled.context("too few cycles")?;
-    settled.compare(&Residue::of(vmm)?)?;
+    if let Some(settled) = settled.filter(|_| cycles > SETTLED + 1) {
+        settled.compare(&Residue::of(vmm)?)?;
+    }
     (model.clean_up)(vmm).context("clean up")
 }
 
