@@ -28,6 +28,13 @@ pub struct Identity {
     pub path: String,
 }
 
+impl Identity {
+    /// As reports call it: its id, else its path.
+    pub fn name(&self) -> &str {
+        self.id.as_ref().unwrap_or(&self.path)
+    }
+}
+
 /// Working.
 #[derive(Debug)]
 pub enum Plugged {}

@@ -143,10 +143,7 @@ impl<T> Node<T> {
     }
 
     fn name(&self) -> String {
-        self.identity
-            .id
-            .clone()
-            .unwrap_or_else(|| self.identity.path.clone())
+        self.identity.name().to_owned()
     }
 }
 

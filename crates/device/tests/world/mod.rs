@@ -19,7 +19,6 @@ use ebbtide_gate::{Entry, Gate, Lease};
 
 /// What somebody does. Each entry of a list happens once, or not at all, at any time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[allow(dead_code)]
 pub enum Action {
     RequestChild,
     RequestSwitch,

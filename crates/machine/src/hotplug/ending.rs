@@ -61,7 +61,7 @@ impl Devices {
             // All gates close before the first wait.
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
                 let function = entry.info.site.function()?;
-                let name = name(entry);
+                let name = entry.identity.name().to_owned();
                 Some((Stuck { node, name }, function.quiesce()))
             };
             working.filter_map(drain).collect()
@@ -84,7 +84,9 @@ impl Devices {
         let leaving: Vec<(NodeId, String)> = {
             let tree = self.tree.borrow();
             let nodes = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
-            nodes.map(|(node, entry)| (node, name(entry))).collect()
+            nodes
+                .map(|(node, entry)| (node, entry.identity.name().to_owned()))
+                .collect()
         };
         for (node, name) in leaving {
             let left = deadline.saturating_duration_since(self.local.now());
@@ -95,9 +97,4 @@ impl Devices {
         }
         stuck
     }
-}
-
-fn name(node: &ebbtide_device::Node<super::Info>) -> String {
-    let identity = &node.identity;
-    identity.id.clone().unwrap_or_else(|| identity.path.clone())
 }

@@ -112,8 +112,7 @@ impl Devices {
             } else {
                 ""
             };
-            let name = node.identity.id.as_ref().unwrap_or(&node.identity.path);
-            format!("'{name}'{leaving}")
+            format!("'{}'{leaving}", node.identity.name())
         });
         Err(QmpError::generic(format!(
             "PCI: slot {:#x} of bus '{}' is in use by {owner}",
