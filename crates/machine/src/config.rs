@@ -14,6 +14,7 @@ use ebbtide_qmp::types::qom::ObjectAdd;
 use crate::Error;
 use crate::boot::BootSpec;
 use crate::confine::ConfinementConfig;
+use crate::hotplug::drivers::is_id;
 use crate::layout::MIB;
 use crate::machine::BOOT_RAM;
 
@@ -230,9 +231,7 @@ impl MachineConfig {
         ids.extend(self.disks.iter().map(|d| d.id.as_str()));
         ids.sort_unstable();
         for id in &ids {
-            let mut letters = id.chars();
-            let first = letters.next().is_some_and(|c| c.is_ascii_alphabetic());
-            if !first || !letters.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)) {
+            if !is_id(id) {
                 return config_error(format!(
                     "id={id:?}: an id starts with a letter and holds letters, digits, '-', '.', '_'"
                 ));

@@ -38,5 +38,6 @@ pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
 pub use error::Error;
 pub use hotplug::drivers::{check_driver, driver_names};
+pub use hotplug::{MEMORY_BACKENDS, memory_backing};
 pub use machine::{Machine, MemorySlot};
 pub use size_events::report_sizes;

@@ -3,10 +3,10 @@
 
 use std::path::PathBuf;
 
-use ebbtide_machine::Backing;
 use ebbtide_machine::config::{
     DiskConfig, MAX_DIMM_SLOTS, MEMORY_GRANULE, MemoryDeviceConfig, RamConfig, SerialConfig,
 };
+use ebbtide_machine::{Backing, MEMORY_BACKENDS, memory_backing};
 
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::qom::ObjectAdd;
@@ -178,11 +178,6 @@ pub struct MemoryObject {
     prefault: bool,
 }
 
-const OBJECT_TYPES: &[&str] = &[
-    "memory-backend-ram",
-    "memory-backend-memfd",
-    "memory-backend-file",
-];
 const OBJECT_KEYS: &[&str] = &["id", "size", "prealloc", "mem-path", "share", "hugetlb"];
 
 /// One `--object`, which has to be a memory backend.
@@ -194,9 +189,12 @@ pub fn object(object: ObjectAdd) -> Result<MemoryObject, OptionError> {
     } = object;
     let wrong = |error: QmpError| OptionError::new("--object", format!("{id}: {}", error.desc));
     let size_bytes = properties.need_size("size").map_err(wrong)?;
-    let backing = object_backing(&qom_type, &mut properties).map_err(wrong)?;
+    let backing = memory_backing(&qom_type, &mut properties).map_err(wrong)?;
     let backing = backing.ok_or_else(|| {
-        OptionError::new("--object", unknown("object type", &qom_type, OBJECT_TYPES))
+        OptionError::new(
+            "--object",
+            unknown("object type", &qom_type, MEMORY_BACKENDS),
+        )
     })?;
     let prefault = properties.take_bool("prealloc").map_err(wrong)?;
     finish("--object", properties, OBJECT_KEYS)?;
@@ -206,35 +204,6 @@ pub fn object(object: ObjectAdd) -> Result<MemoryObject, OptionError> {
         backing,
         prefault: prefault.unwrap_or(false),
     })
-}
-
-/// `None` when there is no such type.
-fn object_backing(
-    qom_type: &str,
-    properties: &mut Properties,
-) -> Result<Option<Backing>, QmpError> {
-    Ok(Some(match qom_type {
-        // What other processes are to see change has to be a file, with or without a name.
-        "memory-backend-ram" if properties.take_bool("share")? == Some(true) => {
-            Backing::Memfd { thp: true }
-        }
-        "memory-backend-ram" => Backing::Anon { thp: true },
-        "memory-backend-memfd" if properties.take_bool("share")? == Some(false) => {
-            return Err(QmpError::property_value(qom_type, "share", "off"));
-        }
-        "memory-backend-memfd" if properties.take_bool("hugetlb")? == Some(true) => {
-            Backing::Hugetlb {
-                page_size_bytes: 2 << 20,
-            }
-        }
-        "memory-backend-memfd" => Backing::Memfd { thp: true },
-        "memory-backend-file" => Backing::File {
-            path: PathBuf::from(properties.need_string("mem-path")?),
-            share: properties.take_bool("share")?.unwrap_or(false),
-            readonly: false,
-        },
-        _ => return Ok(None),
-    }))
 }
 
 /// The drivers of virtio-mem devices.

@@ -15,7 +15,7 @@ use super::backends::Released;
 use super::opener::Opener;
 
 /// The types of memory backends.
-pub(crate) const MEMORY_BACKENDS: &[&str] = &[
+pub const MEMORY_BACKENDS: &[&str] = &[
     "memory-backend-ram",
     "memory-backend-memfd",
     "memory-backend-file",
@@ -194,29 +194,53 @@ impl Devices {
     }
 }
 
-fn spec(qom_type: &str, id: &str, properties: &mut Properties) -> Result<RamSpec, QmpError> {
-    let size_bytes = properties.need_size("size")?;
-    let share = properties.take_bool("share")?;
-    let backing = match qom_type {
+/// Where the memory of an object of this type comes from; takes the properties that say so. `None`: there is no such type.
+///
+/// # Errors
+/// A property of another type, one that is missing, one that the type can't have.
+pub fn memory_backing(
+    qom_type: &str,
+    properties: &mut Properties,
+) -> Result<Option<Backing>, QmpError> {
+    Ok(Some(match qom_type {
         // What other processes are to see change has to be a file, with or without a name.
-        "memory-backend-ram" if share == Some(true) => Backing::Memfd { thp: true },
+        "memory-backend-ram" if properties.take_bool("share")? == Some(true) => {
+            Backing::Memfd { thp: true }
+        }
         "memory-backend-ram" => Backing::Anon { thp: true },
-        "memory-backend-memfd" if share == Some(false) => {
+        "memory-backend-memfd" if properties.take_bool("share")? == Some(false) => {
             return Err(QmpError::property_value(qom_type, "share", "off"));
         }
-        "memory-backend-memfd" => match properties.take_bool("hugetlb")? {
-            Some(true) => Backing::Hugetlb {
-                page_size_bytes: properties.take_size("hugetlbsize")?.unwrap_or(HUGE_PAGE),
-            },
-            _ => Backing::Memfd { thp: true },
-        },
+        "memory-backend-memfd" if properties.take_bool("hugetlb")? == Some(true) => {
+            Backing::Hugetlb {
+                page_size_bytes: HUGE_PAGE,
+            }
+        }
+        "memory-backend-memfd" => Backing::Memfd { thp: true },
         "memory-backend-file" => Backing::File {
             path: PathBuf::from(properties.need_string("mem-path")?),
-            share: share.unwrap_or(false),
-            readonly: properties.take_bool("readonly")?.unwrap_or(false),
+            share: properties.take_bool("share")?.unwrap_or(false),
+            readonly: false,
         },
-        _ => return Err(QmpError::invalid_object_type(qom_type)),
-    };
+        _ => return Ok(None),
+    }))
+}
+
+fn spec(qom_type: &str, id: &str, properties: &mut Properties) -> Result<RamSpec, QmpError> {
+    let size_bytes = properties.need_size("size")?;
+    let mut backing = memory_backing(qom_type, properties)?
+        .ok_or_else(|| QmpError::invalid_object_type(qom_type))?;
+    match &mut backing {
+        Backing::Hugetlb { page_size_bytes } => {
+            if let Some(bytes) = properties.take_size("hugetlbsize")? {
+                *page_size_bytes = bytes;
+            }
+        }
+        Backing::File { readonly, .. } => {
+            *readonly = properties.take_bool("readonly")?.unwrap_or(false);
+        }
+        Backing::Anon { .. } | Backing::Memfd { .. } => {}
+    }
     Ok(RamSpec {
         name: id.to_owned(),
         size_bytes,

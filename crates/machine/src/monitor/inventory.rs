@@ -64,7 +64,7 @@ pub(super) fn disks(machine: &Machine) -> Vec<BlockInfo> {
                 return None;
             };
             let node = machine.devices.blocks().get(node)?;
-            let name = entry.identity.id.as_ref().unwrap_or(&entry.identity.path);
+            let name = entry.identity.name();
             Some(BlockInfo::fixed(name, node.info().clone()))
         })
         .collect()

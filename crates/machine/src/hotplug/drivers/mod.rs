@@ -311,14 +311,19 @@ pub(crate) fn names() -> impl Iterator<Item = &'static str> {
     DRIVERS.iter().map(|driver| driver.name)
 }
 
-/// Checks the form of an id: a letter, then letters, digits, `-`, `.`, `_`.
+/// Whether an id has the form of one: a letter, then letters, digits, `-`, `.`, `_`.
+pub(crate) fn is_id(id: &str) -> bool {
+    let mut letters = id.chars();
+    letters.next().is_some_and(|c| c.is_ascii_alphabetic())
+        && letters.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c))
+}
+
+/// Checks the form of an id.
 ///
 /// # Errors
-/// It has another form.
+/// It has [another](is_id).
 pub(crate) fn check_id(id: &str) -> Result<(), QmpError> {
-    let mut letters = id.chars();
-    let first = letters.next().is_some_and(|c| c.is_ascii_alphabetic());
-    if first && letters.all(|c| c.is_ascii_alphanumeric() || "-._".contains(c)) {
+    if is_id(id) {
         return Ok(());
     }
     Err(QmpError::invalid_id("id"))
