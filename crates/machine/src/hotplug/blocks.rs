@@ -34,9 +34,20 @@ impl Released for BlockNode {}
 impl BlockNode {
     /// A disk that was opened when the machine was made.
     pub(crate) fn opened(name: &str, disk: &Arc<Disk>, path: &str, direct: bool) -> BlockNode {
+        BlockNode::new(Some(name), "file", path, Arc::clone(disk), direct)
+    }
+
+    /// A node that stands on no other.
+    fn new(
+        name: Option<&str>,
+        driver: &str,
+        filename: &str,
+        disk: Arc<Disk>,
+        direct: bool,
+    ) -> BlockNode {
         BlockNode {
-            info: describe(Some(name), "file", path, disk, direct),
-            disk: Arc::clone(disk),
+            info: describe(name, driver, filename, &disk, direct),
+            disk,
             _below: None,
         }
     }
@@ -132,12 +143,9 @@ async fn open(
                 read_zeroes,
             })
             .map_err(|e| QmpError::generic(e.to_string()))?;
-            let disk = Arc::new(disk);
-            Ok(BlockNode {
-                info: describe(name.as_deref(), "null-co", "null-co://", &disk, false),
-                disk,
-                _below: None,
-            })
+            let (name, disk) = (name.as_deref(), Arc::new(disk));
+            let filename = "null-co://";
+            Ok(BlockNode::new(name, "null-co", filename, disk, false))
         }
         BlockdevSource::Raw { file, offset, size } => {
             if offset != 0 || size.is_some() {
@@ -250,17 +258,8 @@ async fn open_file(
         .await?;
     let disk = Arc::new(disk);
     let driver = options.driver.to_string();
-    Ok(BlockNode {
-        info: describe(
-            options.node_name.as_deref(),
-            &driver,
-            &file.filename,
-            &disk,
-            direct,
-        ),
-        disk,
-        _below: None,
-    })
+    let name = options.node_name.as_deref();
+    Ok(BlockNode::new(name, &driver, &file.filename, disk, direct))
 }
 
 fn refuse_what_is_missing(options: &BlockdevOptions) -> Result<(), QmpError> {

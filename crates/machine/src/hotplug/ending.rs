@@ -90,7 +90,11 @@ impl Devices {
         };
         for (node, name) in leaving {
             let left = deadline.saturating_duration_since(self.local.now());
-            let detached = self.reached(node, Some(Phase::Detached));
+            let detached = self.when(node, |phase| {
+                phase
+                    .is_none_or(|phase| phase >= Phase::Detached)
+                    .then_some(())
+            });
             if self.local.timeout(left, detached).await.is_err() {
                 stuck.push(name);
             }

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ebbtide_bus::pci;
@@ -185,21 +186,20 @@ impl Devices {
         }
     }
 
-    /// Resolves when `node` has come as far as `phase`, or is gone. None for `phase`: when it is gone.
-    pub(crate) async fn reached(&self, node: NodeId, phase: Option<Phase>) {
+    /// Resolves to what `look` finds in the phase `node` is in, once it finds something. No phase: the device is gone.
+    pub(crate) async fn when<R>(
+        &self,
+        node: NodeId,
+        look: impl Fn(Option<Phase>) -> Option<R>,
+    ) -> R {
         std::future::poll_fn(|cx| {
             let mut tree = self.tree.borrow_mut();
-            let there = match (tree.get(node), phase) {
-                (None, _) => true,
-                (Some(node), Some(phase)) => node.phase() >= phase,
-                (Some(_), None) => false,
-            };
-            if there {
-                return std::task::Poll::Ready(());
+            let found = look(tree.get(node).map(|entry| entry.phase()));
+            if found.is_none() {
+                tree.watch(cx.waker());
             }
-            tree.watch(cx.waker());
-            std::task::Poll::Pending
+            found.map_or(Poll::Pending, Poll::Ready)
         })
-        .await;
+        .await
     }
 }

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What management wants: devices to come, to go, to stay after all.
 
-use std::task::Poll;
-
 use ebbtide_device::{GuestEject, NodeId, Phase, RemoveError};
 use ebbtide_qmp::schema::Event;
 use ebbtide_qmp::types::device::DeviceAdd;
@@ -195,25 +193,18 @@ impl Devices {
             WaitPhase::Drained | WaitPhase::Detached => Some(Phase::Detached),
             WaitPhase::Deleted => None,
         };
-        std::future::poll_fn(|cx| {
-            let mut tree = self.tree.borrow_mut();
-            let Some(entry) = tree.get(node) else {
-                return Poll::Ready(Some(WaitPhase::Deleted));
-            };
-            let now = entry.phase();
-            if now == Phase::Plugged {
-                return Poll::Ready(None);
-            }
-            if wanted.is_some_and(|wanted| now >= wanted) {
-                let reached = if now >= Phase::Detached {
+        self.when(node, |now| match now {
+            None => Some(Some(WaitPhase::Deleted)),
+            Some(Phase::Plugged) => Some(None),
+            Some(now) if wanted.is_some_and(|wanted| now >= wanted) => {
+                let detached = now >= Phase::Detached;
+                Some(Some(if detached {
                     WaitPhase::Detached
                 } else {
                     WaitPhase::Isolated
-                };
-                return Poll::Ready(Some(reached));
+                }))
             }
-            tree.watch(cx.waker());
-            Poll::Pending
+            Some(_) => None,
         })
         .await
     }
