@@ -157,6 +157,19 @@ impl From<AccessError> for Outcome {
     }
 }
 
+/// A command's chain, taken apart.
+struct Opened {
+    head: u16,
+    answer: AnswerPlace,
+    sizes: Sizes,
+    /// `None`: the chain is too short for one.
+    header: Option<Buffers>,
+    readable: Buffers,
+    writable: Buffers,
+    /// Bytes of data there is room for.
+    room: u32,
+}
+
 /// What the unit makes of a command: `Err` is its result.
 type Judged = Result<(Action, u32, Hold, Address), Outcome>;
 
@@ -165,18 +178,16 @@ impl Service for Commands {
     type Kept = Kept;
 
     fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
-        let Chain {
+        let Opened {
             head,
-            mut readable,
-            mut writable,
-        } = chain;
+            answer,
+            sizes,
+            header,
+            readable,
+            writable,
+            room,
+        } = self.open(guard, chain)?;
         let counters = &self.shared.counters;
-        let sizes = self.shared.config.sizes();
-        let place = RESPONSE_HEADER_BYTES + sizes.sense;
-        let answer = AnswerPlace::take(guard, head, &mut writable, place)
-            .inspect_err(|_| counters.count(&counters.malformed))?;
-        let header = readable.split_front(COMMAND_HEADER_BYTES + sizes.cdb);
-        let room = readable.total_len().max(writable.total_len());
         let mut tag = 0;
         let judged = match header {
             None => Err(Outcome::response(Response::Failure)),
@@ -211,19 +222,13 @@ impl Service for Commands {
 
     /// The device goes with all its units: what else could be said is tried again by the driver.
     fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Kept>, Unanswerable> {
-        let Chain {
+        let Opened {
             head,
-            mut readable,
-            mut writable,
-        } = chain;
-        let counters = &self.shared.counters;
-        let sizes = self.shared.config.sizes();
-        let place = RESPONSE_HEADER_BYTES + sizes.sense;
-        let answer = AnswerPlace::take(guard, head, &mut writable, place)
-            .inspect_err(|_| counters.count(&counters.malformed))?;
-        // As for any command: the header is not data.
-        let _ = readable.split_front(COMMAND_HEADER_BYTES + sizes.cdb);
-        let room = readable.total_len().max(writable.total_len());
+            answer,
+            sizes,
+            room,
+            ..
+        } = self.open(guard, chain)?;
         let outcome = Outcome::response(Response::BadTarget);
         Ok(Answered {
             head,
@@ -284,6 +289,32 @@ impl Commands {
             &response_bytes(response, sense, residual, sizes.sense),
             written,
         )
+    }
+
+    /// Takes a command's chain apart.
+    fn open(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Opened, Unanswerable> {
+        let Chain {
+            head,
+            mut readable,
+            mut writable,
+        } = chain;
+        let counters = &self.shared.counters;
+        let sizes = self.shared.config.sizes();
+        let place = RESPONSE_HEADER_BYTES + sizes.sense;
+        let answer = AnswerPlace::take(guard, head, &mut writable, place)
+            .inspect_err(|_| counters.count(&counters.malformed))?;
+        // What is in front of the data is none.
+        let header = readable.split_front(COMMAND_HEADER_BYTES + sizes.cdb);
+        let room = readable.total_len().max(writable.total_len());
+        Ok(Opened {
+            head,
+            answer,
+            sizes,
+            header,
+            readable,
+            writable,
+            room,
+        })
     }
 
     fn judge(
