@@ -16,6 +16,7 @@ pub mod capsule;
 pub mod demo;
 pub mod deny;
 pub mod guest;
+pub mod host_log;
 pub mod image;
 pub mod initramfs;
 pub mod kernel;

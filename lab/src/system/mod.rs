@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::deny;
+use crate::host_log;
 use crate::image::Image;
 use crate::kernel::Series;
 use crate::vmm::{Machine, Program, Vmm, log_tail};
@@ -131,8 +132,17 @@ pub fn run(grounds: &[Ground], only: Option<&str>) -> Result<()> {
             match result {
                 Ok(()) => passed += 1,
                 Err(e) => {
-                    println!("{e:#}{}", log_tail(&ground.log));
-                    failed.push(format!("{} on {}", scenario.name, ground.series));
+                    println!("{e:#}{}{}", log_tail(&ground.log), host_log::tail());
+                    let reason = format!("{e:#}");
+                    let reason: String = reason
+                        .lines()
+                        .next()
+                        .unwrap_or_default()
+                        .chars()
+                        .take(160)
+                        .collect();
+                    let (name, series) = (scenario.name, ground.series);
+                    failed.push(format!("{name} on {series} ({reason})"));
                 }
             }
         }

@@ -99,11 +99,15 @@ fn links(directory: &str) -> Result<Vec<String>> {
     Ok(kinds)
 }
 
+/// The names of a process's threads, without the kernel's own: io_uring's workers come with work
+/// that would block and go when they had none for a while.
 fn names(directory: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).context("task")? {
         let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
-        names.push(name.trim().to_owned());
+        if !name.starts_with("iou-wrk-") {
+            names.push(name.trim().to_owned());
+        }
     }
     names.sort();
     Ok(names)
