@@ -2,6 +2,7 @@
 //! A VMM under test as a child process: Ebbtide, or Debian's QEMU as its peer
 //! with an equal machine.
 
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
@@ -20,7 +21,7 @@ use crate::qmp::Qmp;
 /// Id of the virtio-mem device on both VMMs.
 const MEMORY_DEVICE: &str = "/machine/peripheral/vmem0";
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(30);
-const LOG_TAIL_LINES: usize = 20;
+const LOG_TAIL_LINES: usize = 40;
 const BLOCK_SIZE: &str = "2M";
 
 /// Which VMM.
@@ -411,6 +412,54 @@ impl Vmm {
     pub fn log(&self) -> String {
         log_tail(&self.log)
     }
+}
+
+impl Drop for Vmm {
+    /// A VMM that is given up says in its log where each of its threads was, and when KVM means to
+    /// wake its guest: who reads of a guest that did not answer wants to know whose fault it was.
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let state = threads(self.child.pid()) + &apic_timers();
+            let log = std::fs::File::options().append(true).open(&self.log);
+            // Only a help, and there is nobody left to tell.
+            let _ = log.and_then(|mut log| log.write_all(state.as_bytes()));
+        }
+    }
+}
+
+/// A line for each thread of a process: name, state, processor time in ticks, where it sleeps in
+/// the kernel (proc(5)).
+fn threads(pid: u32) -> String {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task"));
+    let mut lines = String::new();
+    for task in tasks.into_iter().flatten().flatten() {
+        let read = |file| std::fs::read_to_string(task.path().join(file)).unwrap_or_default();
+        let (stat, sleeps) = (read("stat"), read("wchan"));
+        let Some((name, rest)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        let name = name.split_once('(').map_or("", |(_, name)| name);
+        let fields: Vec<&str> = rest.split(' ').collect();
+        if let [state, .., user, system] = fields.get(..13).unwrap_or_default() {
+            lines += &format!("thread {name}: {state}, {user} + {system} ticks, {sleeps}\n");
+        }
+    }
+    lines
+}
+
+/// When the timers of KVM's local APICs run off: a line for each that is armed, if this kernel
+/// lists its timers.
+fn apic_timers() -> String {
+    let list = std::fs::read_to_string("/proc/timer_list").unwrap_or_default();
+    let mut lines = list.lines();
+    let mut armed = String::new();
+    while let Some(line) = lines.next() {
+        if line.contains("apic_timer_fn") {
+            let expires = lines.next().unwrap_or_default();
+            armed += &format!("guest timer:{expires}\n");
+        }
+    }
+    armed
 }
 
 /// The end of what a VMM has said into the file `log`.
