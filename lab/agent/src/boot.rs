@@ -59,16 +59,18 @@ pub fn mount_kernel_file_systems() -> Vec<String> {
     .collect()
 }
 
-/// Loads every module of [`MODULE_LIST`] in order.
+/// Loads every module of [`MODULE_LIST`] in order; `before` is called with each one's file name
+/// first.
 ///
 /// Goes on after a failure; what failed is returned.
-pub fn load_modules() -> Vec<String> {
+pub fn load_modules(before: impl Fn(&str)) -> Vec<String> {
     let list = match fs::read_to_string(MODULE_LIST) {
         Ok(list) => list,
         Err(error) => return vec![format!("{MODULE_LIST}: {error}")],
     };
     list.lines()
         .filter(|name| !name.is_empty())
+        .inspect(|name| before(name))
         .filter_map(|name| load_module(name).err().map(|error| format!("{error:#}")))
         .collect()
 }

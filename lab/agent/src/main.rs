@@ -27,7 +27,7 @@ fn main() {
         }
     };
     let (input, output) = tty;
-    problems.extend(boot::load_modules());
+    problems.extend(boot::load_modules(|_| {}));
     let messages = Messages::new(output);
     messages.send(&Message::Event(Event::Ready(report::ready(
         started_ms, problems,

@@ -26,11 +26,17 @@ use rustix::system::RebootCommand;
 const HOST: &str = "/host";
 const ALIVE_EVERY: Duration = Duration::from_secs(5);
 const PORT_TIMEOUT: Duration = Duration::from_secs(20);
+const CLOCK: &str = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+const CLOCK_TIMEOUT: Duration = Duration::from_secs(10);
 const NINE_P: &str = "trans=virtio,version=9p2000.L,msize=512000";
 
 fn main() {
     let mut problems = boot::mount_kernel_file_systems();
-    problems.extend(boot::load_modules());
+    problems.extend(boot::load_modules(|name| {
+        if name.starts_with("kvm") {
+            await_clock();
+        }
+    }));
     for problem in &problems {
         eprintln!("capsule: {problem}");
     }
@@ -52,6 +58,24 @@ fn main() {
     eprintln!("capsule: power off: {error:?}");
     loop {
         std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// KVM must not be loaded before the kernel has measured its clock for the second time.
+///
+/// KVM keeps the frequency it finds as the one that guests get. Where the processor can't scale a
+/// guest's clock, as here, and the later value turns out lower by more than 250 ppm, Linux 6.1
+/// takes a guest's clock to stand at zero ("user requested TSC rate below hardware speed"), and
+/// its timers run off as late as this machine is old: guests that sleep never wake.
+fn await_clock() {
+    let deadline = Instant::now() + CLOCK_TIMEOUT;
+    let first = || fs::read_to_string(CLOCK).is_ok_and(|clock| clock.trim() == "tsc-early");
+    while first() {
+        if Instant::now() > deadline {
+            eprintln!("capsule: the clock has not been measured after {CLOCK_TIMEOUT:?}");
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
