@@ -119,15 +119,37 @@ pub fn test_programs(package: &str, prefix: &str) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// When the build fails.
 pub fn programs(command: &mut Command, prefix: &str) -> Result<Vec<PathBuf>> {
+    let made = made(command)?.into_iter();
+    Ok(made
+        .filter(|program| program.name.starts_with(prefix))
+        .map(|program| program.path)
+        .collect())
+}
+
+/// A program that was built.
+pub struct Program {
+    /// The target's name.
+    pub name: String,
+    /// The target's first source file.
+    pub source: PathBuf,
+    pub path: PathBuf,
+}
+
+/// The programs that a build with messages in JSON makes.
+///
+/// # Errors
+/// When the build fails.
+pub fn made(command: &mut Command) -> Result<Vec<Program>> {
     let text = output(command)?;
     Ok(text
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|m| {
-            m["target"]["name"]
-                .as_str()
-                .is_some_and(|n| n.starts_with(prefix))
+        .filter_map(|m| {
+            Some(Program {
+                name: m["target"]["name"].as_str()?.to_owned(),
+                source: m["target"]["src_path"].as_str()?.into(),
+                path: m["executable"].as_str()?.into(),
+            })
         })
-        .filter_map(|m| m["executable"].as_str().map(PathBuf::from))
         .collect())
 }

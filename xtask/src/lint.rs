@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Result, bail};
 
-use crate::{build, layers};
+use crate::{build, layers, models};
 
 const HEADER: &str = "// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause";
 /// "About 600 lines" with room to finish a thought.
@@ -20,6 +20,7 @@ pub fn run() -> Result<()> {
     build::run(&mut build::cargo(&["fmt", "--all", "--check"]))?;
     files()?;
     layers::run()?;
+    models::list::crates()?;
     build::run(&mut build::cargo(&[
         "clippy",
         "--workspace",

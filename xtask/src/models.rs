@@ -2,20 +2,23 @@
 //! The concurrency models: each must hold, and each seeded bug must be found.
 //!
 //! A crate with models lists them in its `models.toml`; they are the tests of its
-//! `tests/models.rs`, or of the file of `tests/` that it names, built with `--cfg loom`. A seeded bug is compiled in by the crate's build
-//! script when `EBBTIDE_SEEDED` names it, so that only that crate is built again. `cargo xtask test` tries one bug of
-//! each model, `cargo xtask models` all.
+//! `tests/models.rs`, or of the file of `tests/` that it names, built once with `--cfg loom`. A
+//! seeded bug is in that build, too: the program runs with it when `EBBTIDE_SEEDED` names it
+//! (`ebbtide_models::seeded!`).
 
-use std::fs;
-use std::path::Path;
+pub mod list;
+
+use std::path::PathBuf;
+use std::process::Command;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::build;
+use list::{Crate, Model};
 
-/// Builds that run at the same time.
+/// Runs at the same time.
 const WORKERS: usize = 2;
 
 #[derive(clap::Args, Default)]
@@ -36,26 +39,6 @@ impl ModelsArgs {
             short: true,
         }
     }
-}
-
-#[derive(Deserialize)]
-struct Listing {
-    model: Vec<Model>,
-}
-
-#[derive(Deserialize)]
-struct Model {
-    name: String,
-    /// The file of `tests/`, without its extension.
-    #[serde(default = "models_file")]
-    file: String,
-    test: String,
-    invariant: String,
-    seeded: Vec<String>,
-}
-
-fn models_file() -> String {
-    "models".to_owned()
 }
 
 /// What a model's test prints when it holds.
@@ -104,21 +87,15 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
     Ok(())
 }
 
-/// The models of one crate.
-struct Crate {
-    package: String,
-    models: Vec<Model>,
-}
-
-/// One build of a crate: as it is, or with a bug. All models that want it run on it, so that each
-/// is compiled once.
-struct Build<'a> {
-    package: &'a str,
-    models: &'a [Model],
+/// A model to run: as it is, or with a bug.
+struct Run<'a> {
+    of: &'a Crate,
+    program: PathBuf,
+    model: &'a Model,
     bug: Option<&'a str>,
 }
 
-/// What a model did on a build.
+/// What a model did.
 struct Outcome<'a> {
     model: &'a str,
     bug: Option<&'a str>,
@@ -126,25 +103,22 @@ struct Outcome<'a> {
     found: bool,
 }
 
-/// Two builds at a time, each in a target directory of its own: one waits for the compiler while
-/// the other searches.
 fn all(short: bool, say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
-    let mut crates = crates()?;
+    let mut crates = list::crates()?;
     if short {
         let models = crates.iter_mut().flat_map(|of| &mut of.models);
         models.for_each(|model| model.seeded.truncate(1));
     }
-    let builds: Vec<Build<'_>> = crates.iter().flat_map(builds).collect();
-    let waiting = Mutex::new(builds.iter());
+    let runs = runs(&crates)?;
+    let waiting = Mutex::new(runs.iter());
     let outcomes = std::thread::scope(|scope| {
         let workers: Vec<_> = (0..WORKERS)
-            .map(|worker| {
+            .map(|_| {
                 let (waiting, say) = (&waiting, &say);
                 scope.spawn(move || {
-                    let target = build::target_dir().join(format!("models-{worker}"));
                     let mut outcomes = Vec::new();
-                    while let Some(build) = next(waiting) {
-                        build.run(&target, say, &mut outcomes)?;
+                    while let Some(run) = next(waiting) {
+                        outcomes.push(run.outcome(say)?);
                     }
                     Ok(outcomes)
                 })
@@ -162,50 +136,51 @@ fn all(short: bool, say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
     Ok(models.map(|model| row(model, &outcomes)).collect())
 }
 
-fn crates() -> Result<Vec<Crate>> {
-    let folder = build::root().join("crates");
-    let mut crates = Vec::new();
-    for entry in fs::read_dir(&folder)? {
-        let dir = entry?.path();
-        let file = dir.join("models.toml");
-        if !file.exists() {
-            continue;
-        }
-        let listing: Listing = toml::from_str(&fs::read_to_string(&file)?)
-            .with_context(|| format!("{}", file.display()))?;
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        crates.push(Crate {
-            package: format!("ebbtide-{name}"),
-            models: listing.model,
-        });
-    }
-    crates.sort_by(|a, b| a.package.cmp(&b.package));
-    if crates.is_empty() {
-        bail!("no models.toml found under {}", folder.display());
-    }
-    Ok(crates)
-}
-
-fn builds(of: &Crate) -> Vec<Build<'_>> {
-    let mut bugs: Vec<&str> = of
-        .models
-        .iter()
-        .flat_map(|m| m.seeded.iter().map(String::as_str))
-        .collect();
-    bugs.sort_unstable();
-    bugs.dedup();
-    std::iter::once(None)
-        .chain(bugs.into_iter().map(Some))
-        .map(|bug| Build {
-            package: &of.package,
-            models: &of.models,
-            bug,
-        })
-        .collect()
-}
-
 fn next<T>(waiting: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
     waiting.lock().ok()?.next()
+}
+
+/// Builds the programs of all models; what to run. A model that holds goes through all of its
+/// schedules, with a bug only to the first that shows it: those that hold come first.
+fn runs(crates: &[Crate]) -> Result<Vec<Run<'_>>> {
+    let programs = build(crates)?;
+    let mut runs = Vec::new();
+    for of in crates {
+        for model in &of.models {
+            let source = of.source(model);
+            let Some(program) = programs.iter().find(|p| p.source == source) else {
+                bail!("{}: {} is not a test", model.name, source.display());
+            };
+            let bugs = model.seeded.iter().map(|bug| Some(bug.as_str()));
+            runs.extend(std::iter::once(None).chain(bugs).map(|bug| Run {
+                of,
+                program: program.path.clone(),
+                model,
+                bug,
+            }));
+        }
+    }
+    runs.sort_by_key(|run| run.bug.is_some());
+    Ok(runs)
+}
+
+fn build(crates: &[Crate]) -> Result<Vec<build::Program>> {
+    let mut command = build::cargo(&["test", "--release", "--no-run", "--quiet"]);
+    command
+        .arg("--message-format=json-render-diagnostics")
+        .env("RUSTFLAGS", "--cfg loom")
+        .env("CARGO_TARGET_DIR", build::target_dir().join("models"));
+    for of in crates {
+        command.args(["--package", &of.package]);
+    }
+    let models = crates.iter().flat_map(|of| &of.models);
+    let mut files: Vec<&str> = models.map(|model| model.file.as_str()).collect();
+    files.sort_unstable();
+    files.dedup();
+    for file in files {
+        command.args(["--test", file]);
+    }
+    build::made(&mut command)
 }
 
 fn row(model: &Model, outcomes: &[Outcome<'_>]) -> Row {
@@ -228,93 +203,74 @@ fn row(model: &Model, outcomes: &[Outcome<'_>]) -> Row {
     }
 }
 
-impl<'a> Build<'a> {
-    fn run(
-        &self,
-        target: &Path,
-        say: &impl Fn(&str),
-        outcomes: &mut Vec<Outcome<'a>>,
-    ) -> Result<()> {
-        for model in self.models {
-            let outcome = match self.bug {
-                None => self.holds(target, model, say)?,
-                Some(bug) if model.seeded.iter().any(|b| b == bug) => {
-                    self.finds(target, model, bug, say)?
-                }
-                Some(_) => continue,
-            };
-            outcomes.push(outcome);
-        }
-        Ok(())
+impl<'a> Run<'a> {
+    fn outcome(&self, say: &impl Fn(&str)) -> Result<Outcome<'a>> {
+        let (holds, text) = self.test()?;
+        let name = &self.model.name;
+        let outcome = match self.bug {
+            None => self.holds(holds, &text)?,
+            Some(bug) => self.finds(bug, holds, &text)?,
+        };
+        say(&match self.bug {
+            None => format!(
+                "{name:<24} holds in {:>8} schedules: {}",
+                outcome.schedules, self.model.invariant
+            ),
+            Some(bug) if outcome.found => format!("{name:<24} seeded {bug}: found"),
+            Some(bug) => format!("{name:<24} seeded {bug}: NOT FOUND"),
+        });
+        Ok(outcome)
     }
 
-    /// Runs a model on the crate as it is.
-    fn holds(&self, target: &Path, model: &'a Model, say: &impl Fn(&str)) -> Result<Outcome<'a>> {
-        let (holds, text) = test(self.package, target, model, None)?;
+    /// What the model did without a bug.
+    fn holds(&self, holds: bool, text: &str) -> Result<Outcome<'a>> {
         let passed = text
             .lines()
             .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
             .and_then(|json| serde_json::from_str::<Passed>(json).ok());
         let Some(Passed { schedules }) = passed.filter(|_| holds) else {
-            bail!("{}: the model does not hold:\n{text}", model.name);
+            bail!("{}: the model does not hold:\n{text}", self.model.name);
         };
-        let (name, invariant) = (&model.name, &model.invariant);
-        say(&format!(
-            "{name:<24} holds in {schedules:>8} schedules: {invariant}"
-        ));
-        Ok(Outcome {
-            model: name,
-            bug: None,
-            schedules,
-            found: false,
-        })
+        Ok(self.ended(schedules, false))
     }
 
-    /// Whether a model finds a bug.
-    fn finds(
-        &self,
-        target: &Path,
-        model: &'a Model,
-        bug: &'a str,
-        say: &impl Fn(&str),
-    ) -> Result<Outcome<'a>> {
-        let (holds, text) = test(self.package, target, model, Some(bug))?;
-        // A bug that does not compile is not found.
-        if !text.contains("running 1 test") {
-            bail!("{}: seeded bug {bug} could not run:\n{text}", model.name);
+    /// What it did with `bug`, which it must have come to: else it failed, or held, for another
+    /// reason.
+    fn finds(&self, bug: &str, holds: bool, text: &str) -> Result<Outcome<'a>> {
+        let reached = format!("SEEDED {bug}");
+        if !text.lines().any(|line| line.ends_with(&reached)) {
+            bail!(
+                "{}: did not come to seeded bug {bug}:\n{text}",
+                self.model.name
+            );
         }
-        let verdict = if holds { "NOT FOUND" } else { "found" };
-        say(&format!("{:<24} seeded {bug}: {verdict}", model.name));
-        Ok(Outcome {
-            model: &model.name,
-            bug: Some(bug),
-            schedules: 0,
-            found: !holds,
-        })
+        Ok(self.ended(0, !holds))
     }
-}
 
-/// Runs one model's test; whether it held, and what was printed.
-fn test(
-    package: &str,
-    target: &Path,
-    model: &Model,
-    seeded: Option<&str>,
-) -> Result<(bool, String)> {
-    let mut command = build::cargo(&["test", "--release", "--quiet", "--package", package]);
-    command
-        .args(["--test", &model.file, "--", "--exact", &model.test])
-        .arg("--nocapture")
-        .env("RUSTFLAGS", "--cfg loom")
-        .env("CARGO_TARGET_DIR", target)
-        // A bug is a few lines of a crate that was built before.
-        .env("CARGO_INCREMENTAL", "1")
-        .env_remove("EBBTIDE_SEEDED");
-    if let Some(bug) = seeded {
-        command.env("EBBTIDE_SEEDED", bug);
+    fn ended(&self, schedules: u64, found: bool) -> Outcome<'a> {
+        Outcome {
+            model: &self.model.name,
+            bug: self.bug,
+            schedules,
+            found,
+        }
     }
-    let out = command.output().context("cargo test")?;
-    let mut text = String::from_utf8_lossy(&out.stdout).into_owned();
-    text.push_str(&String::from_utf8_lossy(&out.stderr));
-    Ok((out.status.success(), text))
+
+    /// Runs the model's test; whether it held, and what was printed.
+    fn test(&self) -> Result<(bool, String)> {
+        let mut command = Command::new(&self.program);
+        command
+            .current_dir(&self.of.dir)
+            .args(["--exact", &self.model.test, "--nocapture"])
+            .env_remove("EBBTIDE_SEEDED");
+        if let Some(bug) = self.bug {
+            command.env("EBBTIDE_SEEDED", bug);
+        }
+        let out = command
+            .output()
+            .with_context(|| format!("{}", self.program.display()))?;
+        let mut text = String::from_utf8_lossy(&out.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&out.stderr));
+        Ok((out.status.success(), text))
+    }
 }

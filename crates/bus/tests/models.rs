@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Loom models of the buses. Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-bus --test models --release`.
 //!
-//! Each seeded bug is a deviation from the protocol, compiled in by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
+//! Each seeded bug is a deviation from the protocol, chosen by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
 //!
 //! seeded: intx_level_unlocked breaks model_intx_wire
 //! seeded: intx_pin_unlocked breaks model_intx_pin

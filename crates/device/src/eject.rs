@@ -22,6 +22,7 @@ use std::fmt;
 use std::sync::{Arc, PoisonError};
 
 use ebbtide_gate::Gate;
+use ebbtide_models::seeded;
 
 use crate::sync::{AtomicPtr, AtomicU8, Mutex, Ordering};
 
@@ -139,7 +140,7 @@ impl Eject {
         // Of devices that have gone.
         gates.retain(|gate| !gate.is_drained());
         gates.push(Arc::clone(gate));
-        let early = cfg!(seeded = "cover_looks_first").then(|| self.state.load(Ordering::Acquire));
+        let early = seeded!("cover_looks_first").then(|| self.state.load(Ordering::Acquire));
         self.gates
             .store(Box::into_raw(Box::new(gates)), Ordering::Release);
         // A read-modify-write, not a load: it reads the newest state, and whoever isolates after it has seen it and
@@ -159,7 +160,7 @@ impl Eject {
     }
 
     fn change(&self, from: u8, to: u8) -> bool {
-        if cfg!(seeded = "eject_looks_then_writes") {
+        if seeded!("eject_looks_then_writes") {
             let is = self.state.load(Ordering::Acquire) == from;
             if is {
                 self.state.store(to, Ordering::Release);

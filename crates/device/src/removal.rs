@@ -8,6 +8,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use ebbtide_iothread::oneshot;
+use ebbtide_models::seeded;
 
 use crate::model::Holder;
 use crate::subtree::{
@@ -61,7 +62,7 @@ pub async fn remove<T, S: Surroundings<T>>(around: &S, top: NodeId) -> bool {
     // Those below that were on their way before are not in this sub-tree, but they are below it.
     let mut below = Vec::new();
     for Leaving { detached, gone } in leaving {
-        if !cfg!(seeded = "detach_before_those_below") {
+        if !seeded!("detach_before_those_below") {
             detached.await;
         }
         below.push(gone);

@@ -16,6 +16,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use ebbtide_iothread::Blocking;
+use ebbtide_models::seeded;
 
 use crate::model::{Draining, Holder, Model};
 
@@ -196,7 +197,7 @@ impl Future for Drain {
         let mut waiting = false;
         for drain in &mut this.pending {
             if let Some(future) = drain {
-                if cfg!(seeded = "drain_waits_for_the_first") && waiting {
+                if seeded!("drain_waits_for_the_first") && waiting {
                     *drain = None;
                     continue;
                 }

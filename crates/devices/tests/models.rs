@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Loom models of devices. Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-devices --test models --release`.
 //!
-//! Each seeded bug is a deviation from the protocol, compiled in by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
+//! Each seeded bug is a deviation from the protocol, chosen by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
 //!
 //! seeded: order_missed breaks model_orders
 //! seeded: stale_run_counts breaks model_reload

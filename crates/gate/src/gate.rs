@@ -4,6 +4,8 @@
 use std::fmt;
 use std::sync::Arc;
 
+use ebbtide_models::seeded;
+
 use crate::drain::{Drained, Stalled, Waiters};
 use crate::sync::{AtomicU64, Mutex, Ordering};
 use crate::word::{self, CLOSED, Entry, Held, WAITING};
@@ -92,7 +94,7 @@ impl Gate {
     /// The caller holds the lock of [`waiters`](Self::waiters) until its waker is in there: whoever empties the
     /// gate after this sees WAITING and takes that lock, whoever did before is seen here.
     pub(crate) fn announce_waiter(&self) -> bool {
-        if cfg!(seeded = "drain_wake_lost") {
+        if seeded!("drain_wake_lost") {
             let seen = self.word.load(Ordering::Acquire);
             self.word.fetch_or(WAITING, Ordering::AcqRel);
             return word::is_drained(seen);
@@ -102,7 +104,7 @@ impl Gate {
 
     /// Counts one in, unless closed or full. Pairs with [`leave`](Self::leave).
     pub(crate) fn admit(&self, kind: Entry) -> bool {
-        if cfg!(seeded = "enter_check_then_add") {
+        if seeded!("enter_check_then_add") {
             let open = word::entered(self.word.load(Ordering::Acquire), kind).is_some();
             if open {
                 self.word.fetch_add(kind.unit(), Ordering::Acquire);
@@ -128,7 +130,7 @@ impl Gate {
     /// Counts one out.
     pub(crate) fn leave(&self, kind: Entry) {
         // Release: what was done inside happens before the drain that this may complete.
-        let order = if cfg!(seeded = "leave_relaxed") {
+        let order = if seeded!("leave_relaxed") {
             Ordering::Relaxed
         } else {
             Ordering::Release

@@ -12,6 +12,8 @@ use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
+use ebbtide_models::seeded;
+
 use crate::gate::Gate;
 use crate::word::Entry;
 
@@ -73,7 +75,7 @@ impl<D: Send + Sync + 'static> Owned<D> {
     /// # Errors
     /// Gives `self` back while the gate is open or somebody is inside.
     pub fn try_into_inner(self) -> Result<D, Owned<D>> {
-        let drained = if cfg!(seeded = "take_out_undrained") {
+        let drained = if seeded!("take_out_undrained") {
             self.gate.is_closed()
         } else {
             self.gate.is_drained()

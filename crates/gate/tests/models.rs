@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Loom models of the gate. Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-gate --test models --release`.
 //!
-//! Each seeded bug is a deviation from the protocol behind `--cfg seeded="<bug>"`; with it the model must fail:
+//! Each seeded bug is a deviation from the protocol, chosen by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
 //!
 //! seeded: enter_check_then_add breaks model_drain
 //! seeded: leave_relaxed breaks model_drain

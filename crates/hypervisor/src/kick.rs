@@ -13,6 +13,8 @@
 //! The flag is lowered only after the hypervisor gave it as the reason, and before the thread looks for work again: a
 //! kick that arrives in between is served by that look.
 
+use ebbtide_models::seeded;
+
 use crate::sync::{AtomicU8, Ordering::AcqRel, Ordering::Release};
 
 // The hypervisor looks whether the flag is 0.
@@ -24,7 +26,7 @@ const HELD: u8 = 2;
 
 /// The kicker's side. The work must have been made visible before.
 pub fn kick(flag: &AtomicU8, signal: impl FnOnce()) {
-    if !cfg!(seeded = "kick_without_flag") {
+    if !seeded!("kick_without_flag") {
         // A read-modify-write, so that a second kick does not hide the first one's work from `after_interruption`.
         flag.fetch_or(KICKED, AcqRel);
     }
@@ -33,14 +35,14 @@ pub fn kick(flag: &AtomicU8, signal: impl FnOnce()) {
 
 /// The thread's side, before it enters the guest.
 pub fn before_entry(flag: &AtomicU8) {
-    if cfg!(seeded = "kick_lowered_on_entry") {
+    if seeded!("kick_lowered_on_entry") {
         flag.fetch_and(!KICKED, AcqRel);
     }
 }
 
 /// The thread's side, when the hypervisor turned back; to be followed by a look for work.
 pub fn after_interruption(flag: &AtomicU8) {
-    if cfg!(seeded = "kick_lowered_by_store") {
+    if seeded!("kick_lowered_by_store") {
         flag.store(0, Release);
     } else {
         // Reads what it overwrites: the work of a kick whose flag is lowered here is seen by the look that follows,
@@ -54,7 +56,7 @@ pub fn after_interruption(flag: &AtomicU8) {
 pub fn without_guest<T>(flag: &AtomicU8, entry: impl FnOnce() -> T) -> T {
     flag.fetch_or(HELD, AcqRel);
     let result = entry();
-    if cfg!(seeded = "hold_lowers_all") {
+    if seeded!("hold_lowers_all") {
         flag.swap(0, AcqRel);
     } else {
         flag.fetch_and(!HELD, AcqRel);

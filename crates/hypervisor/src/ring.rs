@@ -21,6 +21,8 @@
 //! Whose ring is full is on its own thread and outside of the guest: it harvests its own ring and goes on. Nobody else
 //! stops.
 
+use ebbtide_models::seeded;
+
 use crate::sync::{AtomicU32, AtomicU64, Condvar, Mutex, MutexGuard, Ordering};
 
 /// The kernel has filled the entry in.
@@ -117,16 +119,16 @@ pub fn harvest<'a, E: AsRef<[Entry]> + 'a, F>(
         return Ok(0);
     }
     let reset = || {
-        let one = (!cfg!(seeded = "ring_resets_together")).then(|| lock(&resets.0));
+        let one = (!seeded!("ring_resets_together")).then(|| lock(&resets.0));
         let result = reset();
         drop(one);
         result
     };
     let result;
-    if cfg!(seeded = "ring_mark_before_reset") {
+    if seeded!("ring_mark_before_reset") {
         mark(&mut written);
         result = reset();
-    } else if cfg!(seeded = "ring_unlocked_mark") {
+    } else if seeded!("ring_unlocked_mark") {
         result = reset();
         drop(held);
         mark(&mut written);
@@ -178,7 +180,7 @@ impl Crossing {
         let mut state = lock(&self.state);
         state.inside = false;
         state.exits += 1;
-        if state.waiting > 0 && !cfg!(seeded = "crossing_leaves_silently") {
+        if state.waiting > 0 && !seeded!("crossing_leaves_silently") {
             self.out.notify_all();
         }
     }
@@ -191,7 +193,7 @@ impl Crossing {
 
     /// Waits until `stay` is over: not for the next one, though the vCPU may be in the guest again.
     pub fn wait(&self, stay: Stay) {
-        if cfg!(seeded = "crossing_not_awaited") {
+        if seeded!("crossing_not_awaited") {
             return;
         }
         let mut state = lock(&self.state);

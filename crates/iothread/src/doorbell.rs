@@ -17,6 +17,8 @@
 //! before the attempt to sleep, which then fails, or after it, and then sees SLEEPING. With a plain store and a
 //! plain load instead, each side could miss the other's.
 
+use ebbtide_models::seeded;
+
 use crate::sync::{AtomicU32, Ordering};
 
 const AWAKE: u32 = 0;
@@ -41,7 +43,7 @@ impl Doorbell {
     /// Says that there is work. True when the sleeper sleeps: the caller, and only this one, must ring the bell.
     #[must_use = "when true the bell has to be rung"]
     pub fn notify(&self) -> bool {
-        if cfg!(seeded = "notify_load_first") && self.state.load(Ordering::SeqCst) == AWAKE {
+        if seeded!("notify_load_first") && self.state.load(Ordering::SeqCst) == AWAKE {
             return false;
         }
         // Release: the work put down before is seen by who takes the notification.
@@ -60,7 +62,7 @@ impl Doorbell {
     /// The sleeper, with nothing left to do: true when it may sleep; false when it was notified meanwhile.
     #[must_use = "sleeping after a refusal loses the notification"]
     pub fn try_sleep(&self) -> bool {
-        if cfg!(seeded = "sleep_without_recheck") {
+        if seeded!("sleep_without_recheck") {
             self.state.store(SLEEPING, Ordering::SeqCst);
             return true;
         }

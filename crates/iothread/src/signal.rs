@@ -10,6 +10,8 @@ use std::future::Future;
 use std::pin::Pin;
 use std::task::{Context, Poll, Waker};
 
+use ebbtide_models::seeded;
+
 use crate::sync::Mutex;
 
 /// See the module.
@@ -119,7 +121,7 @@ impl Future for Changed<'_> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
         let waker = cx.waker().clone();
-        if cfg!(seeded = "signal_registers_late") {
+        if seeded!("signal_registers_late") {
             if this.signal.locked(|state| state.count) == *this.seen {
                 drop(this.signal.register(&mut this.key, waker));
                 return Poll::Pending;

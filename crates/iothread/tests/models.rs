@@ -2,7 +2,7 @@
 //! Loom models of the iothread. Run with
 //! `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-iothread --test models --release`.
 //!
-//! Each seeded bug is a deviation from the protocol behind `--cfg seeded="<bug>"`; with it the model must fail:
+//! Each seeded bug is a deviation from the protocol, chosen by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
 //!
 //! seeded: sleep_without_recheck breaks model_doorbell
 //! seeded: notify_load_first breaks model_doorbell

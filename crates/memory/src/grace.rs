@@ -14,6 +14,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use ebbtide_models::seeded;
 use smallvec::SmallVec;
 
 use crate::flat::Flat;
@@ -286,13 +287,14 @@ impl Worker {
             drop(surplus);
         }
         loop {
-            if let Some((target, jobs)) = self.in_grace.take() {
+            if let Some((target, mut jobs)) = self.in_grace.take() {
                 if !self.grace.hub.grace_passed(target) {
                     self.in_grace = Some((target, jobs));
                     break;
                 }
-                #[cfg(seeded = "late_joins_grace")]
-                let jobs = jobs.into_iter().chain(self.queued.drain(..)).collect();
+                if seeded!("late_joins_grace") {
+                    jobs.append(&mut self.queued);
+                }
                 self.after_grace(jobs);
             }
             if !self.should_begin(closing) {
@@ -350,8 +352,9 @@ impl Worker {
                     self.drains.push(drain);
                 }
                 Job::Fence(fence) => {
-                    #[cfg(not(seeded = "unarmed_fence"))]
-                    self.grace.hub.arm(fence.slot());
+                    if !seeded!("unarmed_fence") {
+                        self.grace.hub.arm(fence.slot());
+                    }
                     self.fences.push(fence);
                 }
             }

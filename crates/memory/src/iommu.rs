@@ -14,6 +14,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use ebbtide_models::seeded;
+
 use crate::sync::{Mutex, lock};
 use crate::{Access, AddressSpace, Gpa};
 
@@ -179,7 +181,7 @@ impl Domain {
     /// dropped. Counted first, asked then: an invalidation that the translation does not know
     /// yet waits for the flight.
     pub(crate) fn fly<T>(&self, range: Range<u64>, translate: impl FnOnce() -> T) -> (Flight, T) {
-        if cfg!(seeded = "iommu_late_flight") {
+        if seeded!("iommu_late_flight") {
             let translated = translate();
             return (self.depart(range), translated);
         }

@@ -10,6 +10,8 @@ use std::future::Future;
 use std::sync::{self, Arc};
 use std::time::{Duration, Instant};
 
+use ebbtide_models::seeded;
+
 use crate::Error;
 use crate::ram::{ListShared, RamBlock};
 use crate::reader::hub::Hub;
@@ -176,7 +178,7 @@ impl Holds {
         list.holds.retain(|hold| hold.id != id);
         let last = list.holds.is_empty();
         drop(list);
-        if last && !cfg!(seeded = "no_hold_wake") {
+        if last && !seeded!("no_hold_wake") {
             self.hub.wake().signal();
         }
     }
@@ -241,7 +243,7 @@ impl Drain {
     }
 
     pub(crate) fn has_holds(&self) -> bool {
-        !cfg!(seeded = "hold_ignored") && !self.holds.is_empty()
+        !seeded!("hold_ignored") && !self.holds.is_empty()
     }
 
     pub(crate) fn finish(&self) {

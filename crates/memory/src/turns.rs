@@ -5,6 +5,8 @@
 //! time could keep the control thread from the map for as long as it likes. Whoever draws a
 //! number here waits for those with lower numbers and for nobody else.
 
+use ebbtide_models::seeded;
+
 use crate::sync::{AtomicU64, Condvar, Mutex, Ordering, lock};
 
 /// Those who wait sleep in that many groups: a turn's end wakes one of them.
@@ -77,7 +79,7 @@ impl Drop for Turn<'_> {
             return;
         }
         let bay = turns.bay(*serving);
-        if cfg!(seeded = "turn_wakes_one") {
+        if seeded!("turn_wakes_one") {
             bay.notify_one();
         } else {
             bay.notify_all();

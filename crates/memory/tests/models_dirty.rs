@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use ebbtide_memory::modelled::{Core, Dirty, ViewPointer};
+use ebbtide_models::seeded;
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use loom::thread;
 
@@ -51,11 +52,11 @@ fn harvest(dirty: Dirty, slot: u32, pages: &Block, there: &mut [u64; 2]) {
 }
 
 fn write(dirty: Dirty, slot: u32, pages: &Block, page: usize, value: u64) {
-    if cfg!(seeded = "mark_before_write") {
+    if seeded!("mark_before_write") {
         dirty.mark(slot, page as u64);
     }
     pages[page].store(value, Relaxed);
-    if !cfg!(seeded = "mark_before_write") {
+    if !seeded!("mark_before_write") {
         dirty.mark(slot, page as u64);
     }
 }

@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use ebbtide_models::seeded;
+
 use crate::interrupt::Interrupts;
 use crate::status::{self, Session, Status};
 use crate::sync::{Mutex, MutexGuard, lock};
@@ -71,7 +73,7 @@ impl Link {
 
     /// The driver is set up: a change it could not be told of before is announced now.
     pub fn driver_ok(&self) -> Session {
-        if cfg!(seeded = "driver_ok_unlocked") {
+        if seeded!("driver_ok_unlocked") {
             let pending = std::mem::take(&mut lock(&self.config).pending);
             self.status.set(status::DRIVER_OK);
             if pending {
@@ -83,8 +85,7 @@ impl Link {
         let mut config = lock(&self.config);
         let before = self.status.set(status::DRIVER_OK);
         // An error is not marked under the lock: either it finds DRIVER_OK set, or it is found here.
-        let failed =
-            before & status::NEEDS_RESET != 0 && !cfg!(seeded = "early_needs_reset_unannounced");
+        let failed = before & status::NEEDS_RESET != 0 && !seeded!("early_needs_reset_unannounced");
         if std::mem::take(&mut config.pending) || failed {
             self.interrupts.config();
         }
@@ -112,7 +113,7 @@ impl Link {
     }
 
     fn update_config<T>(&self, change: impl FnOnce() -> (T, Change)) -> T {
-        if cfg!(seeded = "config_change_unlocked") {
+        if seeded!("config_change_unlocked") {
             let (result, change) = change();
             self.changed(&mut lock(&self.config), change);
             return result;
@@ -125,7 +126,7 @@ impl Link {
 
     fn changed(&self, config: &mut MutexGuard<'_, Config>, change: Change) {
         if change == Change::None
-            || change == Change::Silent && cfg!(seeded = "silent_change_keeps_generation")
+            || change == Change::Silent && seeded!("silent_change_keeps_generation")
         {
             return;
         }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::task::{Poll, Waker};
 
 use ebbtide_gate::{Entry, Gate, Lease};
+use ebbtide_models::seeded;
 
 use crate::sync::{Mutex, lock};
 
@@ -43,7 +44,7 @@ impl Removal {
     /// Ends the activation behind `gate` because its device is removed. Never waits: the gate drains when the tasks of
     /// `queues` have answered what there is.
     pub fn begin(gate: &Arc<Gate>, queues: &[Removal]) {
-        if cfg!(seeded = "removal_closes_first") {
+        if seeded!("removal_closes_first") {
             gate.close();
         }
         for queue in queues {
@@ -96,7 +97,7 @@ impl Removed {
 
 impl Drop for Removed {
     fn drop(&mut self) {
-        if cfg!(seeded = "removal_waits_for_ended_task") {
+        if seeded!("removal_waits_for_ended_task") {
             return;
         }
         let mut state = lock(&self.0);

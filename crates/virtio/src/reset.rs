@@ -4,6 +4,7 @@
 use std::sync::Arc;
 
 use ebbtide_gate::Gate;
+use ebbtide_models::seeded;
 
 use crate::control::Link;
 use crate::status::Session;
@@ -33,7 +34,7 @@ impl Reset {
 
     /// Whether it can be completed.
     pub fn is_drained(&self) -> bool {
-        cfg!(seeded = "reset_before_drain") || self.gate.is_drained()
+        seeded!("reset_before_drain") || self.gate.is_drained()
     }
 
     /// Ready when it can be completed.

@@ -12,6 +12,8 @@
 //! A session begins when a reset begins. What is left of an earlier one can then no longer mark the device, although the
 //! status still reads as before until the reset is complete.
 
+use ebbtide_models::seeded;
+
 use crate::sync::{AtomicU64, Ordering};
 
 /// The driver has noticed the device.
@@ -71,7 +73,7 @@ impl Status {
     /// Sets NEEDS_RESET if `session` is still current. `Some(before)` if this call set it.
     pub fn set_needs_reset(&self, session: Session) -> Option<u8> {
         let mark = |word: u64| {
-            if cfg!(seeded = "needs_reset_any_session") {
+            if seeded!("needs_reset_any_session") {
                 return Some(word | u64::from(NEEDS_RESET));
             }
             (word >> 8 == session.0).then_some(word | u64::from(NEEDS_RESET))

@@ -2,7 +2,7 @@
 //! Loom models of what a device's threads and the driver's accesses do to each other.
 //! Run with `RUSTFLAGS='--cfg loom' cargo test -p ebbtide-virtio --test models --release`.
 //!
-//! Each seeded bug is a deviation from the protocol, compiled in by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
+//! Each seeded bug is a deviation from the protocol, chosen by `EBBTIDE_SEEDED=<bug>`; with it the model must fail:
 //!
 //! seeded: reset_before_drain breaks model_reset
 //! seeded: needs_reset_any_session breaks model_reset

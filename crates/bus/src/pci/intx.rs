@@ -14,6 +14,8 @@
 
 use std::sync::Arc;
 
+use ebbtide_models::seeded;
+
 use super::Devfn;
 use crate::irq::IrqLine;
 use crate::sync::{Mutex, lock};
@@ -64,7 +66,7 @@ impl Input {
             false => before.saturating_sub(1),
         };
         let high = *asserting > 0;
-        if cfg!(seeded = "intx_level_unlocked") {
+        if seeded!("intx_level_unlocked") {
             drop(asserting);
         }
         if high != (before > 0) {
@@ -184,7 +186,7 @@ impl InterruptPin {
             return;
         }
         // Otherwise kept to the end: two changes reach the wire in the order in which they were made.
-        if cfg!(seeded = "intx_pin_unlocked") {
+        if seeded!("intx_pin_unlocked") {
             drop(state);
         }
         if let Some(input) = after {

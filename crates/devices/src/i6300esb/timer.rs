@@ -16,6 +16,7 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use ebbtide_iothread::{Either, Local, race};
+use ebbtide_models::seeded;
 
 use crate::sync::{Mutex, lock};
 
@@ -52,7 +53,7 @@ impl Runs {
 
     /// Whether nothing else was ordered since.
     pub fn is_latest(&self, number: u64) -> bool {
-        self.0 == number || cfg!(seeded = "stale_run_counts")
+        self.0 == number || seeded!("stale_run_counts")
     }
 }
 
@@ -102,7 +103,7 @@ impl Orders {
             if std::mem::take(&mut state.changed) {
                 return Poll::Ready(Some(state.order));
             }
-            if cfg!(seeded = "order_missed") {
+            if seeded!("order_missed") {
                 drop(state);
                 state = lock(&self.0);
             }

@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 
+use ebbtide_models::seeded;
+
 use super::PAGE_SHIFT;
 use super::snapshot::Word;
 use crate::ram::fence::masks;
@@ -205,7 +207,7 @@ pub(super) unsafe fn mark_pages(word_zero: *const AtomicU64, first: u64, last: u
 
 /// Sets bits of a word that were not all set in `bits`: the less likely part of marking.
 fn set_bits(word: &AtomicU64, bits: u64, mask: u64) {
-    if cfg!(seeded = "mark_by_store") {
+    if seeded!("mark_by_store") {
         word.store(bits | mask, Release);
     } else {
         word.fetch_or(mask, Release);

@@ -9,6 +9,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use ebbtide_models::seeded;
+
 use super::bitmap::{Bitmap, mark_page, mark_pages};
 use super::{CLIENTS, DirtyClient, PAGE_BYTES, PAGE_SHIFT};
 use crate::Error;
@@ -255,8 +257,7 @@ impl Table {
 
     /// Between a harvest and the reading of the pages.
     pub(super) fn settle(&self) {
-        #[cfg(not(seeded = "no_harvest_barrier"))]
-        {
+        if !seeded!("no_harvest_barrier") {
             let barrier = lock(&self.state).barrier;
             barrier.heavy();
         }
@@ -286,7 +287,7 @@ impl Table {
                 block.own |= client.bit();
             }
             let own = block.own;
-            if cfg!(seeded = "client_before_bitmap") {
+            if seeded!("client_before_bitmap") {
                 self.publish(&state, *slot, own);
             }
             if let Some(block) = state.blocks.get(slot) {

@@ -12,6 +12,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
+use ebbtide_models::seeded;
+
 use crate::sync::{Mutex, lock};
 
 /// The bytes of one device.
@@ -50,7 +52,7 @@ impl State {
             self.used += first.bytes;
             self.served.push(first.key);
             wakers.extend(first.waker.take());
-            if cfg!(seeded = "bounce_serves_one") {
+            if seeded!("bounce_serves_one") {
                 return;
             }
         }
@@ -90,8 +92,7 @@ impl Budget {
                 bytes,
             });
         }
-        #[cfg(seeded = "bounce_queue_late")]
-        {
+        if seeded!("bounce_queue_late") {
             drop(state);
             state = lock(&self.state);
         }
@@ -198,7 +199,7 @@ impl Drop for BounceWait {
         let mut wakers = Vec::new();
         let mut state = lock(&self.budget.state);
         if state.take_served(self.key) {
-            if cfg!(seeded = "bounce_keeps_unclaimed") {
+            if seeded!("bounce_keeps_unclaimed") {
                 return;
             }
             state.used -= self.bytes;

@@ -19,6 +19,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
+use ebbtide_models::seeded;
+
 use crate::reader::hub::Hub;
 use crate::reader::wake::Level;
 use crate::sync::{AtomicU64, Mutex, lock};
@@ -103,12 +105,12 @@ pub(crate) unsafe fn admit_one(
 ) -> Option<usize> {
     // SAFETY: the map has the words of all its blocks.
     let word = unsafe { &*word_zero.wrapping_add((block / 64) as usize) };
-    #[cfg(not(seeded = "bank_after_bits"))]
+    let plugged = || word.load(Acquire) >> (block % 64) & 1 == 1;
+    if seeded!("bank_after_bits") {
+        return plugged().then(|| current.load(Acquire) as usize);
+    }
     let bank = current.load(Acquire);
-    let plugged = word.load(Acquire) >> (block % 64) & 1 == 1;
-    #[cfg(seeded = "bank_after_bits")]
-    let bank = current.load(Acquire);
-    plugged.then_some(bank as usize)
+    plugged().then_some(bank as usize)
 }
 
 /// As [`admit_one`], for the blocks `first..=last`.
@@ -175,8 +177,9 @@ impl Fence {
         self.map.clear(blocks);
         // Before the worker can know of the seal: its grace period must also end the sections
         // that still trust a cached translation.
-        #[cfg(not(seeded = "no_seal_bump"))]
-        self.hub.bump_generation();
+        if !seeded!("no_seal_bump") {
+            self.hub.bump_generation();
+        }
         let mut state = lock(&self.state);
         state.queued.push(level);
         !std::mem::replace(&mut state.active, true)

@@ -16,6 +16,8 @@ use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use ebbtide_models::seeded;
+
 use super::arena::Arena;
 use super::{NotifierId, RamBlock, RamBlocks, RamNotifier, RamPolicy, RamSpec};
 use crate::grace::{Grace, Job};
@@ -324,7 +326,7 @@ impl ListShared {
             |notifier| notifier.removed(block.host(), block.size_bytes(), block.max_size_bytes()),
         );
         block.destroy()?;
-        if !cfg!(seeded = "slot_at_unpublish") {
+        if !seeded!("slot_at_unpublish") {
             block.grace().hub().free_slot(block.slot());
         }
         Ok(())

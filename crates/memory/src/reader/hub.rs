@@ -5,6 +5,8 @@
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
+use ebbtide_models::seeded;
+
 use super::barrier::Barrier;
 use super::counters::{Lane, MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
@@ -188,7 +190,7 @@ impl Hub {
     pub(crate) fn disown(&self, row: &'static Row) {
         let registry = lock(&self.registry);
         let free = row.let_go();
-        if free && cfg!(seeded = "exit_forgets_pins") {
+        if free && seeded!("exit_forgets_pins") {
             row.clear(registry.slots);
         }
     }
@@ -207,7 +209,7 @@ impl Hub {
     /// the end of one that remains signals the hub's wake.
     pub(crate) fn grace_passed(&self, target: u64) -> bool {
         let registry = lock(&self.registry);
-        if cfg!(seeded = "no_grace") {
+        if seeded!("no_grace") {
             return true;
         }
         // A section that is not seen to have ended after the barrier has its end see the watch.
@@ -223,7 +225,7 @@ impl Hub {
             if !late {
                 return true;
             }
-            if !fresh || (cfg!(seeded = "watch_once") && rounds > 0) {
+            if !fresh || (seeded!("watch_once") && rounds > 0) {
                 return false;
             }
             registry.barrier.heavy();
@@ -298,7 +300,7 @@ impl Hub {
                 .flat_map(|row| banks.iter().map(|b| count(row, Lane::new(slot, *b))));
             counts.fold(0, u64::wrapping_add)
         };
-        if cfg!(seeded = "acquired_first") {
+        if seeded!("acquired_first") {
             let acquired = sum(Row::acquired);
             return acquired.wrapping_sub(sum(Row::released));
         }

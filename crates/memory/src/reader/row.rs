@@ -7,6 +7,8 @@
 use std::ptr;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
+use ebbtide_models::seeded;
+
 use super::barrier::light;
 use super::counters::{Counters, Lane};
 use super::hub::Hub;
@@ -128,8 +130,9 @@ impl Row {
         let own = &self.own.0;
         if own.section.load(Relaxed) == 0 {
             own.section.store(hub.grace_number(), Relaxed);
-            #[cfg(not(seeded = "no_reader_fence"))]
-            light(false);
+            if !seeded!("no_reader_fence") {
+                light(false);
+            }
         } else {
             self.enter_slowly(hub);
         }
@@ -154,8 +157,9 @@ impl Row {
         let own = &self.own.0;
         if own.nesting.load(Relaxed) == 0 {
             own.section.store(0, Release);
-            #[cfg(not(seeded = "no_leave_fence"))]
-            light(false);
+            if !seeded!("no_leave_fence") {
+                light(false);
+            }
             if self.shared.0.watch.load(Relaxed) & WATCH_SECTION != 0 {
                 self.section_ended();
             }
@@ -226,8 +230,9 @@ impl Row {
             let away = self.shared.0.counters.away(lane);
             away.released.fetch_add(1, Release);
         }
-        #[cfg(not(seeded = "no_unpin_fence"))]
-        light(false);
+        if !seeded!("no_unpin_fence") {
+            light(false);
+        }
         if self.shared.0.watch.load(Relaxed) & (WATCH_PINS | WATCH_FENCED) != 0 {
             self.pin_released(lane);
         }

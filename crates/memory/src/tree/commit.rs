@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::{Arc, Weak};
 
+use ebbtide_models::seeded;
 use smallvec::SmallVec;
 
 use super::delta::Delta;
@@ -119,8 +120,9 @@ impl Tree {
                 .for_each(|(_, _, listener)| listener.commit());
         }
         for (_, drain) in unplugged {
-            #[cfg(seeded = "slot_at_unpublish")]
-            grace.hub().free_slot(drain.slot());
+            if seeded!("slot_at_unpublish") {
+                grace.hub().free_slot(drain.slot());
+            }
             drain.unpublish();
             jobs.push(Job::Drain(Arc::clone(drain)));
         }

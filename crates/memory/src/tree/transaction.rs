@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use ebbtide_models::seeded;
 use smallvec::SmallVec;
 
 use super::commit::Tree;
@@ -402,7 +403,7 @@ impl<'a> Transaction<'a> {
 }
 
 fn check_live(block: &Arc<RamBlock>) -> Result<(), Error> {
-    if block.is_live() || cfg!(seeded = "unplug_twice") {
+    if block.is_live() || seeded!("unplug_twice") {
         return Ok(());
     }
     Err(Error::Unplugged(block.name().to_owned()))

@@ -18,6 +18,8 @@ use std::future::{Future, poll_fn};
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
+use ebbtide_models::seeded;
+
 use super::request::Address;
 use crate::sync::{Mutex, MutexGuard, lock};
 
@@ -111,7 +113,7 @@ impl Tasks {
         }
         let tasks = Arc::clone(self);
         poll_fn(move |cx| {
-            if cfg!(seeded = "function_does_not_wait") {
+            if seeded!("function_does_not_wait") {
                 chosen.clear();
             }
             while let Some(&(queue, number)) = chosen.last() {
@@ -145,7 +147,7 @@ impl Drop for Task {
         let Some(mut list) = self.tasks.queue(self.queue) else {
             return;
         };
-        if cfg!(seeded = "wakes_before_it_is_gone") {
+        if seeded!("wakes_before_it_is_gone") {
             let waiters = std::mem::take(&mut list.waiters);
             drop(list);
             waiters.into_iter().for_each(Waker::wake);
