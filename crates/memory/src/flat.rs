@@ -5,9 +5,9 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::ptr;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-use crate::index::{Node, Window};
+use crate::index::{Solo, Window};
 use crate::tree::RegionKind;
 use crate::{RamBlock, Region};
 
@@ -49,7 +49,7 @@ impl FlatSection {
     pub(crate) fn new(
         range: Range<u64>,
         offset_in_region: u64,
-        region: &Arc<Region>,
+        region: Arc<Region>,
     ) -> FlatSection {
         let kind = match region.kind() {
             RegionKind::Ram {
@@ -74,7 +74,7 @@ impl FlatSection {
             range,
             kind,
             offset_in_region,
-            region: Arc::clone(region),
+            region,
         }
     }
 
@@ -179,16 +179,19 @@ pub(crate) struct Flat {
     pub(crate) section: FlatSection,
     window: Window,
     /// A node of the index that shows nothing but this section.
-    solo: OnceLock<Node>,
+    solo: Solo,
 }
 
 impl Flat {
     pub(crate) fn new(section: FlatSection) -> Arc<Flat> {
-        Arc::new(Flat {
+        let flat = Arc::new(Flat {
             window: Window::new(&section),
             section,
-            solo: OnceLock::new(),
-        })
+            solo: Solo::new(),
+        });
+        // SAFETY: its own, just made.
+        unsafe { flat.solo.show(&flat) };
+        flat
     }
 
     /// The section as pins see it.
@@ -205,7 +208,7 @@ impl Flat {
     }
 
     /// The node that shows nothing but this section.
-    pub(crate) fn solo(self: &Arc<Flat>) -> &Node {
-        self.solo.get_or_init(|| Node::solo(self))
+    pub(crate) fn solo(&self) -> &Solo {
+        &self.solo
     }
 }

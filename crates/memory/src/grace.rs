@@ -4,7 +4,8 @@
 //! ```text
 //!   submit ──► queued ──(begin grace)──► in grace ──(readers gone)──► retired: dropped
 //!                                                                 ├─► graces: told
-//!                                                                 ├─► drains: wait for pins of both banks
+//!                                                                 ├─► drains: wait for pins of both banks; the last
+//!                                                                 │   unpin ends them, on its thread
 //!                                                                 └─► fences: wait for pins of the old bank
 //! ```
 //!
@@ -195,6 +196,7 @@ pub(crate) struct Worker {
     queued: Vec<Job>,
     lingering_since: Option<Instant>,
     in_grace: Option<(u64, Vec<Job>)>,
+    /// Some may be over: ended by the last unpin.
     drains: Vec<Arc<Drain>>,
     fences: Vec<Arc<Fence>>,
     /// Slots armed while closing.
@@ -305,6 +307,11 @@ impl Worker {
                 if let Job::Fence(fence) = job {
                     fence.begin();
                 }
+                if seeded!("drain_before_grace")
+                    && let Job::Drain(drain) = job
+                {
+                    self.grace.hub.begin_drain(drain);
+                }
             }
             let target = self.grace.hub.begin_grace();
             self.in_grace = Some((target, jobs));
@@ -348,7 +355,9 @@ impl Worker {
                 Job::Grace(level) => level.raise(1),
                 Job::Drain(drain) => {
                     drain.begin();
-                    self.grace.hub.arm(drain.slot());
+                    if !seeded!("drain_before_grace") {
+                        self.grace.hub.begin_drain(&drain);
+                    }
                     self.drains.push(drain);
                 }
                 Job::Fence(fence) => {
@@ -363,14 +372,7 @@ impl Worker {
 
     fn check_drains(&mut self) {
         let hub = self.grace.hub;
-        self.drains.retain(|drain| {
-            if drain.has_holds() || hub.outstanding(drain.slot(), &[0, 1]) != 0 {
-                return true;
-            }
-            hub.disarm(drain.slot());
-            drain.finish();
-            false
-        });
+        self.drains.retain(|drain| !hub.end_drain(drain));
     }
 
     fn check_fences(&mut self) {

@@ -17,23 +17,29 @@
 //! Nodes of cells in which nothing changed are shared by successive views: a change copies the
 //! top table and builds the nodes it touches.
 
+mod solo;
+mod view;
 mod window;
 
+pub(crate) use solo::Solo;
+pub(crate) use view::View;
 pub(crate) use window::{Place, Window};
 
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
-use std::hint::cold_path;
 use std::ops::Range;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use smallvec::SmallVec;
 
+use crate::SectionKind;
 use crate::flat::Flat;
-use crate::{Access, SectionKind};
 
 /// log2 of the cells per octave.
 const CELL_BITS: u32 = 6;
+/// Cells that are copied together: a line or two of pointers is no less work than eight.
+const CHUNK: usize = 64;
 /// log2 of the address below which all cells have the same size.
 const LOW_BITS: u32 = 16;
 /// Slots of one node at most; above that, coarser slots with further nodes.
@@ -206,11 +212,6 @@ impl Node {
         Node::new(0, 63, &[0, 0], &[Entry::UNMAPPED])
     }
 
-    /// A node that shows `flat` everywhere.
-    pub(crate) fn solo(flat: &Arc<Flat>) -> Node {
-        Node::new(0, 63, &[0, 0], &[Entry::section(flat)])
-    }
-
     /// A node for the addresses `first..=last` (a power of two of them, aligned), of which
     /// `flats` (sorted, all of them touching the range) show parts.
     fn build(first: u64, last: u64, flats: &[Arc<Flat>]) -> Node {
@@ -377,127 +378,19 @@ fn cell_range(cell: usize) -> (u64, u64) {
     (column << shift, (column << shift) + ((1 << shift) - 1))
 }
 
-/// An immutable view: the top table. The nodes belong to the [`Index`].
-pub(crate) struct View {
-    /// Where cell 0 would be.
-    cell_zero: *const *const Head,
-    /// The same of `windows`.
-    window_zero: *const *const Window,
-    /// Number of the first cell that the table lacks.
-    end: usize,
-    unmapped: Entry,
-    /// What `cell_zero` points into.
-    cells: Vec<*const Head>,
-    /// By cell, the window of the RAM that covers most of it: one look at it answers nearly all
-    /// pins, without the node.
-    windows: Vec<*const Window>,
-}
-
-// SAFETY: immutable; what it points to is kept alive by its index until after its grace period
-// (M2).
-unsafe impl Send for View {}
-// SAFETY: as above.
-unsafe impl Sync for View {}
-
-impl View {
-    /// A view that shows nothing.
-    pub(crate) fn empty() -> View {
-        let mut view = View {
-            cell_zero: ptr::null(),
-            window_zero: ptr::null(),
-            end: FIRST_CELL,
-            unmapped: Entry::UNMAPPED,
-            cells: Vec::new(),
-            windows: Vec::new(),
-        };
-        view.show(&[], &[]);
-        view
-    }
-
-    /// Makes it show something else. Nobody else knows the view.
-    fn show(&mut self, cells: &[*const Head], windows: &[*const Window]) {
-        self.cells.clear();
-        self.cells.extend_from_slice(cells);
-        self.windows.clear();
-        self.windows.extend_from_slice(windows);
-        self.cell_zero = self.cells.as_ptr().wrapping_sub(FIRST_CELL);
-        self.window_zero = self.windows.as_ptr().wrapping_sub(FIRST_CELL);
-        self.end = FIRST_CELL + self.cells.len();
-    }
-
-    /// The place of `len` bytes of RAM at `address`, if there is nothing special about them:
-    /// `None` says that [`View::lookup`] must be asked. In a read section.
-    #[inline(always)]
-    pub(crate) fn place(&self, address: u64, len: u64, access: Access) -> Option<Place> {
-        let cell = cell_of(address);
-        if cell >= self.end {
-            return None;
-        }
-        // SAFETY: as in `first`; the window belongs to a section of this view (M2), or is static.
-        let window = unsafe { &**self.window_zero.wrapping_add(cell) };
-        window.place(address, len, access)
-    }
-
-    /// What answers at `address`.
-    ///
-    /// The caller is in a read section in which it loaded the view (M2).
-    #[inline(always)]
-    pub(crate) fn lookup(&self, address: u64) -> Option<&Entry> {
-        let mut entry = self.first(address);
-        if entry.kind & NODE != 0 {
-            entry = View::further(entry, address);
-        }
-        (entry.kind != 0).then_some(entry)
-    }
-
-    /// The first entry on the way to `address`: nearly always the last one, too.
-    #[inline(always)]
-    fn first(&self, address: u64) -> &Entry {
-        let cell = cell_of(address);
-        if cell >= self.end {
-            cold_path();
-            return &self.unmapped;
-        }
-        // SAFETY: no address has a cell below the first, and this one is below the end. The node
-        // belongs to this view and outlives the section (M2).
-        unsafe { View::step(*self.cell_zero.wrapping_add(cell), address) }
-    }
-
-    /// Follows further nodes.
-    #[cold]
-    #[inline(never)]
-    fn further(mut entry: &Entry, address: u64) -> &Entry {
-        while entry.kind & NODE != 0 {
-            // SAFETY: a node entry names a node of the same view (M2), which covers the address.
-            entry = unsafe { View::step(entry.to.cast(), address) };
-        }
-        entry
-    }
-
-    /// The entry of a node for an address at or behind its first.
-    ///
-    /// # Safety
-    /// The node is alive for the lifetime of the result.
-    #[inline(always)]
-    unsafe fn step<'a>(head: *const Head, address: u64) -> &'a Entry {
-        // SAFETY: the slot is clamped to the node's last, and each slot is the distance of an
-        // entry of the node.
-        unsafe {
-            let node = &*head;
-            let slot = (address >> (node.shift & 63)).min(node.last_slot);
-            let distance = *node.slot_zero.wrapping_add(slot as usize);
-            &*head.byte_add(usize::from(distance) * UNIT).cast::<Entry>()
-        }
-    }
-}
-
 /// The writer's side: owns the nodes of the current view.
 pub(crate) struct Index {
+    /// Names it among all of the process.
+    id: u64,
+    /// Counts updates.
+    version: u64,
     empty: Node,
-    /// Per cell of the top table its node, unless it is `empty` or a section's solo node.
+    /// Per cell of the top table its node, unless it is `empty` or a section's own.
     nodes: Vec<Option<Node>>,
     cells: Vec<*const Head>,
     windows: Vec<*const Window>,
+    /// By `CHUNK` cells, the update that changed one of them last.
+    changed: Vec<u64>,
 }
 
 // SAFETY: the pointers name nodes owned by the index or by `Flat`s of the same address space
@@ -512,18 +405,23 @@ pub(crate) struct OldNodes {
 
 impl Index {
     pub(crate) fn new() -> Index {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
         Index {
+            id: NEXT.fetch_add(1, Ordering::Relaxed),
+            version: 0,
             empty: Node::empty(),
             nodes: Vec::new(),
             cells: Vec::new(),
             windows: Vec::new(),
+            changed: Vec::new(),
         }
     }
 
-    /// The view as it stands, in the memory of one that no reader sees any more.
+    /// The view as it stands, made of one that no reader sees any more: of one of this index what
+    /// has changed since is copied.
     pub(crate) fn view(&self, spare: Option<Box<View>>) -> Box<View> {
         let mut view = spare.unwrap_or_else(|| Box::new(View::empty()));
-        view.show(&self.cells, &self.windows);
+        view.show(self);
         view
     }
 
@@ -534,6 +432,12 @@ impl Index {
         let last = flats.last().map(|flat| cell_of(flat.section.range.end - 1));
         let end = last.map_or(FIRST_CELL, |last| last + 1);
         let length = end - FIRST_CELL;
+        self.version += 1;
+        if length != self.cells.len() {
+            let same = length.min(self.cells.len()) / CHUNK;
+            self.changed.truncate(same);
+            self.changed.resize(length.div_ceil(CHUNK), self.version);
+        }
         let mut old = SmallVec::new();
         if length < self.nodes.len() {
             old.extend(self.nodes.drain(length..).flatten());
@@ -545,6 +449,10 @@ impl Index {
         for range in changed {
             let cells = cell_of(range.start).max(done)..end.min(cell_of(range.end - 1) + 1);
             done = done.max(cells.end);
+            if !cells.is_empty() {
+                let (first, last) = (cells.start - FIRST_CELL, cells.end - 1 - FIRST_CELL);
+                self.changed[first / CHUNK..=last / CHUNK].fill(self.version);
+            }
             let mut cell = cells.start;
             while cell < cells.end {
                 cell = self.update_run(flats, cell..cells.end, &mut old);
@@ -563,10 +471,11 @@ impl Index {
     ) -> usize {
         let (from, to) = cell_range(cells.start);
         let start = flats.partition_point(|flat| flat.section.range.end <= from);
+        let empty = self.empty.0.as_ptr().cast_const();
         let (head, window, next) = match flats.get(start) {
             Some(flat) if covers(flat, from, to) => {
                 let window = largest(std::slice::from_ref(flat), from, to);
-                (flat.solo().0.as_ptr(), window, flat.section.range.end)
+                (flat.solo().head(), window, flat.section.range.end)
             }
             Some(flat) if flat.section.range.start <= to => {
                 let count = flats[start..].partition_point(|flat| flat.section.range.start <= to);
@@ -578,12 +487,8 @@ impl Index {
                 old.extend(self.nodes[at].replace(node));
                 return cells.start + 1;
             }
-            Some(flat) => (
-                self.empty.0.as_ptr(),
-                Window::none() as _,
-                flat.section.range.start,
-            ),
-            None => (self.empty.0.as_ptr(), Window::none() as _, u64::MAX),
+            Some(flat) => (empty, Window::none() as _, flat.section.range.start),
+            None => (empty, Window::none() as _, u64::MAX),
         };
         // The cell of what comes next shows more than this.
         let end = cells.end.min(cell_of(next)).max(cells.start + 1);

@@ -2,7 +2,7 @@
 //! The core object: readers, grace worker, RAM list, region tree, address spaces.
 
 use std::future::Future;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
@@ -53,6 +53,8 @@ pub struct Memory {
     writer: AtomicU64,
     /// Address spaces that were dropped, with their last views; forgotten with the next change.
     dropped: Mutex<Vec<(u64, Box<View>)>>,
+    /// Whether there are any. Changed under the lock of `dropped`.
+    any_dropped: AtomicBool,
     sweeper: Arc<Sweeper>,
     worker: Option<JoinHandle<()>>,
 }
@@ -104,6 +106,7 @@ impl Memory {
             tree: Mutex::default(),
             writer: AtomicU64::new(0),
             dropped: Mutex::default(),
+            any_dropped: AtomicBool::new(false),
             sweeper,
             worker,
         }))
@@ -255,10 +258,10 @@ impl Memory {
 
     /// Takes note that an address space is gone.
     pub(crate) fn space_dropped(&self, id: u64, view: Box<View>) {
-        self.dropped
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-            .push((id, view));
+        let mut dropped = self.lock_dropped();
+        dropped.push((id, view));
+        self.any_dropped.store(true, Ordering::Release);
+        drop(dropped);
         // Whoever holds the lock, perhaps this thread, is followed by somebody who does it.
         if let Some(turn) = self.turns.try_take() {
             let mut guard = self.enter_tree(turn, make_token());
@@ -266,14 +269,20 @@ impl Memory {
         }
     }
 
+    fn lock_dropped(&self) -> MutexGuard<'_, Vec<(u64, Box<View>)>> {
+        let dropped = self.dropped.lock();
+        dropped.unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
     fn forget_dropped(&self, tree: &mut Tree) {
-        let dropped = std::mem::take(
-            &mut *self
-                .dropped
-                .lock()
-                .unwrap_or_else(|poisoned| poisoned.into_inner()),
-        );
-        for (id, view) in dropped {
+        if !self.any_dropped.load(Ordering::Acquire) {
+            return;
+        }
+        let mut dropped = self.lock_dropped();
+        self.any_dropped.store(false, Ordering::Relaxed);
+        let gone = std::mem::take(&mut *dropped);
+        drop(dropped);
+        for (id, view) in gone {
             let Some(space) = tree.remove_space(id) else {
                 continue;
             };

@@ -3,7 +3,9 @@
 
 use std::future::Future;
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Wake, Waker};
 
 use crate::grace::{Grace, Job, Worker};
 use crate::iommu::{Domain, Flight};
@@ -108,9 +110,13 @@ impl Core {
 
     /// Plays the worker until `waiting` is over.
     pub fn work_until(&self, worker: &mut WorkerThread, waiting: &Waiting) {
+        // Whoever ends it wakes this thread, which is the worker as well as the one that waits.
+        let waker = Waker::from(Arc::new(Signal(self.clone())));
+        let mut context = Context::from_waker(&waker);
+        let mut reached = pin!(waiting.level.reached(waiting.wanted));
         loop {
             worker.0.turn();
-            if waiting.is_over() {
+            if reached.as_mut().poll(&mut context).is_ready() {
                 return;
             }
             self.grace.hub().wake().wait(None);
@@ -136,6 +142,15 @@ impl Core {
     /// The number cached translations compare.
     pub fn generation(&self) -> u64 {
         self.grace.hub().generation()
+    }
+}
+
+/// Signals the worker.
+struct Signal(Core);
+
+impl Wake for Signal {
+    fn wake(self: Arc<Self>) {
+        self.0.hub().wake().signal();
     }
 }
 

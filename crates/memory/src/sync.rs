@@ -2,6 +2,8 @@
 //! The primitives the protocols are written with: std's, or loom's when they are model-checked, or
 //! in unit tests ones that record what is stored to.
 
+use std::sync::TryLockError;
+
 #[cfg(all(test, not(loom)))]
 pub(crate) use crate::counted::{AtomicBool, AtomicPtr, AtomicU8, AtomicU32, AtomicU64};
 #[cfg(loom)]
@@ -16,6 +18,17 @@ pub(crate) use std::{
     sync::atomic::{Ordering, fence},
     sync::{Condvar, Mutex, MutexGuard},
 };
+
+/// Locks unless somebody else has the lock; as [`lock`] in everything else.
+pub(crate) fn try_lock<T>(mutex: &Mutex<T>) -> Option<MutexGuard<'_, T>> {
+    #[cfg(all(test, not(loom)))]
+    crate::counted::note(mutex, true);
+    match mutex.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
 
 /// Locks, also after a panic elsewhere: every critical section here leaves its data consistent
 /// before it runs code that can panic.

@@ -300,7 +300,7 @@ fn model_pin_clone() {
 fn model_drain_wake() {
     explore(
         "memory/drain-wake",
-        "the last unpin wakes the worker",
+        "the last unpin ends the unplug, or wakes the worker to do it",
         4,
         || {
             let core = Core::default();

@@ -2,18 +2,21 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::{FlatSection, Region};
+use crate::{Access, FlatSection, Region};
 
 fn flats(ranges: &[(u64, u64)]) -> Vec<Arc<Flat>> {
     let region = Region::reservation("r", u64::MAX);
     ranges
         .iter()
-        .map(|(start, end)| Flat::new(FlatSection::new(*start..*end, 0, &region)))
+        .map(|(start, end)| Flat::new(FlatSection::new(*start..*end, 0, Arc::clone(&region))))
         .collect()
 }
 
 fn check(index: &Index, flats: &[Arc<Flat>]) {
-    let view = index.view(None);
+    check_view(&index.view(None), flats);
+}
+
+fn check_view(view: &View, flats: &[Arc<Flat>]) {
     let mut probes = vec![0, u64::MAX];
     for flat in flats {
         let Range { start, end } = flat.section.range;
@@ -91,12 +94,16 @@ fn the_end_of_the_address_space_is_reached() {
 }
 
 proptest! {
-    /// Any set of sections, changed step by step, against a walk of the list.
+    /// Any set of sections, changed step by step, against a walk of the list; in new views and in
+    /// ones that showed what was there three steps before, or the map of another.
     #[test]
     fn updates_match_a_walk(steps in prop::collection::vec((any::<u8>(), 0u32..50, 1u64..5000), 1..60)) {
         let mut map = std::collections::BTreeMap::new();
         let mut index = Index::new();
         let mut keep = Vec::new();
+        let mut other = Index::new();
+        other.update(&flats(&[(0, 1 << 30)]), std::slice::from_ref(&(0..1 << 30)));
+        let mut spares = std::collections::VecDeque::from([other.view(None), other.view(None)]);
         for (low, shift, length) in steps {
             let start = (u64::from(low) << shift) | (u64::from(low) & 7);
             let mut range = start..start + (length << (shift / 3));
@@ -116,6 +123,12 @@ proptest! {
             let flats: Vec<_> = map.values().cloned().collect();
             index.update(&flats, std::slice::from_ref(&range));
             check(&index, &flats);
+            let view = index.view(spares.pop_front());
+            check_view(&view, &flats);
+            spares.push_back(view);
+            if spares.len() < 3 {
+                spares.push_back(index.view(None));
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What the readers of one memory share: the grace number, the rows, the pin slots.
 
+use std::sync::Arc;
 #[cfg(not(loom))]
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
@@ -12,7 +13,8 @@ use super::counters::{Lane, MAX_SLOTS, PerSlot};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
 use crate::dirty::Table;
-use crate::sync::{AtomicU64, Mutex, lock};
+use crate::sync::{AtomicU64, Mutex, lock, try_lock};
+use crate::ticket::Drain;
 
 /// Shared by the readers of one memory. Never freed, only used again (M6).
 pub(crate) struct Hub {
@@ -36,8 +38,12 @@ struct Registry {
     /// Slots handed out so far, the free ones included.
     slots: u32,
     free: Vec<u32>,
-    /// Slots whose pins the worker waits for.
+    /// Slots whose pins somebody waits for.
     armed: Vec<u32>,
+    /// Unplugs that wait for the pins of their slot, and for nothing else but holds. Whoever lets one
+    /// of these pins go, and the worker, look whether it was the last; who takes the unplug out of
+    /// here tells that it is over.
+    drains: Vec<Arc<Drain>>,
 }
 
 /// Rows and hubs that no memory uses. The only global: they outlive their memories (M6).
@@ -58,6 +64,7 @@ impl Hub {
             slots: 0,
             free: Vec::new(),
             armed: Vec::new(),
+            drains: Vec::new(),
         };
         Box::leak(Box::new(Hub {
             grace: Line(AtomicU64::new(1)),
@@ -86,6 +93,7 @@ impl Hub {
         registry.slots = 0;
         registry.free.clear();
         registry.armed.clear();
+        registry.drains.clear();
         drop(registry);
         self.dirty.clear();
         let mut spare = lock(&SPARE);
@@ -267,25 +275,13 @@ impl Hub {
 
     /// Makes the release of pins of `slot` signal the wake. Nests.
     pub(crate) fn arm(&self, slot: u32) {
-        let mut registry = lock(&self.registry);
-        registry.armed.push(slot);
-        for row in &registry.rows {
-            row.watch_pins(slot, true, true);
-        }
+        lock(&self.registry).arm(slot);
         // The caller sums next, and `outstanding` begins with a heavy barrier.
     }
 
     /// Undoes one [`Hub::arm`].
     pub(crate) fn disarm(&self, slot: u32) {
-        let mut registry = lock(&self.registry);
-        if let Some(at) = registry.armed.iter().position(|s| *s == slot) {
-            registry.armed.swap_remove(at);
-        }
-        let still = registry.armed.contains(&slot);
-        let any = !registry.armed.is_empty();
-        for row in &registry.rows {
-            row.watch_pins(slot, still, any);
-        }
+        lock(&self.registry).disarm(slot);
     }
 
     /// Pins of `slot` that are out, summed over `banks`. An upper bound while pins come and go;
@@ -293,22 +289,72 @@ impl Hub {
     pub(crate) fn outstanding(&self, slot: u32, banks: &[usize]) -> u64 {
         let registry = lock(&self.registry);
         registry.barrier.heavy();
-        let sum = |count: fn(&Row, Lane) -> u64| {
-            let counts = registry
-                .rows
-                .iter()
-                .flat_map(|row| banks.iter().map(|b| count(row, Lane::new(slot, *b))));
-            counts.fold(0, u64::wrapping_add)
+        registry.outstanding(slot, banks, true)
+    }
+
+    // --- the end of an unplug ---------------------------------------------------------------
+
+    /// Has the last unpin end an unplug whose grace period is over. The caller looks next, by
+    /// [`Hub::end_drain`], whether there are any pins.
+    pub(crate) fn begin_drain(&self, drain: &Arc<Drain>) {
+        let mut registry = lock(&self.registry);
+        registry.arm(drain.slot());
+        registry.drains.push(Arc::clone(drain));
+    }
+
+    /// Ends an unplug if nobody uses its memory. Returns whether it is over, by this or before.
+    pub(crate) fn end_drain(&self, drain: &Arc<Drain>) -> bool {
+        let mut registry = lock(&self.registry);
+        let Some(at) = registry.drains.iter().position(|d| Arc::ptr_eq(d, drain)) else {
+            return true;
         };
-        if seeded!("acquired_first") {
-            let acquired = sum(Row::acquired);
-            return acquired.wrapping_sub(sum(Row::released));
+        if drain.has_holds() {
+            return false;
         }
-        // Released first: whoever is seen to have let go is then seen to have taken, and a clone
-        // made before its original was let go is not missed.
-        let released = sum(Row::released);
+        // Who let go and did not see that it is waited for is seen after this.
         registry.barrier.heavy();
-        sum(Row::acquired).wrapping_sub(released)
+        if registry.outstanding(drain.slot(), &[0, 1], true) != 0 {
+            return false;
+        }
+        registry.drains.swap_remove(at);
+        registry.disarm(drain.slot());
+        drop(registry);
+        drain.finish();
+        true
+    }
+
+    /// A pin of `slot`, which is armed, was let go by the calling thread. Ends the unplug that waits
+    /// for it if it was the last.
+    ///
+    /// There is no barrier: pins that are out were taken before the grace period that ended before the
+    /// unplug was put where this finds it, or cloned from such. Whoever lets another go at the same
+    /// time comes here as well, before this or behind it, as there is a lock; or finds the lock taken
+    /// and has the worker look. Who did not see that the slot is armed is the worker's, which looks
+    /// after a barrier.
+    #[cold]
+    pub(super) fn pin_released(&self, slot: u32) {
+        let Some(mut registry) = try_lock(&self.registry) else {
+            if !seeded!("busy_tells_nobody") {
+                self.wake.signal();
+            }
+            return;
+        };
+        let waits = registry.armed.iter().filter(|armed| **armed == slot);
+        let waits = waits.count();
+        let at = registry.drains.iter().position(|d| d.slot() == slot);
+        let Some(at) = at.filter(|_| waits == 1) else {
+            // A seal, or the end of the memory.
+            drop(registry);
+            return self.wake.signal();
+        };
+        // The last hold wakes the worker.
+        if registry.drains[at].has_holds() || registry.outstanding(slot, &[0, 1], false) != 0 {
+            return;
+        }
+        let drain = registry.drains.swap_remove(at);
+        registry.disarm(slot);
+        drop(registry);
+        drain.finish();
     }
 
     /// Pins of `slot` by the thread that took them.
@@ -345,6 +391,46 @@ impl Hub {
 }
 
 impl Registry {
+    /// Makes the release of pins of `slot` call [`Hub::pin_released`]. Nests.
+    fn arm(&mut self, slot: u32) {
+        self.armed.push(slot);
+        for row in &self.rows {
+            row.watch_pins(slot, true, true);
+        }
+    }
+
+    /// Undoes one [`Registry::arm`].
+    fn disarm(&mut self, slot: u32) {
+        if let Some(at) = self.armed.iter().position(|s| *s == slot) {
+            self.armed.swap_remove(at);
+        }
+        let still = self.armed.contains(&slot);
+        let any = !self.armed.is_empty();
+        for row in &self.rows {
+            row.watch_pins(slot, still, any);
+        }
+    }
+
+    /// See [`Hub::outstanding`]; with a barrier between the sums where pins may still be taken.
+    fn outstanding(&self, slot: u32, banks: &[usize], barrier: bool) -> u64 {
+        let sum = |count: fn(&Row, Lane) -> u64| {
+            let rows = self.rows.iter();
+            let counts = rows.flat_map(|row| banks.iter().map(|b| count(row, Lane::new(slot, *b))));
+            counts.fold(0, u64::wrapping_add)
+        };
+        if seeded!("acquired_first") {
+            let acquired = sum(Row::acquired);
+            return acquired.wrapping_sub(sum(Row::released));
+        }
+        // Released first: whoever is seen to have let go is then seen to have taken, and a clone
+        // made before its original was let go is not missed.
+        let released = sum(Row::released);
+        if barrier {
+            self.barrier.heavy();
+        }
+        sum(Row::acquired).wrapping_sub(released)
+    }
+
     fn add_row(&mut self, hub: &'static Hub) -> &'static Row {
         #[cfg(not(loom))]
         let spare = lock(&SPARE).1.pop();

@@ -245,9 +245,9 @@ impl Row {
             light(true);
         }
         // The pin is gone and with it perhaps the `Memory`; row and hub are still there (M6).
-        // Should they serve another memory by now, that one's worker wakes for nothing.
+        // Should they serve another memory by now, that one is looked at for nothing.
         if self.shared.0.counters.armed(lane.slot()).load(Relaxed) {
-            self.hub().wake().signal();
+            self.hub().pin_released(lane.slot());
         }
     }
 

@@ -142,8 +142,7 @@ impl SpaceState {
             let flat = match old.next_if(same) {
                 Some(flat) => Arc::clone(flat),
                 None => {
-                    let flat =
-                        Flat::new(FlatSection::new(piece.range, piece.offset, &piece.region));
+                    let flat = Flat::new(FlatSection::new(piece.range, piece.offset, piece.region));
                     delta.added.push(Arc::clone(&flat));
                     flat
                 }

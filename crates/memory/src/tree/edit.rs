@@ -27,7 +27,51 @@ pub(super) fn attach(parent: &Arc<Region>, place: Child, at: usize) {
     child.state().parent = Some(Arc::downgrade(parent));
 }
 
+/// Places a child in front of its equals, unless it would overlap as [`check_overlap`] says, and
+/// marks where it is shown.
+pub(super) fn place(parent: &Arc<Region>, place: Child, out: &mut Dirty) -> Result<(), Error> {
+    let child = Arc::clone(&place.region);
+    let range = place.offset..place.offset.saturating_add(place.size);
+    let mut state = parent.state();
+    refuse_overlap(&state.children, &place)?;
+    let at = state
+        .children
+        .partition_point(|other| other.priority > place.priority);
+    state.children.insert(at, place);
+    drop(state);
+    let mut state = child.state();
+    state.parent = Some(Arc::downgrade(parent));
+    let elsewhere = state.is_shown_elsewhere();
+    drop(state);
+    if elsewhere {
+        mark(&child, 0..child.size(), out);
+    } else {
+        mark(parent, range.start..range.end.min(parent.size()), out);
+    }
+    Ok(())
+}
+
+/// Takes a child out of its parent and marks where it was shown. Returns its place and number.
+pub(super) fn displace(
+    parent: &Arc<Region>,
+    child: &Arc<Region>,
+    out: &mut Dirty,
+) -> Option<(Child, usize)> {
+    let (place, at, elsewhere) = take_out(parent, child)?;
+    let end = place.offset.saturating_add(place.size).min(parent.size());
+    mark(parent, place.offset..end, out);
+    if elsewhere {
+        mark(child, 0..place.size, out);
+    }
+    Some((place, at))
+}
+
 pub(super) fn detach(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize)> {
+    take_out(parent, child).map(|(place, at, _)| (place, at))
+}
+
+/// As [`detach`]; with whether the child is shown by others than its parent.
+fn take_out(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize, bool)> {
     let mut state = parent.state();
     let at = state
         .children
@@ -35,8 +79,9 @@ pub(super) fn detach(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child
         .position(|place| Arc::ptr_eq(&place.region, child))?;
     let place = state.children.remove(at);
     drop(state);
-    child.state().parent = None;
-    Some((place, at))
+    let mut state = child.state();
+    state.parent = None;
+    Some((place, at, state.is_shown_elsewhere()))
 }
 
 pub(super) fn with_place<T>(
@@ -105,15 +150,16 @@ pub(super) fn mark(region: &Arc<Region>, range: Range<u64>, out: &mut Dirty) {
 /// Refuses to have RAM of the machine overlap other such RAM at the same priority: `child`, as it
 /// would be placed, against the enabled children of `parent`.
 pub(super) fn check_overlap(parent: &Arc<Region>, place: &Child) -> Result<(), Error> {
+    refuse_overlap(&parent.state().children, place)
+}
+
+fn refuse_overlap(children: &[Child], place: &Child) -> Result<(), Error> {
     if !place.machine_ram || !place.enabled {
         return Ok(());
     }
     let (start, end) = (place.offset, place.offset.saturating_add(place.size));
-    let state = parent.state();
-    let first = state
-        .children
-        .partition_point(|other| other.priority > place.priority);
-    let peers = state.children[first..]
+    let first = children.partition_point(|other| other.priority > place.priority);
+    let peers = children[first..]
         .iter()
         .take_while(|other| other.priority == place.priority);
     for other in peers {

@@ -89,6 +89,13 @@ pub(super) struct State {
     pub(super) coalesced: Vec<Range<u64>>,
 }
 
+impl State {
+    /// Whether an address space or an alias shows the region, besides what its parent does.
+    pub(super) fn is_shown_elsewhere(&self) -> bool {
+        !self.spaces.is_empty() || !self.aliases.is_empty()
+    }
+}
+
 #[derive(Clone)]
 pub(super) struct Child {
     pub(super) region: Arc<Region>,
@@ -351,12 +358,16 @@ impl Region {
         {
             return true;
         }
-        let children: Vec<Arc<Region>> = self
-            .state()
+        let state = self.state();
+        if state.children.is_empty() {
+            return false;
+        }
+        let children: Vec<Arc<Region>> = state
             .children
             .iter()
             .map(|c| Arc::clone(&c.region))
             .collect();
+        drop(state);
         children.iter().any(|child| child.reaches(other))
     }
 }

@@ -9,7 +9,7 @@ use smallvec::SmallVec;
 
 use super::commit::Tree;
 use super::edit::{
-    Dirty, attach, check_change, check_end, check_overlap, detach, mark, parent_of, resize,
+    Dirty, attach, check_change, check_end, detach, displace, mark, parent_of, place, resize,
     set_disabled, with_place,
 };
 use super::region::{Child, Ioeventfd, Region, RegionKind};
@@ -123,15 +123,19 @@ impl<'a> Transaction<'a> {
         if matches!(parent.kind(), RegionKind::Alias { .. }) {
             return bad("an alias has no children of its own");
         }
-        if child.parent().is_some() {
+        let state = child.state();
+        let enabled = !state.disabled;
+        let placed = state.parent.as_ref();
+        let placed = placed.is_some_and(|parent| parent.strong_count() > 0);
+        drop(state);
+        if placed {
             return Err(Error::HasParent(child.name().to_owned()));
         }
         if child.reaches(parent) {
             return Err(Error::Cycle(child.name().to_owned()));
         }
         child.ram_block().map_or(Ok(()), check_live)?;
-        let enabled = !child.state().disabled;
-        let place = Child {
+        let new = Child {
             region: Arc::clone(child),
             offset,
             size: child.size(),
@@ -139,18 +143,12 @@ impl<'a> Transaction<'a> {
             enabled,
             machine_ram: child.is_machine_ram(),
         };
-        check_end(parent, &place)?;
-        check_overlap(parent, &place)?;
-        let at = parent
-            .state()
-            .children
-            .partition_point(|other| other.priority > priority);
-        attach(parent, place, at);
+        check_end(parent, &new)?;
+        place(parent, new, &mut self.dirty)?;
         self.undo.push(Undo::Add {
             parent: Arc::clone(parent),
             child: Arc::clone(child),
         });
-        self.mark(child, 0..child.size());
         Ok(())
     }
 
@@ -160,8 +158,7 @@ impl<'a> Transaction<'a> {
     /// `NoParent`.
     pub fn remove(&mut self, child: &Arc<Region>) -> Result<(), Error> {
         let parent = parent_of(child)?;
-        self.mark(child, 0..child.size());
-        if let Some((place, at)) = detach(&parent, child) {
+        if let Some((place, at)) = displace(&parent, child, &mut self.dirty) {
             self.undo.push(Undo::Remove {
                 parent,
                 child: place,
