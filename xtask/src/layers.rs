@@ -51,7 +51,8 @@ const ALLOWED: &[(&str, &[&str])] = &[
     (
         "ebbtide-lab-driver",
         &[
-            "gate", "iothread", "memory", "bus", "block", "net", "scsi", "devices", "virtio",
+            "gate", "iothread", "memory", "device", "bus", "block", "net", "scsi", "devices",
+            "virtio",
         ],
     ),
     ("ebbtide-lab", &["agent"]),

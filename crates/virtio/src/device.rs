@@ -135,13 +135,14 @@ impl ActiveQueue {
         (queue, removal)
     }
 
-    /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, or the kick can never
-    /// come; the task is to end.
+    /// Waits for a kick and enters `gate`, the one of the activation. `None`: the gate is closed, the device is removed, or
+    /// the kick can never come; the task is to end.
     pub async fn kicked(&mut self, local: &Local, gate: &Arc<Gate>) -> Option<Lease> {
         if gate.is_closed() {
             return None;
         }
-        let end = self.end.get_or_insert_with(|| gate.drained());
+        let drained = self.end.get_or_insert_with(|| gate.drained());
+        let end = self.removed.ended(drained);
         let kicked = crate::select::first(self.kick.wait(local), end).await;
         match kicked {
             Some(Ok(_)) => gate.enter(Entry::Io),

@@ -10,10 +10,14 @@
 //!
 //! A reset closes the gate only: nobody touches the queue any more, and no lease is left for it.
 
+pub(crate) mod rest;
+
+use std::future::{Future, poll_fn};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Poll, Waker};
 
-use ebbtide_gate::{Entry, Gate, Lease};
+use ebbtide_gate::{Drained, Entry, Gate, Lease};
 use ebbtide_models::seeded;
 
 use crate::sync::{Mutex, lock};
@@ -92,6 +96,16 @@ impl Removed {
         }
         state.waker = Some(waker.clone());
         Poll::Pending
+    }
+
+    /// Ready when the task of the queue is to end: there is something to [`take`](Self::take), or the activation's gate
+    /// has drained. Whoever waits for the gate alone waits for itself once it [listens](Self::listen).
+    pub(crate) async fn ended(&self, drained: &mut Drained) {
+        poll_fn(|cx| match self.poll(cx.waker()) {
+            Poll::Ready(()) => Poll::Ready(()),
+            Poll::Pending => Pin::new(&mut *drained).poll(cx),
+        })
+        .await;
     }
 }
 

@@ -16,9 +16,7 @@
 //! backend operation ends after a reset closed the gate; then nobody touches the queue any more.
 //!
 //! When the device is removed instead, the driver may be alive: jobs are given back as ever, and what is not begun is
-//! answered with an error, until nothing comes any more (`rest.rs`).
-
-mod rest;
+//! answered with an error, until nothing comes any more (`removal/rest.rs`).
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -36,6 +34,7 @@ use crate::control::TransportControl;
 use crate::device::ActiveQueue;
 use crate::interrupt::QueueInterrupt;
 use crate::removal::Removed;
+use crate::removal::rest::{self, Look};
 use crate::virtq::{Chain, Queue, QueueError};
 
 /// What a device makes of the chains of a queue.
@@ -220,6 +219,43 @@ impl<S: Service> Turns<S> {
             }
         }
         Ok(())
+    }
+
+    /// Answers what is in the queue, if its device is being removed.
+    async fn answer_rest(&self, rings: &mut Rings) -> Result<(), Fault> {
+        let interrupt = rings.interrupt.clone();
+        let look = || {
+            let chains = self.last_turn(rings)?;
+            let jobs = self.inbox.jobs.get();
+            Ok(Look { chains, jobs })
+        };
+        let news = |waker: &Waker| self.inbox.poll_news(waker);
+        rest::answer_rest(&self.local, &self.removed, &interrupt, look, news).await
+    }
+
+    /// Refuses what is available and gives back what is answered; returns how many chains were refused.
+    fn last_turn(&self, rings: &mut Rings) -> Result<usize, Fault> {
+        let (refused, interrupt) = {
+            let guard = self.space.read(&self.reader);
+            self.inbox.kicked.set(false);
+            let mut refused = 0;
+            while refused < rest::CHAINS_MAX
+                && let Some(chain) = rings.queue.pop(&guard)?
+            {
+                let answered = self.service.refuse(&guard, chain)?;
+                // The removal's lease covers it: no other is to be had.
+                self.inbox.put(Done {
+                    answered,
+                    lease: None,
+                });
+                refused += 1;
+            }
+            (refused, self.give_back(&guard, rings)?)
+        };
+        if interrupt {
+            rings.interrupt.signal();
+        }
+        Ok(refused)
     }
 
     fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {

@@ -2,10 +2,11 @@
 //! Interrupt controllers that keep what they are told.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ebbtide_bus::irq::{IrqError, MsiController, MsiMessage, MsiRoute};
+use ebbtide_bus::irq::{IrqError, IrqLine, MsiController, MsiMessage, MsiRoute};
 
 /// Counts the messages devices send, by message. Clones are the same.
 #[derive(Clone, Default)]
@@ -81,6 +82,23 @@ impl MsiRoute for Route {
 impl Drop for Route {
     fn drop(&mut self) {
         *lock(&self.shared.routes) -= 1;
+    }
+}
+
+/// An input of the interrupt controller.
+#[derive(Default)]
+pub struct Level(AtomicBool);
+
+impl Level {
+    /// Whether somebody asserts it.
+    pub fn is_high(&self) -> bool {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+impl IrqLine for Level {
+    fn set(&self, high: bool) {
+        self.0.store(high, Ordering::SeqCst);
     }
 }
 

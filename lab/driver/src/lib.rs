@@ -11,11 +11,12 @@ mod port;
 mod queue;
 mod ram;
 pub mod scsi;
+mod time;
 mod wait;
 
 pub use board::Board;
 pub use device::{Registers, VirtioDriver, common};
-pub use interrupts::Interrupts;
+pub use interrupts::{Interrupts, Level};
 pub use pci::{Capability, PciDevice};
 pub use port::{PortDriver, SlotEvents};
 pub use queue::{DriverQueue, Layout, Part, Used};

@@ -22,6 +22,20 @@ impl Wake for Unpark {
 /// Runs a future on this thread; `None` when it is not ready within `limit`.
 pub fn block_on<T>(future: impl Future<Output = T>, limit: Duration) -> Option<T> {
     let end = Instant::now() + limit;
+    drive(future, || {
+        let left = end.saturating_duration_since(Instant::now());
+        if !left.is_zero() {
+            std::thread::park_timeout(left);
+        }
+        !left.is_zero()
+    })
+}
+
+/// Polls a future whenever `pass` returns; `None` when that says that it is enough.
+pub(crate) fn drive<T>(
+    future: impl Future<Output = T>,
+    mut pass: impl FnMut() -> bool,
+) -> Option<T> {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let mut context = Context::from_waker(&waker);
     let mut future = pin!(future);
@@ -29,11 +43,9 @@ pub fn block_on<T>(future: impl Future<Output = T>, limit: Duration) -> Option<T
         if let Poll::Ready(value) = future.as_mut().poll(&mut context) {
             return Some(value);
         }
-        let left = end.saturating_duration_since(Instant::now());
-        if left.is_zero() {
+        if !pass() {
             return None;
         }
-        std::thread::park_timeout(left);
     }
 }
 

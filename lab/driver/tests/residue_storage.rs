@@ -2,48 +2,19 @@
 //! What is left of SCSI units, host devices and balloons that are gone: nothing. One test, for it counts what the
 //! process has.
 
+mod device;
+
 use std::sync::Arc;
 
+use device::Residue;
 use ebbtide_block::{Disk, DiskSpec};
-use ebbtide_iothread::channel;
+use ebbtide_iothread::{ManualClock, channel};
 use ebbtide_lab_driver::scsi::{self, Answer, Command, Data, function, response};
 use ebbtide_lab_driver::{Board, DriverQueue, LIMIT, Layout, Part, VirtioDriver, block_on, poll};
 use ebbtide_scsi::Identity;
 use ebbtide_virtio::balloon::{BalloonSpec, VirtioBalloon};
 use ebbtide_virtio::scsi::{ScsiSpec, VirtioScsi};
 use ebbtide_virtio::{VirtioDevice, VirtioPci};
-
-/// Everything countable.
-#[derive(Debug, PartialEq, Eq)]
-struct Residue {
-    fds: usize,
-    threads: usize,
-    routes: usize,
-    map: String,
-    free_ram: u64,
-}
-
-fn count(directory: &str) -> usize {
-    std::fs::read_dir(directory).expect("proc").count()
-}
-
-impl Residue {
-    fn of(board: &Board) -> Residue {
-        Residue {
-            fds: count("/proc/self/fd"),
-            threads: count("/proc/self/task"),
-            routes: board.interrupts().routes(),
-            map: board.memory().mtree(true),
-            free_ram: board.ram().free_bytes(),
-        }
-    }
-
-    /// Views and tasks go when nobody uses them any more, which may be a moment later.
-    fn assert_same(&self, board: &Board) {
-        let same = poll(|| Residue::of(board) == *self);
-        assert!(same, "was {self:#?}, is {:#?}", Residue::of(board));
-    }
-}
 
 /// A function with its driver, taken away again in the middle of its use.
 fn with_function(
@@ -66,7 +37,7 @@ fn with_function(
     let closed = function.close();
     let devfn = driver.pci().devfn();
     board.bridge().unmap(devfn).expect("it is there");
-    block_on(closed, LIMIT).expect("nothing is in flight");
+    board.wait(closed).expect("nothing is in flight");
     queues.into_iter().for_each(DriverQueue::free);
     drop(board.bridge().detach(slot).expect("it has drained"));
 }
@@ -144,7 +115,8 @@ fn use_balloon(board: &Board) {
 
 #[test]
 fn nothing_is_left_of_what_is_gone() {
-    let board = Board::new(16 << 20).expect("a board");
+    // Each removal goes on until its driver has been quiet for a while.
+    let board = Board::with_clock(16 << 20, &ManualClock::new()).expect("a board");
     let image = tempfile::NamedTempFile::new().expect("an image");
     image.as_file().set_len(1 << 20).expect("a length");
     // The first time may allocate what stays: the slot's place in the windows, for instance.

@@ -4,13 +4,13 @@
 use std::sync::Arc;
 
 use ebbtide_gate::Entry;
-use ebbtide_iothread::{Local, race};
+use ebbtide_iothread::Local;
 use ebbtide_memory::{AddressSpace, Reader};
 
 use super::port::{Queues, Served, Turn};
 use super::ports::{Counters, Message, Ports};
 use crate::device::ActiveQueue;
-use crate::select;
+use crate::removal::rest::Place;
 use crate::virtq::{Chain, QueueError};
 
 /// Most messages of one turn, each way: then other tasks of the thread get theirs.
@@ -25,6 +25,7 @@ pub(super) async fn serve(local: Local, served: Served, mut queues: Queues) {
         ports: Arc::clone(&served.ports),
         held: None,
     };
+    let mut broken = false;
     let mut seen = 0;
     loop {
         let turn = match served.gate.enter(Entry::Io) {
@@ -35,17 +36,27 @@ pub(super) async fn serve(local: Local, served: Served, mut queues: Queues) {
             Ok(Turn::Busy) => local.yield_now().await,
             Ok(Turn::Idle) => {
                 let owed = served.ports.outbox.changed(&mut seen);
-                let news = race(owed, queues.kicked(&local));
-                if select::first(news, &mut end).await.is_none() {
+                if !queues.news(&local, owed, &mut end).await {
                     break;
                 }
             }
             Err(fault) => {
                 served.broken("for control", &fault);
+                broken = true;
                 break;
             }
         }
     }
+    if !broken {
+        let place = Place {
+            local: &local,
+            space: &talk.space,
+            reader: &talk.reader,
+        };
+        queues.answer_rest(place, None).await;
+    }
+    // A removal waits for it.
+    drop(queues);
     // A driver that broke a queue is there until it resets the device.
     end.await;
     served.ports.driver_gone(served.epoch);

@@ -362,6 +362,7 @@ impl VirtioDevice for VirtioConsole {
                 receive: queues.remove(&CONTROL_RECEIVE),
                 transmit: queues.remove(&CONTROL_TRANSMIT),
             };
+            pair.listen();
             let served = served.clone();
             self.remote
                 .spawn(move |local| control::serve(local, served, pair))
@@ -377,6 +378,7 @@ impl VirtioDevice for VirtioConsole {
             if pair.receive.is_none() && pair.transmit.is_none() {
                 continue;
             }
+            pair.listen();
             let served = served.clone();
             self.remote
                 .spawn(move |local| port::serve(local, served, pair, number, multiport))

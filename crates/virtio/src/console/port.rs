@@ -7,18 +7,20 @@
 //! ```
 //!
 //! A chain the wire took only a part of is held with the rest of its addresses, and goes on when there is room.
+//! When the device is removed under its driver, that chain and those behind it are given back as they are.
 
-use std::future::pending;
+use std::future::{Future, pending};
 use std::sync::Arc;
 
 use ebbtide_devices::chardev::Wire;
-use ebbtide_gate::{Entry, Gate};
-use ebbtide_iothread::{Local, race};
+use ebbtide_gate::{Drained, Entry, Gate};
+use ebbtide_iothread::{Event, Local, race};
 use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
 
 use super::ports::{Counters, Ports, Slot};
 use crate::control::TransportControl;
 use crate::device::ActiveQueue;
+use crate::removal::rest::{Place, refuse_rest};
 use crate::select;
 use crate::virtq::{Chain, QueueError};
 
@@ -44,21 +46,50 @@ pub(super) struct Queues {
 }
 
 impl Queues {
-    /// Waits for a kick of either.
-    pub(super) async fn kicked(&mut self, local: &Local) {
-        race(
-            kicked(&mut self.receive, local),
-            kicked(&mut self.transmit, local),
-        )
-        .await;
+    /// A removal is to wait until what the driver has sent is answered: Linux waits for a console's output and for its own
+    /// messages with a spin lock held. Nobody waits for a buffer to be received into.
+    pub(super) fn listen(&self) {
+        if let Some(queue) = &self.transmit {
+            queue.removed.listen();
+        }
+    }
+
+    /// Waits for a kick of either, or for `other`. False: the gate has `drained`, or the device is removed.
+    pub(super) async fn news<T>(
+        &mut self,
+        local: &Local,
+        other: impl Future<Output = T>,
+        drained: &mut Drained,
+    ) -> bool {
+        let receive = self.receive.as_mut().map(|it| (&mut it.kick, it.index));
+        let (transmit, removed) = match &mut self.transmit {
+            Some(it) => (Some((&mut it.kick, it.index)), Some(&it.removed)),
+            None => (None, None),
+        };
+        let kicked = race(kicked(receive, local), kicked(transmit, local));
+        let end = async {
+            match removed {
+                Some(removed) => removed.ended(drained).await,
+                None => drained.await,
+            }
+        };
+        select::first(race(other, kicked), end).await.is_some()
+    }
+
+    /// Gives back what the driver has sent, if the device is being removed; `held` is a chain taken before.
+    pub(super) async fn answer_rest(&mut self, place: Place<'_>, held: Option<Chain>) {
+        if let Some(queue) = &mut self.transmit {
+            // A driver that breaks the queue now is not told: its device is on its way out.
+            let _ = refuse_rest(place, queue, held, |_, _| 0).await;
+        }
     }
 }
 
-async fn kicked(queue: &mut Option<ActiveQueue>, local: &Local) {
+async fn kicked(queue: Option<(&mut Event, u16)>, local: &Local) {
     match queue {
-        Some(queue) => {
-            if let Err(error) = queue.kick.wait(local).await {
-                tracing::error!(queue = queue.index, %error, "waiting for a kick failed");
+        Some((kick, queue)) => {
+            if let Err(error) = kick.wait(local).await {
+                tracing::error!(queue, %error, "waiting for a kick failed");
                 pending::<()>().await;
             }
         }
@@ -109,6 +140,7 @@ pub(super) async fn serve(
         sending: None,
         held: None,
     };
+    let mut broken = false;
     let mut seen = 0;
     let mut watched = Watched::default();
     loop {
@@ -122,17 +154,30 @@ pub(super) async fn serve(
                 watched.follow(slot.wire());
                 slot.update_host_open(&served.ports.outbox);
                 let news = race(slot.changed.changed(&mut seen), watched.changed());
-                let news = race(news, queues.kicked(&local));
-                if select::first(news, &mut end).await.is_none() {
+                if !queues.news(&local, news, &mut end).await {
                     break;
                 }
             }
             Err(fault) => {
                 served.broken(&format!("of port {number}"), &fault);
+                broken = true;
                 break;
             }
         }
     }
+    if !broken {
+        let Pump {
+            reader, sending, ..
+        } = pump;
+        let place = Place {
+            local: &local,
+            space: &served.space,
+            reader: &reader,
+        };
+        queues.answer_rest(place, sending).await;
+    }
+    // A removal waits for it.
+    drop(queues);
     // A driver that broke a queue is there until it resets the device.
     end.await;
     served.ports.driver_gone(served.epoch);

@@ -17,6 +17,7 @@ use super::metrics::count;
 use super::shared::{Served, Shared, broken};
 use crate::control::{Change, TransportControl};
 use crate::device::ActiveQueue;
+use crate::removal::rest::{Place, refuse_rest};
 use crate::virtq::{Chain, QueueError};
 
 /// `ack`: it is done.
@@ -41,7 +42,8 @@ enum Fault {
 #[derive(Debug, PartialEq, Eq)]
 struct Refused;
 
-/// Serves the queue until the gate closes or the driver breaks the queue.
+/// Serves the queue until the gate closes or the driver breaks the queue. Commands that come while the device is removed
+/// fail: a driver waits for each, and holds up everything that wants to change a network interface meanwhile.
 pub(super) async fn serve(local: Local, served: Served) {
     let Served {
         shared,
@@ -78,10 +80,21 @@ pub(super) async fn serve(local: Local, served: Served) {
                     queue.index,
                     &fault,
                 );
-                break;
+                return;
             }
         };
     }
+    let place = Place {
+        local: &local,
+        space: &commands.space,
+        reader: &commands.reader,
+    };
+    let fail = |guard: &ReadGuard<'_>, chain: &Chain| {
+        count(&commands.shared.counters.failed_commands);
+        u32::from(chain.writable.copy_from(guard, &[ERR]).is_ok())
+    };
+    // A driver that breaks the queue now is not told: its device is on its way out.
+    let _ = refuse_rest(place, &mut queue, None, fail).await;
 }
 
 struct Commands {

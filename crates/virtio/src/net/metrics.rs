@@ -20,7 +20,7 @@ pub struct NetMetrics {
     pub sent_bytes: u64,
     /// Frames the backend refused.
     pub refused: u64,
-    /// Frames dropped, either way, because the link was down.
+    /// Frames dropped, either way, because the link was down or the device was removed.
     pub link_down: u64,
     /// Chains that are no frame, or no room for one.
     pub malformed: u64,

@@ -304,6 +304,11 @@ impl VirtioDevice for VirtioNet {
         } = activation;
         for queue in queues {
             let index = queue.index;
+            if index != queue::RECEIVE {
+                // A driver waits for its commands with a lock held, and a sender for room that its frames take. Nobody
+                // waits for a buffer to be received into.
+                queue.removed.listen();
+            }
             let served = Served {
                 shared: Arc::clone(&self.shared),
                 queue,

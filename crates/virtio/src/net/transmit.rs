@@ -7,6 +7,8 @@
 //!   └── wait for a kick, or for room in the backend
 //! ```
 //!
+//! When the device is removed under its driver, frames that are not sent are dropped and given back.
+//!
 //! A frame is answered when the backend has taken it: sent, or kept, one at most. Frames behind it stay in the queue.
 
 use std::io;
@@ -14,13 +16,14 @@ use std::sync::Arc;
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_iothread::Local;
-use ebbtide_memory::{AddressSpace, Reader};
+use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
 use ebbtide_net::{HEADER_BYTES, PACKET_BYTES_MAX, is_of_peer};
 
 use super::header;
 use super::metrics::{count, count_frame};
 use super::shared::{Served, Shared, broken};
 use crate::device::ActiveQueue;
+use crate::removal::rest::{Place, refuse_rest};
 use crate::select;
 use crate::virtq::{Chain, QueueError};
 
@@ -67,17 +70,30 @@ pub(super) async fn serve(local: Local, served: Served) {
             },
             Some(Ok(Turn::Full)) => {
                 let room = local.writable(transmit.shared.claim.fd());
+                let end = queue.removed.ended(&mut end);
                 // An error of the wait is one of the executor, which is stopping.
-                let Some(Ok(())) = select::first(room, &mut end).await else {
+                let Some(Ok(())) = select::first(room, end).await else {
                     break;
                 };
             }
             Some(Err(fault)) => {
                 broken(&transmit.shared, &gate, &control, queue.index, &fault);
-                break;
+                return;
             }
         }
     }
+    let place = Place {
+        local: &local,
+        space: &transmit.space,
+        reader: &transmit.reader,
+    };
+    let counters = &transmit.shared.counters;
+    let drop_frame = |_: &ReadGuard<'_>, _: &Chain| {
+        count(&counters.link_down);
+        0
+    };
+    // A driver that breaks the queue now is not told: its device is on its way out.
+    let _ = refuse_rest(place, &mut queue, None, drop_frame).await;
 }
 
 struct Transmit {

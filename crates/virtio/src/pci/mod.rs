@@ -194,10 +194,12 @@ impl VirtioPci {
         self.transport.get().device.abandon()
     }
 
-    /// What keeps the function from draining besides register accesses.
+    /// What keeps the function from draining besides register accesses: the requests the device counts or, where it has
+    /// none or counts none, who is inside the activation. In a removal that is also a queue that is still answered.
     pub fn in_flight(&self) -> InFlight {
         let transport = self.transport.get();
-        transport.device.in_flight().unwrap_or_else(|| {
+        let counted = transport.device.in_flight();
+        counted.filter(|it| it.requests > 0).unwrap_or_else(|| {
             let state = lock(&transport.state);
             let held = state.phase.gate().map_or(0, |gate| gate.held().io);
             InFlight {

@@ -215,6 +215,7 @@ impl VirtioDevice for VirtioRng {
             control,
         } = activation;
         for queue in queues {
+            queue.removed.listen();
             let setup = Setup {
                 name: Arc::clone(&self.name),
                 queue,

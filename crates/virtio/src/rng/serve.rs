@@ -9,6 +9,9 @@
 //!
 //! Taking and giving happen under a lease each. In between there is none: of the request only addresses are known,
 //! nothing of the guest's is touched, and the end of the activation drops the wait with its read.
+//!
+//! When the device is removed under its driver, requests are given back without a byte. 5.4.6.2 knows no such answer; a
+//! Linux driver wakes its reader for it, who held the lock of all others, and asks for nothing more.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,6 +27,7 @@ use super::source::RngClaim;
 use super::{Counters, EntropySource};
 use crate::control::TransportControl;
 use crate::device::ActiveQueue;
+use crate::removal::rest::{Place, refuse_rest};
 use crate::select;
 use crate::virtq::{Chain, QueueError};
 
@@ -74,6 +78,7 @@ pub(super) async fn serve(local: Local, setup: Setup) {
         complaints: source_complaints,
     };
     let mut end = gate.drained();
+    let mut waiting = None;
     loop {
         // Also before the first kick: what was made available before DRIVER_OK may come without one.
         let taken = match gate.enter(Entry::Io) {
@@ -83,10 +88,10 @@ pub(super) async fn serve(local: Local, setup: Setup) {
         let served = match taken {
             Ok(Some(chain)) => {
                 let wanted = chain.writable.total_len();
-                let Some(bytes) = select::first(fetch.bytes(wanted), &mut end).await else {
-                    break;
-                };
-                let Some(_lease) = gate.enter(Entry::Io) else {
+                let end = queue.removed.ended(&mut end);
+                let bytes = select::first(fetch.bytes(wanted), end).await;
+                let (Some(bytes), Some(_lease)) = (bytes, gate.enter(Entry::Io)) else {
+                    waiting = Some(chain);
                     break;
                 };
                 service.give(&mut queue, &chain, &bytes)
@@ -104,11 +109,18 @@ pub(super) async fn serve(local: Local, setup: Setup) {
                 }
                 control.needs_reset();
             }
-            break;
+            return;
         }
         // A driver that always has another request must not keep the thread's other tasks out.
         local.yield_now().await;
     }
+    let place = Place {
+        local: &local,
+        space: &service.space,
+        reader: &service.reader,
+    };
+    // A driver that breaks the queue now is not told: its device is on its way out.
+    let _ = refuse_rest(place, &mut queue, waiting, |_, _| 0).await;
 }
 
 struct Service {

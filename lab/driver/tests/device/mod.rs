@@ -98,7 +98,7 @@ impl Rig {
         let closed = function.close();
         let devfn = driver.pci().devfn();
         board.bridge().unmap(devfn).expect("it is there");
-        block_on(closed, LIMIT).expect("the drain never ends");
+        board.wait(closed).expect("the drain never ends");
         queues.into_iter().for_each(DriverQueue::free);
         let detached = board.bridge().detach(devfn.slot());
         drop(detached.expect("it has drained"));
@@ -130,7 +130,7 @@ pub fn start(driver: &mut VirtioDriver, sizes: &[u16]) -> Vec<DriverQueue> {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Residue {
     fds: usize,
-    threads: usize,
+    threads: Vec<String>,
     routes: usize,
     map: String,
     free_ram: u64,
@@ -140,11 +140,24 @@ fn count(directory: impl AsRef<Path>) -> usize {
     std::fs::read_dir(directory).expect("proc").count()
 }
 
+/// The names of the threads, but for two that stay once they were needed: the memory's sweeper, the kernel's workers.
+fn threads() -> Vec<String> {
+    let tasks = std::fs::read_dir("/proc/self/task").expect("proc");
+    let name = |task: std::io::Result<std::fs::DirEntry>| {
+        // One that has just ended has no name.
+        std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+    };
+    let mut names: Vec<_> = tasks.filter_map(name).collect();
+    names.retain(|name| name != "memory-sweeper\n" && !name.starts_with("iou-wrk"));
+    names.sort();
+    names
+}
+
 impl Residue {
     pub fn of(board: &Board) -> Residue {
         Residue {
             fds: count("/proc/self/fd"),
-            threads: count("/proc/self/task"),
+            threads: threads(),
             routes: board.interrupts().routes(),
             map: board.memory().mtree(true),
             free_ram: board.ram().free_bytes(),

@@ -6,13 +6,19 @@
 //! at, less and less often, until nothing has come for a while; once nothing is in flight that ends in any case. What
 //! the driver adds after that is not read.
 
+use std::future::{Future, poll_fn};
 use std::pin::pin;
-use std::task::Poll;
+use std::sync::Arc;
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use std::future::{Future, poll_fn};
+use ebbtide_iothread::Local;
+use ebbtide_memory::{AddressSpace, ReadGuard, Reader};
 
-use super::{Done, Fault, Rings, Service, Turns};
+use super::Removed;
+use crate::device::ActiveQueue;
+use crate::interrupt::QueueInterrupt;
+use crate::virtq::{Chain, QueueError};
 
 /// A driver that has put nothing into the queue for this long has nothing more to put there.
 /// The guest's processors may be slow, or not running for a while; a request that comes too late hangs in a Linux guest.
@@ -23,7 +29,7 @@ const LONGEST: Duration = Duration::from_secs(3);
 const PAUSE_MIN: Duration = Duration::from_millis(1);
 const PAUSE_MAX: Duration = Duration::from_millis(100);
 /// Chains refused before answers are published and other tasks get their turn.
-const CHAINS_MAX: usize = 256;
+pub(crate) const CHAINS_MAX: usize = 256;
 
 /// When to look at the queue again, and when no more.
 struct Looks {
@@ -57,55 +63,89 @@ impl Looks {
     }
 }
 
-impl<S: Service> Turns<S> {
-    /// Answers what is in the queue, if its device is being removed. After a reset the queue is not touched.
-    pub(super) async fn answer_rest(&self, rings: &mut Rings) -> Result<(), Fault> {
-        let Some(lease) = self.removed.take() else {
-            return Ok(());
-        };
-        let mut looks = Looks::new(self.local.now());
-        // A reset may come while the device is being removed.
-        while rings.interrupt.is_active() {
-            let chains = self.last_turn(rings)?;
-            let now = self.local.now();
-            let Some(pause) = looks.after(chains, self.inbox.jobs.get(), now) else {
-                break;
-            };
-            let mut sleep = pin!(self.local.sleep(pause));
-            poll_fn(|cx| match sleep.as_mut().poll(cx) {
-                Poll::Ready(()) => Poll::Ready(()),
-                Poll::Pending => self.inbox.poll_news(cx.waker()),
-            })
-            .await;
-        }
-        drop(lease);
-        Ok(())
-    }
+/// What a look at a queue has found.
+pub(crate) struct Look {
+    /// Chains that were answered.
+    pub chains: usize,
+    /// Requests of the queue that are in flight.
+    pub jobs: usize,
+}
 
-    /// Refuses what is available and gives back what is answered; returns how many chains were refused.
-    fn last_turn(&self, rings: &mut Rings) -> Result<usize, Fault> {
-        let (refused, interrupt) = {
-            let guard = self.space.read(&self.reader);
-            self.inbox.kicked.set(false);
-            let mut refused = 0;
-            while refused < CHAINS_MAX
-                && let Some(chain) = rings.queue.pop(&guard)?
-            {
-                let answered = self.service.refuse(&guard, chain)?;
-                // The removal's lease covers it: no other is to be had.
-                self.inbox.put(Done {
-                    answered,
-                    lease: None,
-                });
-                refused += 1;
-            }
-            (refused, self.give_back(&guard, rings)?)
+/// Has `look` answer what is in the queue, if its device is being removed, again and again until nothing comes any more;
+/// also before a pause is over when `poll_news` says so. After a reset the queue is not touched.
+pub(crate) async fn answer_rest<E>(
+    local: &Local,
+    removed: &Removed,
+    interrupt: &QueueInterrupt,
+    mut look: impl FnMut() -> Result<Look, E>,
+    poll_news: impl Fn(&Waker) -> Poll<()>,
+) -> Result<(), E> {
+    let Some(_lease) = removed.take() else {
+        return Ok(());
+    };
+    let mut looks = Looks::new(local.now());
+    // A reset may come while the device is being removed.
+    while interrupt.is_active() {
+        let Look { chains, jobs } = look()?;
+        let Some(pause) = looks.after(chains, jobs, local.now()) else {
+            break;
         };
-        if interrupt {
-            rings.interrupt.signal();
-        }
-        Ok(refused)
+        let mut sleep = pin!(local.sleep(pause));
+        poll_fn(|cx| match sleep.as_mut().poll(cx) {
+            Poll::Ready(()) => Poll::Ready(()),
+            Poll::Pending => poll_news(cx.waker()),
+        })
+        .await;
     }
+    Ok(())
+}
+
+/// Where the rest of a queue is answered.
+pub(crate) struct Place<'a> {
+    pub local: &'a Local,
+    pub space: &'a Arc<AddressSpace>,
+    pub reader: &'a Reader,
+}
+
+/// [`answer_rest`] for a queue of which nothing is in flight: gives back the chain that is `held`, if there is one, and all
+/// that is there, each with as many bytes as `refuse` wrote.
+///
+/// # Errors
+/// The driver broke the queue.
+pub(crate) async fn refuse_rest(
+    place: Place<'_>,
+    queue: &mut ActiveQueue,
+    mut held: Option<Chain>,
+    refuse: impl Fn(&ReadGuard<'_>, &Chain) -> u32,
+) -> Result<(), QueueError> {
+    let ActiveQueue {
+        queue: rings,
+        interrupt,
+        removed,
+        ..
+    } = queue;
+    let look = || {
+        let guard = place.space.read(place.reader);
+        let mut chains = 0;
+        while chains < CHAINS_MAX {
+            let next = match held.take() {
+                Some(chain) => Some(chain),
+                None => rings.pop(&guard)?,
+            };
+            let Some(chain) = next else { break };
+            let written = refuse(&guard, &chain);
+            rings.add_used(&guard, chain.head, written)?;
+            chains += 1;
+        }
+        if chains > 0 {
+            rings.publish_used(&guard)?;
+            if rings.needs_interrupt(&guard)? {
+                interrupt.signal();
+            }
+        }
+        Ok(Look { chains, jobs: 0 })
+    };
+    answer_rest(place.local, removed, interrupt, look, |_| Poll::Pending).await
 }
 
 #[cfg(test)]
