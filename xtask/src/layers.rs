@@ -50,8 +50,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "gate", "iothread", "memory", "bus", "block", "net", "scsi", "devices", "virtio",
         ],
     ),
-    ("ebbtide-lab", &["agent"]),
+    ("ebbtide-lab", &["agent", "hostile"]),
     ("ebbtide-agent", &[]),
+    ("ebbtide-hostile", &[]),
     ("xtask", &["lab"]),
 ];
 
