@@ -40,8 +40,8 @@ pub struct Image {
     pub version: String,
     /// The bzImage.
     pub kernel: PathBuf,
-    /// The initramfs, uncompressed.
-    pub initrd: PathBuf,
+    /// The initramfs, uncompressed; none for what is its own kernel.
+    pub initrd: Option<PathBuf>,
 }
 
 /// Downloads and builds what a guest with this kernel needs.
@@ -69,6 +69,6 @@ pub fn build(series: Series) -> Result<Image> {
     Ok(Image {
         version: kernel.version,
         kernel: kernel.vmlinuz,
-        initrd,
+        initrd: Some(initrd),
     })
 }

@@ -119,7 +119,9 @@ fn run(options: Options) -> Result<ExitCode> {
         Command::Capsule(options) => run_in_capsule(options),
         Command::Image { kernel } => {
             let image = image::build(kernel)?;
-            println!("{}\n{}", image.kernel.display(), image.initrd.display());
+            for path in std::iter::once(&image.kernel).chain(&image.initrd) {
+                println!("{}", path.display());
+            }
             Ok(ExitCode::SUCCESS)
         }
         Command::Selftest(options) => selftest(&options),

@@ -13,7 +13,7 @@ use ebbtide_lab::kernel::Series;
 use ebbtide_lab::probe::{self, Place};
 use ebbtide_lab::process::Contained;
 use ebbtide_lab::system::{self, Ground};
-use ebbtide_lab::{bench as guests, demo as show, image, packages, python};
+use ebbtide_lab::{agent, bench as guests, demo as show, image, packages, python};
 
 /// RAM of the capsule for guests that grow to 8 GiB, in MiB.
 const LARGE_CAPSULE_MIB: u64 = 14_000;
@@ -151,6 +151,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
         None => Series::ALL.to_vec(),
     };
     let python = python::ensure()?;
+    let hostile = agent::build_hostile()?;
     let log = std::env::temp_dir().join(format!("ebbtide-system-{}.log", std::process::id()));
     let grounds = kernels
         .into_iter()
@@ -159,6 +160,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
                 ebbtide: options.common.ebbtide.clone(),
                 image: image::build(series)?,
                 series,
+                hostile: hostile.clone(),
                 long: options.long,
                 python: python.clone(),
                 log: log.clone(),

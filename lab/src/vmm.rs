@@ -102,12 +102,10 @@ impl Machine {
 
     fn ebbtide(&self, program: &Path, serial: &Path, qmp: &Path) -> Result<Command> {
         let mut command = Command::new(program);
-        command
-            .arg("run")
-            .arg("--kernel")
-            .arg(&self.image.kernel)
-            .arg("--initrd")
-            .arg(&self.image.initrd);
+        command.arg("run").arg("--kernel").arg(&self.image.kernel);
+        if let Some(initrd) = &self.image.initrd {
+            command.arg("--initrd").arg(initrd);
+        }
         command
             .arg("--cmdline")
             .arg(&self.command_line)
@@ -158,11 +156,10 @@ impl Machine {
             "-cpu",
             "host",
         ]);
-        command
-            .arg("-kernel")
-            .arg(&self.image.kernel)
-            .arg("-initrd")
-            .arg(&self.image.initrd);
+        command.arg("-kernel").arg(&self.image.kernel);
+        if let Some(initrd) = &self.image.initrd {
+            command.arg("-initrd").arg(initrd);
+        }
         command
             .arg("-append")
             .arg(&self.command_line)
@@ -506,7 +503,7 @@ mod tests {
         let image = Image {
             version: "6.1".into(),
             kernel: "/k".into(),
-            initrd: "/i".into(),
+            initrd: Some("/i".into()),
         };
         Machine {
             max_bytes: Some(4 << 30),

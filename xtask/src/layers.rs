@@ -55,8 +55,9 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "virtio",
         ],
     ),
-    ("ebbtide-lab", &["agent"]),
+    ("ebbtide-lab", &["agent", "hostile"]),
     ("ebbtide-agent", &[]),
+    ("ebbtide-hostile", &[]),
     ("xtask", &["lab"]),
 ];
 

@@ -35,7 +35,7 @@ pub use vcpu::{
     BOOT_CS, BOOT_DS, BOOT_TSS, BootState, Exit, FLAT_GDT, Kicker, SystemEventKind, Vcpu, VcpuState,
 };
 #[cfg(not(loom))]
-pub use vm::{ChipState, Limits, Vm};
+pub use vm::{ChipState, Holdings, Limits, Vm};
 
 /// The protocols the concurrency models run.
 #[cfg(loom)]

@@ -60,6 +60,22 @@ pub trait Vm: Send + Sync {
 
     /// What the hypervisor can carry.
     fn limits(&self) -> Limits;
+
+    /// What the hypervisor has of the machine's resources, as far as it has confirmed to have taken or given it back.
+    fn holdings(&self) -> Holdings;
+}
+
+/// How much of what devices and memory need a hypervisor has: the same before and after they came and went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Memory slots.
+    pub slots: usize,
+    /// Ioeventfds, of memory and ports.
+    pub ioeventfds: usize,
+    /// Irqfds.
+    pub irqfds: usize,
+    /// Messages in the routing table the hypervisor was given last.
+    pub messages: usize,
 }
 
 /// What a hypervisor can carry.

@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use ebbtide_devices::chardev::ChardevSpec;
 use ebbtide_memory::Backing;
 use ebbtide_qmp::types::block::BlockdevOptions;
 use ebbtide_qmp::types::chardev::ChardevAdd;
@@ -124,6 +125,18 @@ pub enum SerialConfig {
     Unix(PathBuf),
     /// Nowhere.
     Off,
+}
+
+impl SerialConfig {
+    /// The character device at its other end.
+    pub(crate) fn chardev(&self) -> ChardevSpec {
+        match self {
+            SerialConfig::Stdio => ChardevSpec::Stdio,
+            SerialConfig::File(path) => ChardevSpec::File(path.clone()),
+            SerialConfig::Unix(path) => ChardevSpec::Unix(path.clone()),
+            SerialConfig::Off => ChardevSpec::Off,
+        }
+    }
 }
 
 impl MachineConfig {

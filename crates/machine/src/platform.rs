@@ -13,7 +13,7 @@ use ebbtide_bus::acpi::{
 };
 use ebbtide_bus::gated;
 use ebbtide_bus::pci::{EjectSink, HostBridge};
-use ebbtide_devices::chardev::{Chardev, ChardevSpec, Wire};
+use ebbtide_devices::chardev::{Chardev, Wire};
 use ebbtide_devices::legacy::Sink;
 use ebbtide_devices::reset::{KeyboardController, ResetControl};
 use ebbtide_devices::serial::SerialPort;
@@ -78,7 +78,7 @@ impl Platform {
     ) -> Result<Platform, Error> {
         let Board { vm, bridge, .. } = board;
         let wire = Wire::new();
-        let chardev = Chardev::open(&chardev(serial)).map_err(|e| Error::part("--serial", e))?;
+        let chardev = Chardev::open(&serial.chardev()).map_err(|e| Error::part("--serial", e))?;
         let output = local.spawn(chardev.attach(&wire).serve(local.clone()));
         let line = |gsi| {
             vm.irq_line(gsi)
@@ -218,14 +218,5 @@ impl Platform {
 impl Drop for Platform {
     fn drop(&mut self) {
         self.serial.close();
-    }
-}
-
-fn chardev(serial: &SerialConfig) -> ChardevSpec {
-    match serial {
-        SerialConfig::Stdio => ChardevSpec::Stdio,
-        SerialConfig::File(path) => ChardevSpec::File(path.clone()),
-        SerialConfig::Unix(path) => ChardevSpec::Unix(path.clone()),
-        SerialConfig::Off => ChardevSpec::Off,
     }
 }

@@ -11,7 +11,8 @@ use crate::types::block::{
 use crate::types::chardev::{ChardevAdd, ChardevInfo, ChardevRemove, ChardevReturn};
 use crate::types::device::{DeviceAdd, DeviceDel, HotpluggableCpu, IothreadInfo, TypeName};
 use crate::types::ebbtide::{
-    DeviceId, Memory, QueryResize, Removal, Resize, Status, VcpuStay, Wait, Waited,
+    DeviceId, FaultRelease, FaultReleased, Holdings, Memory, QueryResize, Removal, Resize, Status,
+    VcpuStay, Wait, Waited,
 };
 use crate::types::introspection::SchemaEntity;
 use crate::types::memory::{Balloon, BalloonInfo, Memdev, MemoryDeviceInfo, MemorySizeSummary};
@@ -130,6 +131,8 @@ pub const EBBTIDE_QUERY_STATUS: Command<Empty, Status> = Command::new("x-ebbtide
 /// How long exits have kept each vCPU out of the guest; begins anew with each answer.
 pub const EBBTIDE_QUERY_VCPUS: Command<Empty, Vec<VcpuStay>> =
     Command::new("x-ebbtide-query-vcpus");
+/// What the hypervisor has of the machine: slots, ioeventfds, irqfds, messages.
+pub const EBBTIDE_QUERY_KVM: Command<Empty, Holdings> = Command::new("x-ebbtide-query-kvm");
 /// The guest's memory and what it costs the host.
 pub const EBBTIDE_QUERY_MEMORY: Command<Empty, Memory> = Command::new("x-ebbtide-query-memory");
 /// How far a memory device has come towards its requested size.
@@ -145,3 +148,6 @@ pub const EBBTIDE_WAIT: Command<Wait, Waited> = Command::new("x-ebbtide-wait");
 pub const EBBTIDE_DEVICE_FORCE: Command<DeviceId, Empty> = Command::new("x-ebbtide-device-force");
 /// Withdraws a removal the guest has not consented to yet.
 pub const EBBTIDE_DEVICE_CANCEL: Command<DeviceId, Empty> = Command::new("x-ebbtide-device-cancel");
+/// Lets operations go that a block node `x-ebbtide-fault` holds.
+pub const EBBTIDE_FAULT_RELEASE: Command<FaultRelease, FaultReleased> =
+    Command::new("x-ebbtide-fault-release");

@@ -5,6 +5,7 @@ mod boot;
 mod ctl;
 mod dimm;
 mod endings;
+mod hostile;
 mod hotplug;
 mod mistakes;
 mod monitor;
@@ -40,6 +41,8 @@ pub struct Ground {
     pub image: Image,
     /// Which kernel that is.
     pub series: Series,
+    /// The guest that is its own kernel and does to its devices what no driver would.
+    pub hostile: PathBuf,
     /// Full length instead of the short form.
     pub long: bool,
     /// A Python interpreter that has `qemu.qmp`.
@@ -101,6 +104,7 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a reset amid the removal of a dimm", dimm::reset),
     scenario("mistakes with dimms", dimm::mistakes),
     scenario("devices come and go by hand", ctl::by_hand),
+    scenario("a hostile guest", hostile::run),
     scenario("signals end the VM in order", endings::signals),
     scenario("quit ends the VM in order", endings::quit),
     scenario("a monitor client is killed", monitor::killed_client),

@@ -42,6 +42,10 @@ impl Interrupts {
         })
     }
 
+    pub(super) fn messages_in_kvm(&self) -> usize {
+        self.routes.lock().published
+    }
+
     pub(super) fn routes_in_use(&self) -> usize {
         self.routes.lock().gsis.len()
     }
@@ -107,6 +111,8 @@ struct Table {
     gsis: BTreeSet<u32>,
     /// Those of them that have a message.
     messages: BTreeMap<u32, MsiMessage>,
+    /// How many messages the table has that KVM took last.
+    published: usize,
 }
 
 impl Routes {
@@ -116,7 +122,7 @@ impl Routes {
             table: Mutex::default(),
         });
         routes
-            .publish(&Table::default())
+            .publish(&mut routes.lock())
             .map_err(|error| Machine::refused("KVM_SET_GSI_ROUTING", error))?;
         Ok(routes)
     }
@@ -164,7 +170,7 @@ impl Routes {
         if before == message {
             return Ok(());
         }
-        let published = self.publish(&table);
+        let published = self.publish(&mut table);
         if published.is_err() {
             table.messages.remove(&gsi);
         }
@@ -172,7 +178,7 @@ impl Routes {
         published
     }
 
-    fn publish(&self, table: &Table) -> io::Result<()> {
+    fn publish(&self, table: &mut Table) -> io::Result<()> {
         let mut entries = pins();
         entries.extend(
             table
@@ -182,10 +188,9 @@ impl Routes {
         );
         let routing = KvmIrqRouting::from_entries(&entries)
             .map_err(|error| io::Error::other(format!("routing table: {error:?}")))?;
-        self.machine
-            .fd
-            .set_gsi_routing(&routing)
-            .map_err(Into::into)
+        self.machine.fd.set_gsi_routing(&routing)?;
+        table.published = table.messages.len();
+        Ok(())
     }
 }
 

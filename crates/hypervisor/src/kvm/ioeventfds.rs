@@ -4,6 +4,7 @@
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use ebbtide_memory::{FlatIoeventfd, FlatSection, Listener, ListenerError};
 use kvm_bindings::{
@@ -41,13 +42,18 @@ impl Bus {
         self.change(ioeventfd, 0).map_err(|error| ListenerError {
             what: self.name(ioeventfd),
             reason: error.to_string(),
-        })
+        })?;
+        self.machine.ioeventfds.fetch_add(1, Ordering::Relaxed);
+        Ok(())
     }
 
     pub(super) fn remove(&self, ioeventfd: &FlatIoeventfd) {
         // The only way to fail is that it was never added, and then there is nothing to take back.
-        if let Err(error) = self.change(ioeventfd, 1 << kvm_ioeventfd_flag_nr_deassign) {
-            tracing::error!(%error, "{} could not be removed", self.name(ioeventfd));
+        match self.change(ioeventfd, 1 << kvm_ioeventfd_flag_nr_deassign) {
+            Ok(()) => {
+                self.machine.ioeventfds.fetch_sub(1, Ordering::Relaxed);
+            }
+            Err(error) => tracing::error!(%error, "{} could not be removed", self.name(ioeventfd)),
         }
     }
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use ebbtide_bus::irq::{IrqLine, MsiController};
@@ -21,7 +22,7 @@ use super::rings::DirtyRings;
 use super::slots::{SlotListener, SlotNumbers};
 use super::vcpu::KvmVcpu;
 use super::{chips, msrs};
-use crate::{ChipState, Error, Limits, Vcpu, Vm};
+use crate::{ChipState, Error, Holdings, Limits, Vcpu, Vm};
 
 /// Three pages an Intel KVM needs for real mode; below the top of 32-bit space, where no machine has RAM.
 const TSS_ADDRESS: usize = 0xfffb_d000;
@@ -49,6 +50,8 @@ pub(super) struct Machine {
     /// What the guest writes is noted in rings; without them, in bitmaps.
     pub(super) rings: Option<Arc<DirtyRings>>,
     limits: Limits,
+    /// Ioeventfds that KVM has.
+    pub(super) ioeventfds: AtomicUsize,
 }
 
 impl Machine {
@@ -83,6 +86,7 @@ impl KvmVm {
             tsc_khz: OnceLock::new(),
             rings,
             limits,
+            ioeventfds: AtomicUsize::new(0),
         });
         let routes = Routes::new(Arc::clone(&machine))?;
         Ok(Arc::new(Self {
@@ -181,6 +185,15 @@ impl Vm for KvmVm {
         Limits {
             tsc_khz: self.machine.tsc_khz.get().copied(),
             ..self.machine.limits
+        }
+    }
+
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            slots: self.slots.in_use(),
+            ioeventfds: self.machine.ioeventfds.load(Ordering::Relaxed),
+            irqfds: self.interrupts.routes_in_use(),
+            messages: self.interrupts.messages_in_kvm(),
         }
     }
 }

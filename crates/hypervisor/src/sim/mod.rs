@@ -19,7 +19,7 @@ pub use interrupts::{LineRecord, NextMessage};
 pub use map::{SimIoeventfd, SimSlot};
 pub use vcpu::{Script, Step};
 
-use crate::{ChipState, Error, Limits, Vcpu, Vm};
+use crate::{ChipState, Error, Holdings, Limits, Vcpu, Vm};
 use interrupts::Interrupts;
 use map::{Doorbells, SimMemoryListener, SimPortListener, Slots};
 use vcpu::SimVcpu;
@@ -195,6 +195,16 @@ impl Vm for SimVm {
     fn set_clock_ns(&self, clock_ns: u64) -> Result<(), Error> {
         *lock(&self.clock_ns) = clock_ns;
         Ok(())
+    }
+
+    /// It keeps no table of messages: there are none in it.
+    fn holdings(&self) -> Holdings {
+        Holdings {
+            slots: self.slots.list().len(),
+            ioeventfds: self.memory_doorbells.list().len() + self.port_doorbells.list().len(),
+            irqfds: self.interrupts.routes_in_use(),
+            messages: 0,
+        }
     }
 
     fn limits(&self) -> Limits {

@@ -16,6 +16,8 @@ use ebbtide_qmp::{Properties, QmpError};
 use super::backends::Released;
 use super::{Devices, Use};
 
+/// Where the board's own serial port leads. It is there from the start to the end.
+pub(crate) const BOARD_SERIAL: &str = "serial0";
 /// How long the last output may take to be written.
 const FLUSH: Duration = Duration::from_secs(1);
 
@@ -79,10 +81,10 @@ impl Devices {
     }
 
     fn check_chardev_name(&self, id: &str) -> Result<(), QmpError> {
-        match self.chardevs().get(id) {
-            Some(_) => Err(QmpError::duplicate_chardev(id)),
-            None => Ok(()),
+        if id == BOARD_SERIAL || self.chardevs().get(id).is_some() {
+            return Err(QmpError::duplicate_chardev(id));
         }
+        Ok(())
     }
 
     /// Closes a character device that nothing uses.
@@ -90,6 +92,9 @@ impl Devices {
     /// # Errors
     /// There is none of this name, or a device uses it.
     pub(crate) async fn remove_chardev(&self, id: &str) -> Result<(), QmpError> {
+        if id == BOARD_SERIAL {
+            return Err(QmpError::chardev_busy(id));
+        }
         if self.chardevs().get(id).is_none() {
             return Err(QmpError::chardev_not_found(id));
         }
@@ -121,14 +126,20 @@ impl Devices {
         })
     }
 
-    /// As `query-chardev` tells them.
-    pub(crate) fn chardev_infos(&self) -> Vec<ChardevInfo> {
+    /// As `query-chardev` tells them; that of the board's port, which leads to `board`, is the first.
+    pub(crate) fn chardev_infos(&self, board: &ChardevSpec) -> Vec<ChardevInfo> {
+        let board = ChardevInfo {
+            label: BOARD_SERIAL.to_owned(),
+            filename: filename(board),
+            frontend_open: true,
+        };
         let info = |(label, node, user): (String, Rc<CharNode>, Option<String>)| ChardevInfo {
             label,
             filename: node.filename.clone(),
             frontend_open: user.is_some(),
         };
-        self.chardevs().list().into_iter().map(info).collect()
+        let others = self.chardevs().list().into_iter().map(info);
+        std::iter::once(board).chain(others).collect()
     }
 
     /// The end of all character devices, with the machine: what was sent is still written. Their devices do nothing any

@@ -19,7 +19,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
             Ok(Empty {})
         })
         .on(commands::QUERY_CHARDEV, async |m, _, Empty {}| {
-            Ok(m.devices.chardev_infos())
+            Ok(m.devices.chardev_infos(&m.config.serial.chardev()))
         })
         .on(commands::WATCHDOG_SET_ACTION, async |m, _, args| {
             m.devices.set_watchdog_action(args.action)?;

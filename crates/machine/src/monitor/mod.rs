@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use ebbtide_iothread::oneshot;
 use ebbtide_qmp::schema::Empty;
-use ebbtide_qmp::types::ebbtide::{Status, VcpuStay};
+use ebbtide_qmp::types::ebbtide::{Holdings, Status, VcpuStay};
 use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 
@@ -54,11 +54,29 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
                 version: env!("CARGO_PKG_VERSION").into(),
             })
         })
+        .on(commands::EBBTIDE_QUERY_KVM, async |m, _, Empty {}| {
+            Ok(holdings(m.vm.holdings()))
+        })
         .on(commands::EBBTIDE_QUERY_VCPUS, async |m, _, Empty {}| {
             Ok(vcpu_stays(m.take_longest_stays()))
         });
     let table = devices::add(qom::add(memory::add(table)));
     inventory::add(backends::add(chardevs::add(blocks::add(table))))
+}
+
+fn holdings(of: ebbtide_hypervisor::Holdings) -> Holdings {
+    let ebbtide_hypervisor::Holdings {
+        slots,
+        ioeventfds,
+        irqfds,
+        messages,
+    } = of;
+    Holdings {
+        slots: slots as u64,
+        ioeventfds: ioeventfds as u64,
+        irqfds: irqfds as u64,
+        messages: messages as u64,
+    }
 }
 
 fn vcpu_stays(stays: Vec<Duration>) -> Vec<VcpuStay> {

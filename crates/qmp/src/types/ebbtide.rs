@@ -32,6 +32,46 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// The answer to `x-ebbtide-query-kvm`: how much of what devices and memory need the hypervisor has, as it has
+    /// confirmed.
+    #[derive(Copy, Eq)]
+    pub struct Holdings {
+        /// Memory slots.
+        slots as "slots": u64,
+        /// Eventfds that it signals for the guest's writes.
+        ioeventfds as "ioeventfds": u64,
+        /// Eventfds that make it interrupt the guest.
+        irqfds as "irqfds": u64,
+        /// Messages in its interrupt routing table.
+        messages as "messages": u64,
+    }
+}
+
+qapi_struct! {
+    /// Arguments of `x-ebbtide-fault-release`.
+    #[derive(Eq)]
+    pub struct FaultRelease {
+        /// The node `x-ebbtide-fault`, or one on top of it.
+        node_name as "node-name": String,
+        /// How many to let go, those held longest first; all without it.
+        count as "count": Option<u64>,
+        /// Whether the rules are forgotten as well, so that nothing more is held.
+        forget as "forget": Option<bool>,
+    }
+}
+
+qapi_struct! {
+    /// The answer to `x-ebbtide-fault-release`.
+    #[derive(Copy, Eq)]
+    pub struct FaultReleased {
+        /// How many operations were let go.
+        released as "released": u64,
+        /// How many are held still.
+        held as "held": u64,
+    }
+}
+
+qapi_struct! {
     /// The answer to `x-ebbtide-query-memory`.
     #[derive(Eq)]
     pub struct Memory {

@@ -4,7 +4,7 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::vmm::Vmm;
 
@@ -19,6 +19,8 @@ pub struct Residue {
     /// The memory maps, flat: RAM slots, registers, ioeventfds.
     regions: String,
     blocks: String,
+    /// What KVM has: memory slots, ioeventfds, irqfds, messages.
+    kvm: Value,
 }
 
 impl Residue {
@@ -35,6 +37,7 @@ impl Residue {
             Ok(answer.as_str().unwrap_or_default().to_owned())
         };
         let (regions, blocks) = (hmp("info mtree -f")?, hmp("info ramblock")?);
+        let kvm = vmm.qmp().execute("x-ebbtide-query-kvm", Value::Null)?;
         let maps = fs::read_to_string(format!("{process}/maps")).context("maps")?;
         // Arenas of the allocator come with threads and stay; they are no device's.
         let maps = maps.lines().filter(|line| line.contains('/')).count();
@@ -44,6 +47,7 @@ impl Residue {
             maps,
             regions,
             blocks,
+            kvm,
         })
     }
 
@@ -58,6 +62,7 @@ impl Residue {
             maps,
             regions,
             blocks,
+            kvm,
         } = self;
         ensure!(
             *files == later.files,
@@ -80,6 +85,7 @@ impl Residue {
             "RAM blocks:\n{blocks}\nthen\n{}",
             later.blocks
         );
+        ensure!(*kvm == later.kvm, "KVM has {kvm}, then {}", later.kvm);
         Ok(())
     }
 }
