@@ -30,6 +30,7 @@ pub mod lifecycle;
 mod machine;
 pub mod monitor;
 mod platform;
+mod provision;
 mod size_events;
 
 pub use build::{Built, Prepared};

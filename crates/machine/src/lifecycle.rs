@@ -48,6 +48,8 @@ pub enum Request {
     Watchdog(WatchdogAction),
     /// A vCPU says something.
     Cpu(CpuEvent),
+    /// Memory of the guest is lost, for this reason.
+    MemoryLost(String),
 }
 
 impl Request {
@@ -59,7 +61,10 @@ impl Request {
                 ShutdownCause::GuestReset | ShutdownCause::GuestShutdown
             ),
             Request::Cpu(_) | Request::Watchdog(_) => true,
-            Request::Stop(_) | Request::Continue(_) | Request::PowerButton => false,
+            Request::Stop(_)
+            | Request::Continue(_)
+            | Request::PowerButton
+            | Request::MemoryLost(_) => false,
         }
     }
 }
@@ -207,6 +212,15 @@ pub fn on_watchdog(state: RunState, action: WatchdogAction, no_reboot: bool) -> 
     }
 }
 
+/// What the lifecycle does when memory of the guest is lost.
+pub fn on_memory_lost(state: RunState) -> Step {
+    match state {
+        RunState::Running => Step::Halt(RunState::InternalError),
+        // It must not go on with what it has now, and will be stopped when it does.
+        _ => Step::Nothing,
+    }
+}
+
 /// What the lifecycle does when a vCPU reports `event`.
 pub fn on_cpu(state: RunState, event: &CpuEvent, no_reboot: bool) -> Step {
     match event {
@@ -233,6 +247,9 @@ mod tests {
         assert!(!halt_is_news(RunState::InternalError));
         assert_eq!(on_continue(RunState::Paused), Ok(Step::Go));
         assert_eq!(on_continue(RunState::Running), Ok(Step::Nothing));
+        let lost = on_memory_lost(RunState::Running);
+        assert_eq!(lost, Step::Halt(RunState::InternalError));
+        assert_eq!(on_memory_lost(RunState::Paused), Step::Nothing);
         assert!(on_continue(RunState::InternalError).is_err());
     }
 

@@ -31,6 +31,7 @@ use crate::hotplug::Devices;
 use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
 use crate::platform::Platform;
+use crate::provision::Provision;
 
 /// Name of the RAM block the machine boots with.
 pub(crate) const BOOT_RAM: &str = "ram";
@@ -233,6 +234,13 @@ impl Machine {
             .seal(&self.blocking, BLOCKING_THREADS)
             .await?;
         self.devices.serve(events, self.ram_gauge());
+        let provision = Provision {
+            memory: Arc::downgrade(&self.memory),
+            blocking: Arc::downgrade(&self.blocking),
+            requests: self.requests.clone(),
+            local: self.local.clone(),
+        };
+        self.local.spawn(provision.watch()).detach();
         self.load().await?;
         self.take(Step::Go, events).await;
         Ok(())
@@ -301,6 +309,13 @@ impl Machine {
                 events.emit(events::WATCHDOG.with(Watchdog { action }));
                 self.take(lifecycle::on_watchdog(state, action, no_reboot), events)
                     .await
+            }
+            Request::MemoryLost(reason) => {
+                let step = lifecycle::on_memory_lost(state);
+                if step != Step::Nothing {
+                    tracing::error!("the guest is stopped: {reason}");
+                }
+                self.take(step, events).await
             }
             Request::Cpu(event) => {
                 event.log();

@@ -88,6 +88,18 @@ pub enum Error {
         /// Bytes needed.
         needed: u64,
     },
+    /// The file behind a block has holes, and its filesystem is too full to fill them.
+    #[error("RAM block {name}: the filesystem of {path} is full: it has room for {room} bytes, {missing} are missing", path = path.display())]
+    BackingWithoutRoom {
+        /// The block.
+        name: String,
+        /// The file.
+        path: PathBuf,
+        /// Bytes the filesystem can still give.
+        room: u64,
+        /// Bytes of the file that have no place yet.
+        missing: u64,
+    },
     /// The file behind a block cannot be written to.
     #[error("RAM block {name}: {path} cannot be written to: {source}", path = path.display())]
     BackingUnwritable {

@@ -111,6 +111,38 @@ fn a_file_too_short_is_refused_and_left_alone() {
 }
 
 #[test]
+fn a_file_that_no_longer_provides_its_memory_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let memory = memory(ARENA);
+    let anon = memory.ram().add(spec("anon", MIB, setup::ANON)).unwrap();
+    anon.check_provided().unwrap();
+
+    let path = dir.path().join("cut");
+    let cut = spec("cut", MIB, file(&path, true, false));
+    let cut = memory.ram().add(cut).unwrap();
+    cut.check_provided().unwrap();
+    let cut_short = fs::File::options().write(true).open(&path).unwrap();
+    cut_short.set_len(5000).unwrap();
+    let error = cut.check_provided().unwrap_err();
+    assert!(
+        matches!(&error, Error::BackingTooShort { path: p, bytes: 5000, needed: MIB, .. } if *p == path),
+        "{error}"
+    );
+
+    // All of it holes, and more than a filesystem for temporary files has room for.
+    const VAST: u64 = 4 << 40;
+    let path = dir.path().join("vast");
+    let vast = spec("vast", VAST, file(&path, true, false));
+    let error = refused(&memory, vast, &RamPolicy::default());
+    assert!(
+        matches!(&error, Error::BackingWithoutRoom { path: p, missing: VAST, .. } if *p == path),
+        "{error}"
+    );
+    assert!(error.to_string().contains("is full"), "{error}");
+    assert!(!path.exists());
+}
+
+#[test]
 fn a_file_made_for_a_block_that_came_to_nothing_goes_again() {
     let dir = tempfile::tempdir().unwrap();
     let (missing, empty) = (dir.path().join("missing"), dir.path().join("empty"));

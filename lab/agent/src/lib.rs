@@ -13,6 +13,7 @@ pub mod exec;
 pub mod kernel_log;
 pub mod pattern;
 pub mod pipes;
+pub mod placed;
 pub mod ports;
 pub mod protocol;
 pub mod report;

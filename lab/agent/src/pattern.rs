@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A seeded pattern over a large area of anonymous memory.
 
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ const RESERVE_BYTES: u64 = 24 << 20;
 
 /// Anonymous memory, unmapped on drop.
 #[derive(Debug)]
-struct Mapping {
+pub(crate) struct Mapping {
     base: NonNull<u64>,
     bytes: usize,
 }
@@ -30,7 +31,8 @@ struct Mapping {
 unsafe impl Send for Mapping {}
 
 impl Mapping {
-    fn new(bytes: usize) -> Result<Mapping> {
+    /// `bytes` of memory, in whole pages.
+    pub(crate) fn new(bytes: usize) -> Result<Mapping> {
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         // SAFETY: no address is asked for, so no existing mapping is touched.
         let base = unsafe {
@@ -42,21 +44,43 @@ impl Mapping {
             )
         }
         .with_context(|| format!("map {bytes} bytes"))?;
-        // SAFETY: the range was mapped just now and belongs to nobody else.
-        // A kernel without huge pages refuses; 4 KiB pages do as well.
-        let _ = unsafe { madvise(base, bytes, Advice::LinuxHugepage) };
         let base = NonNull::new(base.cast()).context("mapping at address 0")?;
         Ok(Mapping { base, bytes })
     }
 
-    fn words(&self) -> &[u64] {
+    /// As [`new`](Self::new), in huge pages where the kernel has them.
+    fn huge(bytes: usize) -> Result<Mapping> {
+        let mapping = Mapping::new(bytes)?;
+        // SAFETY: the range was mapped just now and belongs to nobody else.
+        // A kernel without huge pages refuses; 4 KiB pages do as well.
+        let _ = unsafe { madvise(mapping.base.as_ptr().cast(), bytes, Advice::LinuxHugepage) };
+        Ok(mapping)
+    }
+
+    /// Where it is in this process.
+    pub(crate) fn addresses(&self) -> Range<u64> {
+        let start = self.base.as_ptr().addr() as u64;
+        start..start + self.bytes as u64
+    }
+
+    pub(crate) fn words(&self) -> &[u64] {
         // SAFETY: `base` maps `bytes` readable bytes, page aligned, zeroed by the kernel, until drop.
         unsafe { std::slice::from_raw_parts(self.base.as_ptr(), self.bytes / 8) }
     }
 
-    fn words_mut(&mut self) -> &mut [u64] {
+    pub(crate) fn words_mut(&mut self) -> &mut [u64] {
         // SAFETY: as in `words`, and `&mut self` makes this the only access.
         unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr(), self.bytes / 8) }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        // SAFETY: as in `words`; every byte is a value.
+        unsafe { std::slice::from_raw_parts(self.base.as_ptr().cast(), self.bytes) }
+    }
+
+    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `words_mut`; every byte is a value.
+        unsafe { std::slice::from_raw_parts_mut(self.base.as_ptr().cast(), self.bytes) }
     }
 }
 
@@ -101,7 +125,7 @@ impl Area {
             );
         }
         let mut area = Area {
-            mapping: Mapping::new(usize::try_from(rounded)?)?,
+            mapping: Mapping::huge(usize::try_from(rounded)?)?,
             seed,
         };
         area.write(threads, progress);

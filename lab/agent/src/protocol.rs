@@ -79,6 +79,21 @@ pub enum Command {
         /// Decides the content.
         seed: u64,
     },
+    /// Writes from memory at `place` to the beginning of a disk, past the page cache; answers when that has ended:
+    /// [`Written`].
+    WriteFrom {
+        /// The device.
+        path: String,
+        /// Which memory.
+        #[serde(flatten)]
+        place: Place,
+        /// Decides what is written: [`words`](crate::placed::words).
+        seed: u64,
+    },
+    /// Has a pipe hold memory at `place` where it is, until [`Command::Unpin`]: [`PinnedMemory`].
+    Pin(Place),
+    /// Lets go of what [`Command::Pin`] holds: [`PinnedMemory`].
+    Unpin,
     /// Searches the kernel log: [`KernelLog`].
     Dmesg {
         /// Lines that contain one of these come back.
@@ -154,6 +169,17 @@ pub struct DiskStart {
 
 fn yes() -> bool {
     true
+}
+
+/// Memory of the guest by its address.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Place {
+    /// How much; rounded up to whole pages.
+    pub bytes: u64,
+    /// Where all of it must be, or the request fails: guest-physical addresses from here on.
+    pub from: u64,
+    /// Up to here.
+    pub to: u64,
 }
 
 /// One line from the agent, without [`PREFIX`].
@@ -324,6 +350,22 @@ pub struct DiskStatus {
     pub longest_gap_ms: u64,
     /// Whether every block was read back at the end of this request.
     pub verified_all: bool,
+}
+
+/// Answer to [`Command::WriteFrom`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Written {
+    /// Bytes written.
+    pub bytes: u64,
+    /// Time taken.
+    pub ms: u64,
+}
+
+/// Answer to [`Command::Pin`] and [`Command::Unpin`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct PinnedMemory {
+    /// Bytes now held.
+    pub bytes: u64,
 }
 
 /// Answer to [`Command::Dmesg`].

@@ -14,11 +14,13 @@ use serde_json::Value;
 use crate::disk::Work;
 use crate::pattern::Area;
 use crate::pipes::Pipes;
+use crate::placed::Pinned;
 use crate::protocol::{
-    Command, Done, Event, Filled, Freed, Message, PipesHeld, REQUEST_LIMIT_BYTES, Request,
+    Command, Done, Event, Filled, Freed, Message, PinnedMemory, PipesHeld, REQUEST_LIMIT_BYTES,
+    Request,
 };
 use crate::tty::{Line, Lines, Messages};
-use crate::{disk, exec, kernel_log, ports, report};
+use crate::{disk, exec, kernel_log, placed, ports, report};
 
 /// What lasts from one request to the next.
 #[derive(Debug, Default)]
@@ -26,6 +28,7 @@ struct State {
     area: Mutex<Option<Area>>,
     disks: Mutex<HashMap<String, Work>>,
     pipes: Mutex<Pipes>,
+    pins: Mutex<Vec<Pinned>>,
 }
 
 /// Answers requests for ever.
@@ -144,6 +147,18 @@ fn run(request: Request, state: &State, messages: &Messages) -> Result<Value> {
             to_value(status)
         }
         Command::DiskOnce { path, bytes, seed } => to_value(disk::once(&path, bytes, seed)?),
+        Command::WriteFrom { path, place, seed } => to_value(placed::write(&path, &place, seed)?),
+        Command::Pin(place) => {
+            let mut pins = lock(&state.pins);
+            pins.push(Pinned::at(&place)?);
+            to_value(PinnedMemory {
+                bytes: pins.iter().map(Pinned::bytes).sum(),
+            })
+        }
+        Command::Unpin => {
+            lock(&state.pins).clear();
+            to_value(PinnedMemory { bytes: 0 })
+        }
         Command::Dmesg { deny, tail } => to_value(kernel_log::search(&deny, tail)?),
         Command::Pipes { bytes } => to_value(PipesHeld {
             bytes: lock(&state.pipes).hold(bytes)?,

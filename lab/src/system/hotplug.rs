@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
-pub(super) use force::{forced, quarantined};
+pub(super) use force::{forced, quarantined, shell, until};
 use models::Model;
 pub(super) use residue::Residue;
 

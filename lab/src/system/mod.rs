@@ -91,6 +91,10 @@ const SCENARIOS: &[Scenario] = &[
     scenario("boot", boot::processors),
     scenario("grow and shrink with a pattern", resize::rounds),
     scenario("targets at random", resize::random_targets),
+    scenario(
+        "memory grows beside held requests",
+        resize::beside_held_requests,
+    ),
     scenario("reboot, reset, stop and continue", reset::in_mid_resize),
     scenario("a triple fault ends with --no-reboot", reset::no_reboot),
     scenario("devices come and go", hotplug::cycles),
@@ -101,6 +105,21 @@ const SCENARIOS: &[Scenario] = &[
     scenario("mistakes with devices", hotplug::mistakes),
     scenario("dimms come and go", dimm::cycles),
     scenario("a guest keeps a dimm", dimm::refusal),
+    scenario(
+        "a guest keeps a dimm until its reason ends",
+        dimm::refusal_undone,
+    ),
+    scenario(
+        "a guest tries for ever to let go of a dimm",
+        dimm::no_answer,
+    ),
+    scenario(
+        "a dimm goes while a request has hold of it",
+        dimm::in_flight,
+    ),
+    scenario("many dimms", dimm::many),
+    scenario("a dimm on a full file system", dimm::full),
+    scenario("a dimm on a file that is cut short", dimm::truncated),
     scenario("a reset amid the removal of a dimm", dimm::reset),
     scenario("mistakes with dimms", dimm::mistakes),
     scenario("devices come and go by hand", ctl::by_hand),
@@ -169,6 +188,29 @@ pub(crate) fn clean_kernel_log(vmm: &mut Vmm) -> Result<()> {
         denied.is_empty(),
         "the guest's kernel log holds:\n{}",
         denied.join("\n")
+    );
+    Ok(())
+}
+
+/// What Linux writes when an ACPI method fails, or a device is not what it said.
+const ACPI_ERRORS: &[&str] = &[
+    "ACPI Error",
+    "ACPI BIOS Error",
+    "ACPI Exception",
+    "ACPI Warning",
+    "AE_",
+    "Eject failed",
+    "Eject incomplete",
+];
+
+/// The guest's ACPI must have nothing to complain about.
+pub(crate) fn no_acpi_error(vmm: &mut Vmm) -> Result<()> {
+    let patterns: Vec<String> = ACPI_ERRORS.iter().map(|it| (*it).to_owned()).collect();
+    let found = vmm.guest().denied_kernel_messages(&patterns)?;
+    ensure!(
+        found.is_empty(),
+        "the guest's ACPI says:\n{}",
+        found.join("\n")
     );
     Ok(())
 }

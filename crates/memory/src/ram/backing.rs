@@ -263,7 +263,7 @@ impl Mapping {
     }
 
     /// Whether the file still has `end` bytes; others may have cut it short.
-    fn check_length(&self, end: u64) -> Result<(), Error> {
+    pub(super) fn check_length(&self, end: u64) -> Result<(), Error> {
         let (Some(path), Some(fd)) = (&self.path, &self.fd) else {
             return Ok(());
         };

@@ -441,11 +441,6 @@ impl RamBlock {
         }
     }
 
-    /// Whether dropping the last handle may wait for a filesystem.
-    pub(crate) fn is_file(&self) -> bool {
-        self.mapping.is_file()
-    }
-
     pub(super) fn make_room(&self, new: u64) -> Result<(), Error> {
         self.mapping.grow(self.size_bytes(), new)
     }

@@ -13,6 +13,7 @@ mod list;
 mod listen;
 mod numa;
 mod populate;
+mod provided;
 mod seal;
 mod source;
 mod spec;

@@ -6,9 +6,9 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::ptr;
 
 use super::host::huge_page_figures;
+use super::provided::{check_room, filesystem_of};
 use super::{Backing, RamSpec};
 use crate::Error;
 
@@ -135,6 +135,9 @@ fn open_file(spec: &RamSpec, path: &Path, share: bool, readonly: bool) -> Result
             needed: spec.max_size_bytes,
         });
     }
+    if !readonly {
+        check_room(&spec.name, path, &file, share)?;
+    }
     Ok(Source {
         fd: Some(OwnedFd::from(file)),
         page_size_bytes: page.unwrap_or_else(host_page_size),
@@ -247,13 +250,8 @@ fn no_huge_pages(spec: &RamSpec, page_size_bytes: u64) -> Error {
 
 /// The page size of a file on hugetlbfs.
 fn huge_page_of(file: &File) -> io::Result<Option<u64>> {
-    // SAFETY: all zeroes is a valid statfs.
-    let mut stat: libc::statfs = unsafe { std::mem::zeroed() };
-    // SAFETY: a descriptor of ours and a place for the answer.
-    if unsafe { libc::fstatfs(file.as_raw_fd(), ptr::from_mut(&mut stat)) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok((stat.f_type == HUGETLBFS_MAGIC).then_some(stat.f_bsize as u64))
+    let filesystem = filesystem_of(file)?;
+    Ok((filesystem.f_type == HUGETLBFS_MAGIC).then_some(filesystem.f_bsize as u64))
 }
 
 /// The host's page size, in bytes.

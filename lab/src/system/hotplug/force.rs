@@ -129,7 +129,8 @@ fn in_phase(vmm: &mut Vmm, phase: &str) -> Result<Value> {
     }
 }
 
-fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
+/// Runs a script in the guest; it must end well.
+pub(in crate::system) fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
     let done = vmm
         .guest()
         .exec(&["/bin/busybox", "sh", "-c", script], GUEST)?;
@@ -137,7 +138,8 @@ fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
     Ok(())
 }
 
-fn until(vmm: &mut Vmm, what: &str, test: &str) -> Result<()> {
+/// Waits until `test` ends well in the guest.
+pub(in crate::system) fn until(vmm: &mut Vmm, what: &str, test: &str) -> Result<()> {
     let begun = Instant::now();
     while shell(vmm, test).is_err() {
         if begun.elapsed() > GUEST {
