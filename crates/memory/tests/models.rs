@@ -16,32 +16,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_memory::modelled::{Core, PinToken, Thread, ViewPointer};
+use ebbtide_models::explore;
 use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::thread;
-
-/// Runs a model through every schedule with at most `preemptions` forced switches.
-fn explore(
-    model: &str,
-    invariant: &str,
-    preemptions: usize,
-    body: impl Fn() + Sync + Send + 'static,
-) {
-    let schedules = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    // LOOM_MAX_PREEMPTIONS looks further, for as long as it takes.
-    builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
-    builder.max_branches = 100_000;
-    builder.check(move || {
-        count.fetch_add(1, Ordering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Ordering::Relaxed);
-    println!(
-        "MODEL {{\"model\":\"{model}\",\"invariant\":\"{invariant}\",\"schedules\":{schedules}}}"
-    );
-}
 
 /// Guest memory, or a view: valid until poisoned.
 struct Page(UnsafeCell<u32>);
