@@ -7,6 +7,8 @@
 
 #[path = "models/dma.rs"]
 mod dma;
+#[path = "models/kept.rs"]
+mod kept;
 #[path = "models/mapper.rs"]
 mod mapper;
 #[path = "models/unplug.rs"]
@@ -15,7 +17,7 @@ mod unplug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ebbtide_memory::modelled::{Core, PinToken, Thread, ViewPointer};
+use ebbtide_memory::modelled::{Core, Home, PinToken, ViewPointer};
 use ebbtide_models::explore;
 use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
@@ -49,7 +51,7 @@ impl Page {
 type View = Option<Arc<Page>>;
 
 /// Looks a page up and touches it inside a section.
-fn look(thread: &Thread, view: &ViewPointer<View>) {
+fn look(thread: &Home, view: &ViewPointer<View>) {
     thread.enter();
     // SAFETY: inside the section.
     if let Some(page) = unsafe { view.get() } {
@@ -155,7 +157,7 @@ fn model_section_wake() {
 }
 
 /// Pins what the view shows, if it shows something.
-fn take(thread: &Thread, view: &ViewPointer<View>, slot: u32) -> Option<(PinToken, Arc<Page>)> {
+fn take(thread: &Home, view: &ViewPointer<View>, slot: u32) -> Option<(PinToken, Arc<Page>)> {
     thread.enter();
     // SAFETY: inside the section.
     let found = unsafe { view.get() }
