@@ -26,24 +26,13 @@ pub struct ModelsArgs {
     /// Print the list as JSON
     #[arg(long)]
     json: bool,
-    /// One seeded bug of each model instead of all
-    #[arg(long)]
-    short: bool,
-}
-
-impl ModelsArgs {
-    /// The short form, for people.
-    pub fn short() -> Self {
-        Self {
-            json: false,
-            short: true,
-        }
-    }
 }
 
 /// What a model's test prints when it holds.
 #[derive(Deserialize)]
 struct Passed {
+    model: String,
+    invariant: String,
     schedules: u64,
 }
 
@@ -71,7 +60,7 @@ pub fn run(args: &ModelsArgs) -> Result<()> {
             println!("{line}");
         }
     };
-    let rows = all(args.short, say)?;
+    let rows = all(say)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&rows)?);
     }
@@ -103,12 +92,8 @@ struct Outcome<'a> {
     found: bool,
 }
 
-fn all(short: bool, say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
-    let mut crates = list::crates()?;
-    if short {
-        let models = crates.iter_mut().flat_map(|of| &mut of.models);
-        models.for_each(|model| model.seeded.truncate(1));
-    }
+fn all(say: impl Fn(&str) + Sync) -> Result<Vec<Row>> {
+    let crates = list::crates()?;
     let runs = runs(&crates)?;
     let waiting = Mutex::new(runs.iter());
     let outcomes = std::thread::scope(|scope| {
@@ -228,10 +213,15 @@ impl<'a> Run<'a> {
             .lines()
             .find_map(|l| l.split_once("MODEL ").map(|(_, json)| json))
             .and_then(|json| serde_json::from_str::<Passed>(json).ok());
-        let Some(Passed { schedules }) = passed.filter(|_| holds) else {
-            bail!("{}: the model does not hold:\n{text}", self.model.name);
+        let name = &self.model.name;
+        let Some(passed) = passed.filter(|_| holds) else {
+            bail!("{name}: the model does not hold:\n{text}");
         };
-        Ok(self.ended(schedules, false))
+        if (&passed.model, &passed.invariant) != (name, &self.model.invariant) {
+            let (model, invariant) = (&passed.model, &passed.invariant);
+            bail!("{name}: models.toml says other than its test: {model}: {invariant}");
+        }
+        Ok(self.ended(passed.schedules, false))
     }
 
     /// What it did with `bug`, which it must have come to: else it failed, or held, for another

@@ -36,7 +36,7 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "models",
-        what: "concurrency models, a seeded bug of each, beside the torture of the memory core",
+        what: "concurrency models with their seeded bugs, beside the torture of the memory core",
         run: models_and_torture,
     },
     Layer {
@@ -81,7 +81,7 @@ fn unit() -> Result<()> {
 fn models_and_torture() -> Result<()> {
     std::thread::scope(|scope| {
         let torture = scope.spawn(|| torture::run(&torture::TortureArgs::default()));
-        let models = models::run(&models::ModelsArgs::short());
+        let models = models::run(&models::ModelsArgs::default());
         let torture = torture
             .join()
             .unwrap_or_else(|_| bail!("the torture's thread panicked"));

@@ -4,30 +4,16 @@
 #![cfg(loom)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use ebbtide_device::{Answer, Eject, GuestEject};
 use ebbtide_gate::Gate;
+use ebbtide_models::explore;
 use loom::thread;
-
-fn check(model: &str, invariant: &str, body: fn()) {
-    let schedules = Arc::new(AtomicU64::new(0));
-    let counter = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(Some(4));
-    builder.check(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Ordering::Relaxed);
-    assert!(schedules > 1, "{model}: nothing was interleaved");
-    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
-}
 
 #[test]
 fn model_eject_or_cancel() {
     const INVARIANT: &str = "of an eject and a cancellation exactly one wins, and gates are shut if and only if it is the eject";
-    check("device/eject-or-cancel", INVARIANT, || {
+    explore("device/eject-or-cancel", INVARIANT, 4, || {
         let gate = Gate::new("modelled");
         let eject = Eject::new(GuestEject::Requested, &gate);
         assert!(eject.request());
@@ -51,7 +37,7 @@ fn model_eject_or_cancel() {
 #[test]
 fn model_cover() {
     const INVARIANT: &str = "a device plugged below one that is ejected at the same moment is shut, and no list is freed under its reader";
-    check("device/cover", INVARIANT, || {
+    explore("device/cover", INVARIANT, 4, || {
         let top = Gate::new("top");
         let eject = Eject::new(GuestEject::On, &top);
         let vcpu = {

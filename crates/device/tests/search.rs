@@ -10,6 +10,7 @@ mod world;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use ebbtide_models::holds;
 use world::World;
 
 /// The choices of a run, and where the next run differs.
@@ -132,5 +133,5 @@ fn search_removals() {
     ];
     let runs: u64 = sets.into_iter().map(search).sum();
     assert!(runs > 1000, "{runs}");
-    println!(r#"MODEL {{"model":"device/removal","invariant":"{INVARIANT}","schedules":{runs}}}"#);
+    holds("device/removal", INVARIANT, runs);
 }

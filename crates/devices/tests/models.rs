@@ -8,36 +8,20 @@
 #![cfg(loom)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
 use std::time::Duration;
 
 use ebbtide_devices::i6300esb::timer::{Orders, Runs};
+use ebbtide_models::explore;
 use loom::future::block_on;
 use loom::sync::Mutex;
 use loom::thread;
 
 const SECOND: Option<Duration> = Some(Duration::from_secs(1));
 
-/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
-/// LOOM_MAX_PREEMPTIONS sets another bound.
-fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
-    let schedules = Arc::new(Counter::new(0));
-    let counter = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(preemptions);
-    builder.check(move || {
-        counter.fetch_add(1, CounterOrdering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(CounterOrdering::Relaxed);
-    assert!(schedules > 1, "{model}: nothing was interleaved");
-    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
-}
-
 #[test]
 fn model_orders() {
     const INVARIANT: &str = "the thread that keeps a watchdog's time takes the last order, and ends when there will be none";
-    check("devices/watchdog_orders", INVARIANT, Some(3), || {
+    explore("devices/watchdog_orders", INVARIANT, 3, || {
         let orders = Arc::new(Orders::default());
         let clock = thread::spawn({
             let orders = Arc::clone(&orders);
@@ -71,7 +55,7 @@ struct Registers {
 #[test]
 fn model_reload() {
     const INVARIANT: &str = "a timer that has run off does nothing once the guest has reloaded it";
-    check("devices/watchdog_reload", INVARIANT, Some(3), || {
+    explore("devices/watchdog_reload", INVARIANT, 3, || {
         let orders = Arc::new(Orders::default());
         let registers = Arc::new(Mutex::new(Registers::default()));
         registers.lock().unwrap().runs.order(&orders, SECOND);

@@ -13,29 +13,13 @@
 use std::future::{Future, poll_fn};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Poll;
 
 use ebbtide_gate::{Entry, Gate, Owned};
+use ebbtide_models::explore;
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
 use loom::thread;
-
-/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
-/// LOOM_MAX_PREEMPTIONS sets another bound.
-fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
-    let schedules = Arc::new(AtomicU64::new(0));
-    let counter = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(preemptions);
-    builder.check(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Ordering::Relaxed);
-    assert!(schedules > 1, "{model}: nothing was interleaved");
-    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
-}
 
 /// What is behind the gate: loom reports an access that is not ordered against another one.
 struct Guarded(UnsafeCell<u32>);
@@ -73,7 +57,7 @@ fn use_under_lease(gate: &Arc<Gate>, kind: Entry, guarded: &Guarded) {
 fn model_drain() {
     const INVARIANT: &str =
         "once drained, no lease exists and none will, and what was done under a lease is seen";
-    check("gate/drain", INVARIANT, Some(4), || {
+    explore("gate/drain", INVARIANT, 4, || {
         let gate = Gate::new("modelled");
         let guarded = Arc::new(Guarded::new());
         let users = [Entry::Mmio, Entry::Io].map(|kind| {
@@ -96,7 +80,7 @@ fn model_drain() {
 fn model_wakeup() {
     const INVARIANT: &str =
         "every drainer is woken, whether the last lease or the close comes last";
-    check("gate/wakeup", INVARIANT, Some(4), || {
+    explore("gate/wakeup", INVARIANT, 4, || {
         let gate = Gate::new("modelled");
         let lease = gate.enter(Entry::Io).expect("open");
         let leaver = thread::spawn(move || drop(lease));
@@ -125,7 +109,7 @@ fn model_wakeup() {
 fn model_owner() {
     const INVARIANT: &str =
         "the owner takes the value out exclusively, and a handle reaches it only before that";
-    check("gate/owner", INVARIANT, Some(4), || {
+    explore("gate/owner", INVARIANT, 4, || {
         // The value itself is behind an Arc, so that a seeded bug is found by loom and not as a crash.
         let guarded = Arc::new(Guarded::new());
         let owned = Owned::new("modelled", Arc::clone(&guarded));

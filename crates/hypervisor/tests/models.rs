@@ -2,25 +2,11 @@
 //! Loom models of the kick protocol. Run by `cargo xtask models`; `models.toml` lists them.
 #![cfg(loom)]
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use ebbtide_hypervisor::models::{after_interruption, before_entry, kick, without_guest};
+use ebbtide_models::explore;
 use loom::sync::atomic::{AtomicBool, AtomicU8, Ordering::SeqCst};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
-
-fn model(schedule: impl Fn() + Sync + Send + 'static) {
-    let schedules = std::sync::Arc::new(AtomicU64::new(0));
-    let counted = schedules.clone();
-    let mut builder = loom::model::Builder::new();
-    // Every lost kick known takes at most two preemptions; three keep the model to seconds.
-    builder.preemption_bound = Some(3);
-    builder.check(move || {
-        counted.fetch_add(1, Relaxed);
-        schedule();
-    });
-    println!("MODEL {{\"schedules\":{}}}", schedules.load(Relaxed));
-}
 
 /// What the kernel keeps for the thread: a pending signal, and the sleep that one ends.
 struct Kernel {
@@ -74,11 +60,14 @@ impl Kernel {
     }
 }
 
-// A lost kick is a thread that waits for ever, which loom reports as a deadlock.
+// A lost kick is a thread that waits for ever, which loom reports as a deadlock. Every one known takes at most two
+// preemptions; three keep the models to seconds.
 
 #[test]
 fn a_kick_is_never_lost() {
-    model(|| {
+    const INVARIANT: &str =
+        "a vCPU that never leaves the guest by itself stops after one kick, whenever it comes";
+    explore("hypervisor/kick", INVARIANT, 3, || {
         let kernel = Kernel::new();
         let stop = Arc::new(AtomicBool::new(false));
         let vcpu = {
@@ -93,7 +82,8 @@ fn a_kick_is_never_lost() {
 
 #[test]
 fn two_kickers_are_both_served() {
-    model(|| {
+    const INVARIANT: &str = "of two kicks neither hides the other's work";
+    explore("hypervisor/two-kicks", INVARIANT, 3, || {
         let kernel = Kernel::new();
         let work = Arc::new([AtomicBool::new(false), AtomicBool::new(false)]);
         let vcpu = {
@@ -116,7 +106,8 @@ fn two_kickers_are_both_served() {
 
 #[test]
 fn a_kick_during_a_restore_is_kept() {
-    model(|| {
+    const INVARIANT: &str = "a kick that comes while a vCPU is restored is served by the next run";
+    explore("hypervisor/kick-during-restore", INVARIANT, 3, || {
         let kernel = Kernel::new();
         let stop = Arc::new(AtomicBool::new(false));
         let vcpu = {

@@ -4,24 +4,12 @@
 #![cfg(loom)]
 
 use std::convert::Infallible;
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use ebbtide_hypervisor::models::{Crossing, Entry, Resets, Ring, Written, harvest};
+use ebbtide_models::explore;
 use loom::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use loom::sync::{Arc, Condvar, Mutex};
 use loom::thread;
-
-fn model(preemptions: usize, schedule: impl Fn() + Sync + Send + 'static) {
-    let schedules = std::sync::Arc::new(AtomicU64::new(0));
-    let counted = schedules.clone();
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(preemptions);
-    builder.check(move || {
-        counted.fetch_add(1, Relaxed);
-        schedule();
-    });
-    println!("MODEL {{\"schedules\":{}}}", schedules.load(Relaxed));
-}
 
 const VCPUS: usize = 2;
 const ENTRIES: usize = 4;
@@ -150,7 +138,8 @@ fn check(vcpus: [fn(&Machine); VCPUS]) {
 
 #[test]
 fn no_write_is_lost_to_a_harvest() {
-    model(4, || {
+    const INVARIANT: &str = "who takes a page's bit and then reads the page has its last write, or finds the bit set again";
+    explore("hypervisor/dirty-ring", INVARIANT, 4, || {
         check([
             |machine| {
                 machine.write(0, 1);
@@ -163,7 +152,8 @@ fn no_write_is_lost_to_a_harvest() {
 
 #[test]
 fn no_write_is_lost_between_two_harvests() {
-    model(4, || {
+    const INVARIANT: &str = "so also when another ring's harvest resets the page's entry";
+    explore("hypervisor/dirty-rings", INVARIANT, 4, || {
         check([
             |machine| {
                 machine.write(0, 1);
@@ -210,7 +200,8 @@ impl Inside {
 
 #[test]
 fn a_sync_finds_all_that_was_written() {
-    model(4, || {
+    const INVARIANT: &str = "what a processor wrote before a sync is in the log after it, also if it was in the guest or harvests itself";
+    explore("hypervisor/dirty-ring-sync", INVARIANT, 4, || {
         let inside = Arc::new(Inside {
             machine: Machine::new(),
             crossing: Crossing::new(),

@@ -10,28 +10,13 @@
 #![cfg(loom)]
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 
 use ebbtide_iothread::Signal;
 use ebbtide_iothread::doorbell::Doorbell;
+use ebbtide_models::explore;
 use loom::sync::{Mutex, Notify};
 use loom::thread;
-
-/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
-/// LOOM_MAX_PREEMPTIONS sets another bound.
-fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
-    let schedules = Arc::new(AtomicU64::new(0));
-    let counter = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(preemptions);
-    builder.check(move || {
-        counter.fetch_add(1, Ordering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Ordering::Relaxed);
-    assert!(schedules > 1, "{model}: nothing was interleaved");
-    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
-}
 
 /// An executor as far as its sleep goes: the inbox, the doorbell and the eventfd.
 struct Executor {
@@ -69,7 +54,7 @@ impl Executor {
 #[test]
 fn model_doorbell() {
     const INVARIANT: &str = "a sleeping thread is woken by every notification that it has not taken, and finds the work";
-    check("iothread/doorbell", INVARIANT, Some(2), || {
+    explore("iothread/doorbell", INVARIANT, 2, || {
         let executor = Arc::new(Executor {
             inbox: Mutex::new(Vec::new()),
             doorbell: Doorbell::new(),
@@ -95,7 +80,7 @@ fn model_doorbell() {
 #[test]
 fn model_signal() {
     const INVARIANT: &str = "a task that waits for a signal is woken by every raise it has not seen, and sees what was changed before";
-    check("iothread/signal", INVARIANT, Some(3), || {
+    explore("iothread/signal", INVARIANT, 3, || {
         let signal = Arc::new(Signal::new());
         let changes = Arc::new(loom::sync::atomic::AtomicU32::new(0));
         let raisers = [(), ()].map(|()| {

@@ -2,7 +2,7 @@
 //! The protocols as the loom models drive them: the real code, without mappings and threads.
 
 use std::future::Future;
-use std::ops::Range;
+use std::ops::{Deref, Range};
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::{Context, Wake, Waker};
@@ -14,6 +14,7 @@ use crate::pin::Token;
 use crate::ram::fence::{Fence, admit_one};
 use crate::reader::barrier::Barrier;
 use crate::reader::counters::Lane;
+use crate::reader::here;
 use crate::reader::hub::Hub;
 use crate::reader::published::Published;
 use crate::reader::row::{Row, make_token, set_token};
@@ -46,11 +47,16 @@ impl Core {
     /// As `Memory::register`.
     pub fn register(&self) -> Thread {
         let hub = self.grace.hub();
+        let row = hub.adopt(make_token(), || "model".to_owned());
         Thread {
-            hub,
-            row: hub.adopt(make_token(), || "model".to_owned()),
+            home: Home { hub, row },
             _core: self.clone(),
         }
+    }
+
+    /// As the end of the memory, and the beginning of the next one on what it leaves.
+    pub fn next_memory(&self) {
+        self.grace.hub().begin_next_life();
     }
 
     /// A slot for the pins of a RAM block.
@@ -251,14 +257,13 @@ impl Waiting {
     }
 }
 
-/// A registered thread.
-pub struct Thread {
+/// The row of a thread.
+pub struct Home {
     hub: &'static Hub,
     row: &'static Row,
-    _core: Core,
 }
 
-impl Thread {
+impl Home {
     /// Opens a section.
     pub fn enter(&self) {
         self.row.enter(self.hub);
@@ -273,11 +278,55 @@ impl Thread {
     pub fn pin(&self, slot: u32, bank: usize) -> PinToken {
         PinToken(Token::count(self.row, Lane::new(slot, bank)))
     }
+
+    /// Whether it is that of the calling thread.
+    pub fn is_own(&self) -> bool {
+        self.row.is_home()
+    }
+}
+
+/// A registered thread.
+pub struct Thread {
+    home: Home,
+    _core: Core,
+}
+
+impl Deref for Thread {
+    type Target = Home;
+
+    fn deref(&self) -> &Home {
+        &self.home
+    }
 }
 
 impl Drop for Thread {
     fn drop(&mut self) {
-        self.hub.disown(self.row);
+        self.home.hub.disown(self.home.row);
+    }
+}
+
+/// What a thread keeps of memories that it only knows by views.
+pub struct Keepsakes(here::Keepsakes);
+
+impl Default for Keepsakes {
+    fn default() -> Keepsakes {
+        Keepsakes(here::Keepsakes::new())
+    }
+}
+
+impl Keepsakes {
+    /// As `AddressSpace::home_row`.
+    pub fn row(&self, core: &Core) -> Option<Home> {
+        let home = self.0.row(core.grace.hub())?;
+        Some(Home {
+            hub: home.hub(),
+            row: home.row(),
+        })
+    }
+
+    /// As the end of the thread, at which other things of it may still come to look.
+    pub fn end(&self) {
+        self.0.end();
     }
 }
 

@@ -7,6 +7,8 @@
 
 #[path = "models/dma.rs"]
 mod dma;
+#[path = "models/kept.rs"]
+mod kept;
 #[path = "models/mapper.rs"]
 mod mapper;
 #[path = "models/unplug.rs"]
@@ -15,33 +17,11 @@ mod unplug;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ebbtide_memory::modelled::{Core, PinToken, Thread, ViewPointer};
+use ebbtide_memory::modelled::{Core, Home, PinToken, ViewPointer};
+use ebbtide_models::explore;
 use loom::cell::UnsafeCell;
 use loom::sync::Mutex;
 use loom::thread;
-
-/// Runs a model through every schedule with at most `preemptions` forced switches.
-fn explore(
-    model: &str,
-    invariant: &str,
-    preemptions: usize,
-    body: impl Fn() + Sync + Send + 'static,
-) {
-    let schedules = Arc::new(AtomicU64::new(0));
-    let count = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    // LOOM_MAX_PREEMPTIONS looks further, for as long as it takes.
-    builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
-    builder.max_branches = 100_000;
-    builder.check(move || {
-        count.fetch_add(1, Ordering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Ordering::Relaxed);
-    println!(
-        "MODEL {{\"model\":\"{model}\",\"invariant\":\"{invariant}\",\"schedules\":{schedules}}}"
-    );
-}
 
 /// Guest memory, or a view: valid until poisoned.
 struct Page(UnsafeCell<u32>);
@@ -71,7 +51,7 @@ impl Page {
 type View = Option<Arc<Page>>;
 
 /// Looks a page up and touches it inside a section.
-fn look(thread: &Thread, view: &ViewPointer<View>) {
+fn look(thread: &Home, view: &ViewPointer<View>) {
     thread.enter();
     // SAFETY: inside the section.
     if let Some(page) = unsafe { view.get() } {
@@ -177,7 +157,7 @@ fn model_section_wake() {
 }
 
 /// Pins what the view shows, if it shows something.
-fn take(thread: &Thread, view: &ViewPointer<View>, slot: u32) -> Option<(PinToken, Arc<Page>)> {
+fn take(thread: &Home, view: &ViewPointer<View>, slot: u32) -> Option<(PinToken, Arc<Page>)> {
     thread.enter();
     // SAFETY: inside the section.
     let found = unsafe { view.get() }

@@ -8,32 +8,9 @@
 use std::sync::Arc;
 
 use ebbtide_memory::modelled::{Core, Dirty, ViewPointer};
-use ebbtide_models::seeded;
+use ebbtide_models::{explore, seeded};
 use loom::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use loom::thread;
-
-/// Runs a model through every schedule with at most `preemptions` forced switches.
-fn explore(
-    model: &str,
-    invariant: &str,
-    preemptions: usize,
-    body: impl Fn() + Sync + Send + 'static,
-) {
-    let schedules = Arc::new(std::sync::atomic::AtomicU64::new(0));
-    let count = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    // LOOM_MAX_PREEMPTIONS looks further, for as long as it takes.
-    builder.preemption_bound = builder.preemption_bound.or(Some(preemptions));
-    builder.max_branches = 100_000;
-    builder.check(move || {
-        count.fetch_add(1, Relaxed);
-        body();
-    });
-    let schedules = schedules.load(Relaxed);
-    println!(
-        "MODEL {{\"model\":\"{model}\",\"invariant\":\"{invariant}\",\"schedules\":{schedules}}}"
-    );
-}
 
 /// The pages of a block.
 type Block = Arc<[AtomicU64; 2]>;

@@ -1,9 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! Seeded bugs: deviations from a protocol that stand in its source, for its concurrency models to find.
+//! What concurrency models share.
 //!
-//! [`seeded!`] is the literal `false`, and nothing is left of the bug, unless the crate is built with `--cfg loom`. Then
-//! it is true for the bug that the environment variable `EBBTIDE_SEEDED` names, so that one build serves them all. Each
-//! crate lists its bugs in its `models.toml`; `cargo xtask models` runs them.
+//! *Seeded bugs* are deviations from a protocol that stand in its source, for its models to find. [`seeded!`] is the
+//! literal `false`, and nothing is left of the bug, unless the crate is built with `--cfg loom`. Then it is true for the
+//! bug that the environment variable `EBBTIDE_SEEDED` names, so that one build serves them all. Each crate lists its bugs
+//! in its `models.toml`; `cargo xtask models` runs them.
+//!
+//! With `--cfg loom`, `explore` takes a model through its schedules. A search that needs no schedules says by [`holds`]
+//! what it went through.
+
+#[cfg(loom)]
+mod explore;
+#[cfg(loom)]
+mod seeded;
+
+#[cfg(loom)]
+pub use explore::explore;
+#[cfg(loom)]
+#[doc(hidden)]
+pub use seeded::is_seeded;
 
 /// Whether the bug of this name, a string literal, is seeded. Its name is its own in the whole workspace.
 #[cfg(not(loom))]
@@ -23,23 +38,13 @@ macro_rules! seeded {
     };
 }
 
-#[cfg(not(loom))]
-const _: () = assert!(!seeded!("any"), "nothing is left to be decided at run time");
-
-/// Whether `EBBTIDE_SEEDED` names `bug`. The first time it does, `SEEDED` and the name are printed: a model that fails
-/// without that line has not found the bug, it never came to it.
-#[cfg(loom)]
-#[doc(hidden)]
-pub fn is_seeded(bug: &str) -> bool {
-    use std::sync::{Once, OnceLock};
-
-    static CHOSEN: OnceLock<Option<String>> = OnceLock::new();
-    static REACHED: Once = Once::new();
-
-    let chosen = CHOSEN.get_or_init(|| std::env::var("EBBTIDE_SEEDED").ok());
-    let is = chosen.as_deref() == Some(bug);
-    if is {
-        REACHED.call_once(|| println!("SEEDED {bug}"));
-    }
-    is
+/// Says, for `cargo xtask models`, that `model` held in so many `schedules`.
+///
+/// # Panics
+/// When there was only one, or when a bug was seeded that the model did not come to.
+pub fn holds(model: &str, invariant: &str, schedules: u64) {
+    assert!(schedules > 1, "{model}: nothing was interleaved");
+    #[cfg(loom)]
+    seeded::assert_reached(model);
+    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
 }

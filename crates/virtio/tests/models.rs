@@ -19,32 +19,16 @@
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64 as Counter, Ordering as CounterOrdering};
 use std::task::Poll;
 
 use ebbtide_gate::{Entry, Gate};
+use ebbtide_models::explore;
 use ebbtide_virtio::scsi::modelled::Commands;
 use ebbtide_virtio::{Change, Interrupts, Link, Removal, Reset, status};
 use loom::cell::UnsafeCell;
 use loom::future::block_on;
 use loom::sync::atomic::{AtomicU32, Ordering};
 use loom::thread;
-
-/// Runs the schedules of `body` with up to `preemptions` preemptions (all when `None`), then says so.
-/// LOOM_MAX_PREEMPTIONS sets another bound.
-fn check(model: &str, invariant: &str, preemptions: Option<usize>, body: fn()) {
-    let schedules = Arc::new(Counter::new(0));
-    let counter = Arc::clone(&schedules);
-    let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = builder.preemption_bound.or(preemptions);
-    builder.check(move || {
-        counter.fetch_add(1, CounterOrdering::Relaxed);
-        body();
-    });
-    let schedules = schedules.load(CounterOrdering::Relaxed);
-    assert!(schedules > 1, "{model}: nothing was interleaved");
-    println!(r#"MODEL {{"model":"{model}","invariant":"{invariant}","schedules":{schedules}}}"#);
-}
 
 /// Counts configuration interrupts.
 #[derive(Default)]
@@ -83,7 +67,7 @@ impl Ring {
 fn model_reset() {
     const INVARIANT: &str = "when the status reads 0, nothing of the ended activation touches the rings any more, and \
                              no error of it marks the device";
-    check("virtio/reset", INVARIANT, Some(3), || {
+    explore("virtio/reset", INVARIANT, 3, || {
         let link = Link::new(Arc::new(Announced::default()));
         let gate = Gate::new("modelled");
         let ring = Arc::new(Ring::new());
@@ -125,7 +109,7 @@ fn model_reset() {
 fn model_removal() {
     const INVARIANT: &str = "a removal drains after the queue's task has answered what is there, and nothing touches \
                              the rings after that";
-    check("virtio/removal", INVARIANT, Some(3), || {
+    explore("virtio/removal", INVARIANT, 3, || {
         let gate = Gate::new("modelled");
         let ring = Arc::new(Ring::new());
         let (removal, removed) = Removal::new();
@@ -165,7 +149,7 @@ fn model_removal() {
 fn model_removal_of_broken_queue() {
     const INVARIANT: &str =
         "a removal drains although the task of a queue has ended or ends meanwhile";
-    check("virtio/removal_of_broken_queue", INVARIANT, Some(3), || {
+    explore("virtio/removal_of_broken_queue", INVARIANT, 3, || {
         let gate = Gate::new("modelled");
         let (removal, removed) = Removal::new();
         removed.listen();
@@ -183,7 +167,7 @@ fn model_removal_of_broken_queue() {
 fn model_config_change() {
     const INVARIANT: &str = "a driver whose two reads of the generation agree has read one state, and a change is \
                              followed by an interrupt";
-    check("virtio/config_change", INVARIANT, Some(3), || {
+    explore("virtio/config_change", INVARIANT, 3, || {
         let announced = Arc::new(Announced::default());
         let link = Link::new(Arc::clone(&announced) as _);
         link.driver_ok();
@@ -219,7 +203,7 @@ fn model_config_change() {
 fn model_config_silent() {
     const INVARIANT: &str =
         "a change that is not announced is as whole for a reading driver, and never interrupts it";
-    check("virtio/config_silent", INVARIANT, Some(3), || {
+    explore("virtio/config_silent", INVARIANT, 3, || {
         let announced = Arc::new(Announced::default());
         let link = Link::new(Arc::clone(&announced) as _);
         link.driver_ok();
@@ -250,7 +234,7 @@ fn model_config_silent() {
 fn model_config_pending() {
     const INVARIANT: &str =
         "a change while the driver sets itself up is either read by it or announced";
-    check("virtio/config_pending", INVARIANT, Some(3), || {
+    explore("virtio/config_pending", INVARIANT, 3, || {
         let announced = Arc::new(Announced::default());
         let link = Link::new(Arc::clone(&announced) as _);
         link.status().set(status::ACKNOWLEDGE | status::DRIVER);
@@ -273,7 +257,7 @@ fn model_config_pending() {
 fn model_early_needs_reset() {
     const INVARIANT: &str =
         "a driver that is set up hears of an error that came while it set itself up";
-    check("virtio/early_needs_reset", INVARIANT, Some(3), || {
+    explore("virtio/early_needs_reset", INVARIANT, 3, || {
         let announced = Arc::new(Announced::default());
         let link = Link::new(Arc::clone(&announced) as _);
         link.status().set(status::ACKNOWLEDGE | status::DRIVER);
@@ -293,7 +277,7 @@ fn model_early_needs_reset() {
 fn model_task_management() {
     const INVARIANT: &str = "when a function is answered, the commands it aborted do not touch their memory any more; \
                              and it is answered";
-    check("virtio/task_management", INVARIANT, Some(3), || {
+    explore("virtio/task_management", INVARIANT, 3, || {
         let commands = Commands::new(2);
         let memory = [0, 1].map(|_| Arc::new(Ring::new()));
         let disks: Vec<_> = (0..2)

@@ -11,7 +11,11 @@
 //!     └────the memory goes──────► the hub takes the row back (`Hub::give_back`)
 //! ```
 
+use std::cell::Cell;
 use std::marker::PhantomData;
+use std::ptr;
+
+use ebbtide_models::seeded;
 
 use super::Reader;
 use super::hub::Hub;
@@ -62,51 +66,82 @@ pub(crate) fn row<'m>(hub: &'static Hub) -> Option<HomeRow<'m>> {
     })
 }
 
-/// Models free hubs and rows when they end, before their threads' keepsakes are gone.
+/// Models hand theirs in: what loom keeps for a thread goes after the thread was joined, and so after
+/// hub and rows were freed.
 #[cfg(loom)]
 pub(crate) fn row<'m>(_hub: &'static Hub) -> Option<HomeRow<'m>> {
     None
 }
 
+/// A row that a thread has a handle on.
+#[derive(Clone, Copy)]
+struct Kept {
+    hub: &'static Hub,
+    /// The hub's life in which the handle was taken.
+    life: u64,
+    row: &'static Row,
+}
+
+impl Kept {
+    #[inline(always)]
+    fn serves(&self, hub: &'static Hub) -> bool {
+        ptr::eq(self.hub, hub) && (self.life == hub.life() || seeded!("kept_in_any_life"))
+    }
+}
+
+/// What a thread found last.
+type Last = Cell<Option<Kept>>;
+
+/// All that a thread has a handle on.
+#[derive(Default)]
+struct All(Vec<Kept>);
+
+impl All {
+    fn find(&mut self, hub: &'static Hub) -> Kept {
+        let all = &mut self.0;
+        // Those of memories that are gone.
+        all.retain(|kept| kept.life == kept.hub.life());
+
+        if let Some(kept) = all.iter().find(|kept| kept.serves(hub)) {
+            return *kept;
+        }
+        let (row, life) = hub.adopt_kept();
+        let kept = Kept { hub, life, row };
+        all.push(kept);
+        kept
+    }
+
+    /// Gives the handles back: the thread ends.
+    fn give_up(&mut self, last: &Last) {
+        if !seeded!("kept_after_the_end") {
+            last.set(None);
+        }
+        for kept in self.0.drain(..) {
+            kept.hub.disown_kept(kept.life, kept.row);
+        }
+    }
+}
+
 #[cfg(not(loom))]
 mod kept {
-    use std::cell::{Cell, RefCell};
-    use std::ptr;
+    use std::cell::RefCell;
 
+    use super::{All, Last};
     use crate::reader::hub::Hub;
     use crate::reader::row::Row;
 
-    /// A row that this thread has a handle on.
-    #[derive(Clone, Copy)]
-    struct Kept {
-        hub: &'static Hub,
-        /// The hub's life in which the handle was taken.
-        life: u64,
-        row: &'static Row,
-    }
-
-    impl Kept {
-        #[inline(always)]
-        fn serves(&self, hub: &'static Hub) -> bool {
-            ptr::eq(self.hub, hub) && self.life == hub.life()
-        }
-    }
-
     thread_local! {
-        /// What was found last; needs no destructor, so that finding it is one load.
-        static LAST: Cell<Option<Kept>> = const { Cell::new(None) };
-        static ALL: RefCell<All> = const { RefCell::new(All(Vec::new())) };
+        /// Needs no destructor, so that finding it is one load.
+        static LAST: Last = const { Last::new(None) };
+        static ALL: RefCell<Own> = const { RefCell::new(Own(All(Vec::new()))) };
     }
 
     /// Gives the handles back when the thread ends.
-    struct All(Vec<Kept>);
+    struct Own(All);
 
-    impl Drop for All {
+    impl Drop for Own {
         fn drop(&mut self) {
-            LAST.set(None);
-            for kept in self.0.drain(..) {
-                kept.hub.disown_kept(kept.life, kept.row);
-            }
+            LAST.with(|last| self.0.give_up(last));
         }
     }
 
@@ -119,21 +154,55 @@ mod kept {
     #[cold]
     #[inline(never)]
     pub(super) fn find(hub: &'static Hub) -> Option<&'static Row> {
-        let found = ALL.try_with(|all| {
-            let all = &mut all.borrow_mut().0;
-            // Those of memories that are gone.
-            all.retain(|kept| kept.life == kept.hub.life());
-
-            if let Some(kept) = all.iter().find(|kept| kept.serves(hub)) {
-                return *kept;
-            }
-            let (row, life) = hub.adopt_kept();
-            let kept = Kept { hub, life, row };
-            all.push(kept);
-            kept
-        });
+        let found = ALL.try_with(|all| all.borrow_mut().0.find(hub));
         let kept = found.ok()?;
         LAST.set(Some(kept));
         Some(kept.row)
+    }
+}
+
+/// What a thread of a model keeps.
+#[cfg(loom)]
+pub(crate) struct Keepsakes {
+    last: Last,
+    /// `None` when the thread is about to end.
+    all: Cell<Option<All>>,
+}
+
+#[cfg(loom)]
+impl Keepsakes {
+    pub(crate) fn new() -> Keepsakes {
+        Keepsakes {
+            last: Last::default(),
+            all: Cell::new(Some(All::default())),
+        }
+    }
+
+    /// As [`row`].
+    pub(crate) fn row<'m>(&self, hub: &'static Hub) -> Option<HomeRow<'m>> {
+        let kept = match self.last.get().filter(|kept| kept.serves(hub)) {
+            Some(kept) => kept,
+            None => self.find(hub)?,
+        };
+        Some(HomeRow {
+            row: kept.row,
+            hub,
+            _thread: PhantomData,
+        })
+    }
+
+    fn find(&self, hub: &'static Hub) -> Option<Kept> {
+        let mut all = self.all.take()?;
+        let kept = all.find(hub);
+        self.all.set(Some(all));
+        self.last.set(Some(kept));
+        Some(kept)
+    }
+
+    /// As the end of the thread.
+    pub(crate) fn end(&self) {
+        if let Some(mut all) = self.all.take() {
+            all.give_up(&self.last);
+        }
     }
 }

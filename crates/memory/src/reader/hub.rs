@@ -2,9 +2,7 @@
 //! What the readers of one memory share: the grace number, the rows, the pin slots.
 
 use std::sync::Arc;
-#[cfg(not(loom))]
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::Ordering::{AcqRel, Acquire};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 
 use ebbtide_models::seeded;
 
@@ -23,7 +21,6 @@ pub(crate) struct Hub {
     /// Counts published views and seals; a [`crate::CachedMap`] compares it.
     generation: Line<AtomicU64>,
     /// Counts the memories the hub has served, for what threads keep (see `here`).
-    #[cfg(not(loom))]
     life: Line<AtomicU64>,
     /// By slot, the bank new pins of a sparse block count in.
     banks: PerSlot<AtomicU64>,
@@ -35,6 +32,9 @@ pub(crate) struct Hub {
 struct Registry {
     barrier: Barrier,
     rows: Vec<&'static Row>,
+    /// Rows for the next memory, of a model.
+    #[cfg(loom)]
+    spare: Vec<&'static Row>,
     /// Slots handed out so far, the free ones included.
     slots: u32,
     free: Vec<u32>,
@@ -61,6 +61,8 @@ impl Hub {
         let registry = Registry {
             barrier,
             rows: Vec::new(),
+            #[cfg(loom)]
+            spare: Vec::new(),
             slots: 0,
             free: Vec::new(),
             armed: Vec::new(),
@@ -69,7 +71,6 @@ impl Hub {
         Box::leak(Box::new(Hub {
             grace: Line(AtomicU64::new(1)),
             generation: Line(AtomicU64::new(1)),
-            #[cfg(not(loom))]
             life: Line(AtomicU64::new(1)),
             banks: PerSlot::new(),
             wake: Wake::new(),
@@ -78,10 +79,9 @@ impl Hub {
         }))
     }
 
-    /// Makes hub and rows available to the next memory. The caller knows that there are no
-    /// readers, no pins and no worker left.
-    #[cfg(not(loom))]
-    pub(crate) fn give_back(&'static self) {
+    /// Ends the hub's life with a memory; which rows are for the next. The caller knows that there
+    /// are no readers, no pins and no worker left.
+    fn end_life(&self) -> Vec<&'static Row> {
         let mut registry = lock(&self.registry);
         // What threads have kept is worth nothing from here on: whoever uses it borrows the memory.
         self.life.0.fetch_add(1, Relaxed);
@@ -96,17 +96,34 @@ impl Hub {
         registry.drains.clear();
         drop(registry);
         self.dirty.clear();
+        rows
+    }
+
+    /// Makes hub and rows available to the next memory. The caller knows what [`Hub::end_life`]
+    /// asks for.
+    #[cfg(not(loom))]
+    pub(crate) fn give_back(&'static self) {
+        let rows = self.end_life();
         let mut spare = lock(&SPARE);
         spare.0.push(self);
         spare.1.extend(rows);
     }
 
+    /// As [`Hub::give_back`] and then [`Hub::take`], of the one hub that a model has.
+    #[cfg(loom)]
+    pub(crate) fn begin_next_life(&self) {
+        let rows = self.end_life();
+        lock(&self.registry).spare.extend(rows);
+    }
+
     /// Frees hub and rows; the models have joined every thread.
     #[cfg(loom)]
     pub(crate) fn give_back(&'static self) {
-        for row in std::mem::take(&mut lock(&self.registry).rows) {
-            Row::free(row);
-        }
+        let mut registry = lock(&self.registry);
+        let rows = std::mem::take(&mut registry.rows);
+        let spare = std::mem::take(&mut registry.spare);
+        drop(registry);
+        rows.into_iter().chain(spare).for_each(Row::free);
         self.banks.free();
         self.dirty.free();
         // SAFETY: made by `Box::leak` in `take`; nobody knows it any more.
@@ -169,7 +186,6 @@ impl Hub {
     }
 
     /// Which of its memories the hub serves.
-    #[cfg(not(loom))]
     #[inline(always)]
     pub(crate) fn life(&self) -> u64 {
         self.life.0.load(Relaxed)
@@ -177,30 +193,26 @@ impl Hub {
 
     /// As [`Hub::adopt`], for the calling thread, which keeps the handle beyond the memory: until
     /// the life that comes with it is over.
-    #[cfg(not(loom))]
     pub(crate) fn adopt_kept(&'static self) -> (&'static Row, u64) {
         let row = self.adopt(super::row::make_token(), super::thread_name);
         row.set_kept(true);
         (row, self.life())
     }
 
-    /// Gives up a handle that was kept, if its life is not over.
-    #[cfg(not(loom))]
+    /// Gives up a handle that was kept, if its life is not over: which is looked at under the lock
+    /// that ends it.
     pub(crate) fn disown_kept(&self, life: u64, row: &'static Row) {
-        let _registry = lock(&self.registry);
-        if self.life() == life {
+        let early = seeded!("life_looked_at_unlocked") && self.life() == life;
+        let registry = lock(&self.registry);
+        if early || self.life() == life {
             row.set_kept(false);
-            row.let_go();
+            registry.let_go(row);
         }
     }
 
     /// Gives up one handle on a row; the last frees it for adoption.
     pub(crate) fn disown(&self, row: &'static Row) {
-        let registry = lock(&self.registry);
-        let free = row.let_go();
-        if free && seeded!("exit_forgets_pins") {
-            row.clear(registry.slots);
-        }
+        lock(&self.registry).let_go(row);
     }
 
     // --- grace periods ----------------------------------------------------------------------
@@ -435,7 +447,7 @@ impl Registry {
         #[cfg(not(loom))]
         let spare = lock(&SPARE).1.pop();
         #[cfg(loom)]
-        let spare: Option<&'static Row> = None;
+        let spare = self.spare.pop();
         let row = spare.unwrap_or_else(|| Box::leak(Row::new()));
         row.attach(hub, self.barrier == Barrier::Fence);
         for slot in &self.armed {
@@ -443,5 +455,11 @@ impl Registry {
         }
         self.rows.push(row);
         row
+    }
+
+    fn let_go(&self, row: &Row) {
+        if row.let_go() && seeded!("exit_forgets_pins") {
+            row.clear(self.slots);
+        }
     }
 }

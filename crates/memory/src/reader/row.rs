@@ -12,9 +12,7 @@ use ebbtide_models::seeded;
 use super::barrier::light;
 use super::counters::{Counters, Lane};
 use super::hub::Hub;
-#[cfg(not(loom))]
-use crate::sync::AtomicBool;
-use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, Mutex};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Mutex};
 
 /// Owner of a free row; no thread's token, nor 0, which threads have that never registered.
 pub(super) const NOBODY: u64 = u64::MAX;
@@ -60,7 +58,6 @@ struct Shared {
     /// Readers of the owning thread that share the row. Changed under the registry's lock.
     handles: AtomicU32,
     /// Whether one of the handles is the thread's own (see `here`), which outlives the memory.
-    #[cfg(not(loom))]
     kept: AtomicBool,
     hub: AtomicPtr<Hub>,
     /// Names the owner in reports; only ever changed under the registry's lock.
@@ -113,7 +110,6 @@ impl Row {
                 watch: AtomicU32::new(0),
                 owner: AtomicU64::new(NOBODY),
                 handles: AtomicU32::new(0),
-                #[cfg(not(loom))]
                 kept: AtomicBool::new(false),
                 hub: AtomicPtr::new(ptr::null_mut()),
                 name: Mutex::new(String::new()),
@@ -199,7 +195,7 @@ impl Row {
 
     /// Whether the calling thread owns the row.
     #[inline(always)]
-    fn is_home(&self) -> bool {
+    pub(crate) fn is_home(&self) -> bool {
         self.shared.0.owner.load(Relaxed) == token()
     }
 
@@ -309,13 +305,11 @@ impl Row {
     }
 
     /// Whether the owner keeps a handle beyond its readers.
-    #[cfg(not(loom))]
     pub(super) fn set_kept(&self, kept: bool) {
         self.shared.0.kept.store(kept, Relaxed);
     }
 
     /// Takes back what the owner has kept; the memory is gone, with all readers.
-    #[cfg(not(loom))]
     pub(super) fn take_back_kept(&self) {
         if self.shared.0.kept.swap(false, Relaxed) {
             self.let_go();

@@ -18,6 +18,7 @@ use ebbtide_memory::{
     Access, AddressSpace, Backing, Error, FlatSection, Gpa, Listener, ListenerError, Memory,
     MemoryConfig, Phase, Pin, RamBlock, RamSpec, ReadGuard, Reader, Region, RegionHold, Ticket,
 };
+use ebbtide_models::holds;
 
 /// What there is in one search.
 #[derive(Clone, Copy, Debug)]
@@ -517,11 +518,12 @@ fn search(limits: Limits) -> (u64, usize) {
 
 #[test]
 fn search_unplug() {
+    const INVARIANT: &str = "in every order of plug, unplug, unplug again, sections, pins, ends of threads, acknowledgements and their loss: nothing is given back while used, and what is not used drains";
     let mut orders = 0;
     for limits in SEARCHES {
         let (played, states) = search(limits);
         println!("{limits:?}: {states} states, {played} orders of steps");
         orders += played;
     }
-    println!("MODEL {{\"model\":\"memory/unplug\",\"schedules\":{orders}}}");
+    holds("memory/unplug", INVARIANT, orders);
 }
