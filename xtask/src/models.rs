@@ -126,7 +126,8 @@ fn next<T>(waiting: &Mutex<impl Iterator<Item = T>>) -> Option<T> {
 }
 
 /// Builds the programs of all models; what to run. A model that holds goes through all of its
-/// schedules, with a bug only to the first that shows it: those that hold come first.
+/// schedules, with a bug only to the first that shows it: those that hold come first, and of them
+/// the long ones.
 fn runs(crates: &[Crate]) -> Result<Vec<Run<'_>>> {
     let programs = build(crates)?;
     let mut runs = Vec::new();
@@ -145,7 +146,7 @@ fn runs(crates: &[Crate]) -> Result<Vec<Run<'_>>> {
             }));
         }
     }
-    runs.sort_by_key(|run| run.bug.is_some());
+    runs.sort_by_key(|run| (run.bug.is_some(), !run.model.long));
     Ok(runs)
 }
 

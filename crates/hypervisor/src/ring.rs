@@ -124,15 +124,16 @@ pub fn harvest<'a, E: AsRef<[Entry]> + 'a, F>(
         drop(one);
         result
     };
+    if seeded!("ring_unlocked_mark") {
+        let result = reset();
+        drop(held);
+        mark(&mut written);
+        return result.map(|()| written.len());
+    }
     let result;
     if seeded!("ring_mark_before_reset") {
         mark(&mut written);
         result = reset();
-    } else if seeded!("ring_unlocked_mark") {
-        result = reset();
-        drop(held);
-        mark(&mut written);
-        return result.map(|()| written.len());
     } else {
         result = reset();
         mark(&mut written);

@@ -23,6 +23,9 @@ pub struct Model {
     pub file: String,
     pub test: String,
     pub invariant: String,
+    /// Takes longest: begins first, so that it is not alone at the end.
+    #[serde(default)]
+    pub long: bool,
     pub seeded: Vec<String>,
 }
 
@@ -157,6 +160,7 @@ mod tests {
             file: models_file(),
             test: "model_drain".to_owned(),
             invariant: "drained means drained".to_owned(),
+            long: false,
             seeded: seeded.iter().map(|bug| (*bug).to_owned()).collect(),
         }
     }
