@@ -182,7 +182,7 @@ pub enum Error {
         holders: String,
     },
     /// The RAM block is on its way out or gone.
-    #[error("RAM block {0} is being unplugged")]
+    #[error("RAM block {0} is being unplugged, or was")]
     Unplugged(String),
     /// The RAM block is still shown by a region of some address space.
     #[error("RAM block {block} is still shown by region {region}")]

@@ -9,6 +9,9 @@
 //!                                                                 └─► fences: wait for pins of the old bank
 //! ```
 //!
+//! Old views need not come that way: their writer has a batch of them pass a grace period itself when
+//! no section is in the way.
+//!
 //! Everything queued when a grace period begins shares it. The worker sleeps on one wake-up
 //! only: submissions, section ends and unpins it waits for all signal it, and no step blocks.
 
@@ -34,6 +37,8 @@ const LINGER: Duration = Duration::from_millis(5);
 const LATE: Duration = Duration::from_secs(1);
 /// Retired views after which they no longer wait.
 const LINGER_COUNT: usize = 128;
+/// Retired views after which their writer looks whether it can have them back.
+const RECLAIM_COUNT: usize = 64;
 /// Spare views that are kept when there have been no changes for a while.
 const SPARES: usize = 2;
 
@@ -122,12 +127,46 @@ impl Grace {
         }
         let before = inbox.jobs.len();
         inbox.jobs.extend(jobs);
+        let count = inbox.jobs.len();
         let urgent = inbox.jobs.iter().skip(before).any(Job::is_urgent);
-        let wake = urgent || !inbox.lingering || inbox.jobs.len() == LINGER_COUNT;
+        let filled = |batch: usize| before / batch != count / batch;
+        let wake = urgent || !inbox.lingering || filled(LINGER_COUNT);
+        // A model says when.
+        let mine = !cfg!(loom) && filled(RECLAIM_COUNT);
         drop(inbox);
-        if wake {
+        if !(mine && self.reclaim()) && wake {
             self.hub.wake().signal();
         }
+    }
+
+    /// Has the grace period of old views pass on the thread of their writer, if no section is in the
+    /// way: one that changes the map all the time then needs no other thread for it, and has the
+    /// memory of its views back while it is still in the cache. Otherwise they are the worker's.
+    pub(crate) fn reclaim(&self) -> bool {
+        let mut inbox = lock(&self.inbox);
+        if inbox.jobs.iter().any(Job::is_urgent) {
+            return false;
+        }
+        let mut old = std::mem::take(&mut inbox.jobs);
+        drop(inbox);
+        let passed = self.hub.try_grace();
+        if passed {
+            let views: Vec<Box<View>> = old.drain(..).filter_map(Job::into_view).collect();
+            let mut spare = lock(&self.spare);
+            let room = LINGER_COUNT.saturating_sub(spare.len());
+            spare.extend(views.into_iter().take(room));
+        }
+        let mut inbox = lock(&self.inbox);
+        // Ahead of what has come since; or for the room that the list has.
+        old.append(&mut inbox.jobs);
+        inbox.jobs = old;
+        let lingering = inbox.lingering;
+        drop(inbox);
+        if !passed && !lingering && !cfg!(seeded = "reclaim_tells_nobody") {
+            // It may have found the inbox empty, and sleep.
+            self.hub.wake().signal();
+        }
+        passed
     }
 
     /// A view to make a new one of.
@@ -171,6 +210,17 @@ impl Drop for Grace {
 impl Job {
     fn is_urgent(&self) -> bool {
         !matches!(self, Job::Retire(_) | Job::View(_))
+    }
+
+    /// Drops an old view, whose grace period is over; what can serve again of it.
+    fn into_view(self) -> Option<Box<View>> {
+        match self {
+            Job::View(old) => old.retire(),
+            other => {
+                other.finish_without_readers();
+                None
+            }
+        }
     }
 
     /// There are no readers and no pins any more: nothing to wait for.

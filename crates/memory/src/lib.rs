@@ -22,13 +22,13 @@
 //! # To start from
 //!
 //! RAM is plugged, a device writes to it, and it is unplugged while the write is under way. The
-//! futures need no particular executor.
+//! futures need no particular executor; without one, [`Ticket::wait`] and [`Seal::wait`] block.
 //!
 //! ```
 //! use std::sync::mpsc;
 //! use std::thread;
 //!
-//! use ebbtide_memory::{Access, AccessError, Backing, Gpa, Memory, MemoryConfig, Phase, RamSpec, Region};
+//! use ebbtide_memory::{Access, AccessError, Gpa, Memory, MemoryConfig, Phase, RamSpec, Region};
 //! # use std::{future::Future, sync::Arc, task::{Context, Poll, Wake, Waker}};
 //! # struct Unpark(thread::Thread);
 //! # impl Wake for Unpark {
@@ -48,14 +48,7 @@
 //! let system = memory.address_space("memory", &root)?;
 //!
 //! // Plug: a block of RAM, a region that shows it, a place in the map.
-//! let block = memory.ram().add(RamSpec {
-//!     name: "dimm0".into(),
-//!     size_bytes: 64 << 20,
-//!     max_size_bytes: 64 << 20,
-//!     backing: Backing::Anon { thp: true },
-//!     prefault: false,
-//!     block_size_bytes: None,
-//! })?;
+//! let block = memory.ram().add(RamSpec::anon("dimm0", 64 << 20))?;
 //! let dimm = Region::ram("dimm0", &block);
 //! let base = Gpa(4 << 30);
 //! memory.update(|t| t.add(&root, &dimm, base.0, 0))?;
@@ -108,6 +101,10 @@
 //! `linux-loader` and `vhost` work on an [`AddressSpace`]. The README says with which type, and
 //! what cannot be had. It also draws the protocol and numbers the invariants that the comments on
 //! `unsafe` refer to (M1 and following).
+
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 mod access;
 mod busy;

@@ -70,6 +70,16 @@ impl Core {
         self.grace.submit(Job::Retire(Box::new(retire)));
     }
 
+    /// Wakes the thread that plays the worker, once what it waits for is there.
+    pub fn tell(&self) {
+        self.grace.hub().wake().signal();
+    }
+
+    /// What a commit does that finds many old views: false if they are the worker's.
+    pub fn reclaim(&self) -> bool {
+        self.grace.reclaim()
+    }
+
     /// As `Memory::grace`.
     pub fn grace(&self) -> Waiting {
         let level = Level::new(0);

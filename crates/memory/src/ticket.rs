@@ -370,6 +370,9 @@ impl Ticket {
     }
 
     /// Ready when nobody uses the memory any more.
+    ///
+    /// Like [`Ticket::reached`] it is woken by whoever lets the last pin go, on that thread: a waker
+    /// of one's own should not block.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
         self.drain.level.reached(Phase::Drained as u8)
     }
@@ -377,6 +380,12 @@ impl Ticket {
     /// Ready when the phase is `phase` or a later one.
     pub fn reached(&self, phase: Phase) -> impl Future<Output = ()> + Send + 'static {
         self.drain.level.reached(phase as u8)
+    }
+
+    /// Waits on this thread until the phase is `phase` or a later one, for `limit` at most. Returns
+    /// whether it is. For threads that may block; time frees nothing here either.
+    pub fn wait(&self, phase: Phase, limit: Duration) -> bool {
+        self.drain.level.wait_for(phase as u8, limit)
     }
 
     /// The phases from here on: the first to be told is [`Phase::Unpublished`].

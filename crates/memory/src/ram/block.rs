@@ -37,7 +37,8 @@ pub struct RamBlock {
     max_bytes: u64,
     slot: u32,
     life: AtomicU8,
-    sparse: Option<Sparse>,
+    /// Few blocks are.
+    sparse: Option<Box<Sparse>>,
     holds: Arc<Holds>,
     mapping: Mapping,
     grace: Arc<Grace>,
@@ -87,7 +88,7 @@ impl RamBlock {
         };
         let sparse = spec.block_size_bytes.map(|block_bytes| {
             let blocks = spec.max_size_bytes / block_bytes;
-            Sparse {
+            Box::new(Sparse {
                 block_bytes,
                 fence: Fence::new(
                     grace.hub(),
@@ -98,7 +99,7 @@ impl RamBlock {
                 plugged_bytes: AtomicU64::new(0),
                 listeners: discard::Source::new(block_bytes, blocks),
                 busy: Mutex::new(vec![0; blocks.div_ceil(64) as usize]),
-            }
+            })
         });
         let block = RamBlock {
             name: spec.name.clone(),
@@ -354,7 +355,7 @@ impl RamBlock {
 
     pub(super) fn sparse(&self) -> Result<&Sparse, Error> {
         self.sparse
-            .as_ref()
+            .as_deref()
             .ok_or_else(|| Error::NotSparse(self.name.clone()))
     }
 

@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::RamBlock;
 use crate::Error;
@@ -50,6 +51,11 @@ impl Seal {
     /// Ready when drained. Independent of the seal's life.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + 'static {
         self.level.reached(1)
+    }
+
+    /// Waits on this thread until it has drained, for `limit` at most. Returns whether it has.
+    pub fn wait(&self, limit: Duration) -> bool {
+        self.level.wait_for(1, limit)
     }
 
     /// Makes the range plugged again, with its contents. Discard listeners that were told of its

@@ -97,6 +97,28 @@ pub enum NumaPolicy {
 }
 
 impl RamSpec {
+    /// A block of anonymous memory in huge pages where the host has them, that does not grow, is
+    /// allocated as it is touched and is not sparse. To start from:
+    ///
+    /// ```
+    /// # use ebbtide_memory::{Backing, RamSpec};
+    /// let spec = RamSpec {
+    ///     backing: Backing::Memfd { thp: true },
+    ///     ..RamSpec::anon("dimm0", 64 << 20)
+    /// };
+    /// # assert_eq!(spec.max_size_bytes, 64 << 20);
+    /// ```
+    pub fn anon(name: impl Into<String>, size_bytes: u64) -> RamSpec {
+        RamSpec {
+            name: name.into(),
+            size_bytes,
+            max_size_bytes: size_bytes,
+            backing: Backing::Anon { thp: true },
+            prefault: false,
+            block_size_bytes: None,
+        }
+    }
+
     pub(super) fn refuse<T>(&self, reason: String) -> Result<T, Error> {
         Err(Error::BadSpec {
             name: self.name.clone(),

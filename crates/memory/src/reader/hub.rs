@@ -253,6 +253,21 @@ impl Hub {
         }
     }
 
+    /// Begins a grace period and says whether it has passed already. Never waits for anybody: when
+    /// somebody else is at the rows, it has not.
+    pub(crate) fn try_grace(&self) -> bool {
+        let Some(registry) = try_lock(&self.registry) else {
+            return false;
+        };
+        #[cfg(not(seeded = "no_grace"))]
+        let target = self.grace.0.fetch_add(1, AcqRel) + 1;
+        #[cfg(not(any(seeded = "no_grace", seeded = "reclaim_unfenced")))]
+        registry.barrier.heavy();
+        #[cfg(seeded = "no_grace")]
+        let target = 0;
+        !registry.rows.iter().any(|row| row.is_before(target))
+    }
+
     /// Names of the threads whose sections hold up the grace period.
     pub(crate) fn late_readers(&self, target: u64) -> Vec<String> {
         let registry = lock(&self.registry);

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::sync::{Condvar, Mutex, lock};
 
@@ -119,6 +119,21 @@ impl Level {
         while state.level < wanted {
             state = self.changed.wait(state).unwrap_or_else(|p| p.into_inner());
         }
+    }
+
+    /// Blocks this thread until the level is reached, or for `limit`. Returns whether it was.
+    pub(crate) fn wait_for(&self, wanted: u8, limit: Duration) -> bool {
+        let from = Instant::now();
+        let mut state = lock(&self.state);
+        while state.level < wanted {
+            let left = limit.saturating_sub(from.elapsed());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(|p| p.into_inner()).0;
+        }
+        true
     }
 
     /// Ready once the level is reached.

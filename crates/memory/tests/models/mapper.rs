@@ -87,6 +87,40 @@ fn model_view_retire() {
     );
 }
 
+#[test]
+fn model_view_reclaim() {
+    explore(
+        "memory/view-reclaim",
+        "a view that its writer has back was seen by nobody, and one that it has not is the worker's",
+        3,
+        || {
+            let core = Core::default();
+            let view = Arc::new(ViewPointer::<View>::new(Some(Page::new())));
+            let reader = {
+                let (core, view) = (core.clone(), Arc::clone(&view));
+                thread::spawn(move || look(&core.register(), &view))
+            };
+            let freed = Arc::new(AtomicU64::new(0));
+            let writer = {
+                let (core, view) = (core.clone(), Arc::clone(&view));
+                let done = Arc::clone(&freed);
+                thread::spawn(move || {
+                    let (old, telling) = (view.replace(None), core.clone());
+                    core.published(move || {
+                        old.iter().for_each(|page| page.poison());
+                        done.fetch_add(1, Ordering::Relaxed);
+                        telling.tell();
+                    });
+                    core.reclaim();
+                })
+            };
+            core.work_while(&mut core.worker(), || freed.load(Ordering::Relaxed) == 0);
+            writer.join().unwrap();
+            reader.join().unwrap();
+        },
+    );
+}
+
 /// The map, as those who change it see it.
 struct Map(UnsafeCell<u32>);
 
