@@ -7,6 +7,7 @@ mod demo;
 mod lab;
 mod layers;
 mod lint;
+mod matrix;
 mod models;
 mod soak;
 mod test;
@@ -37,6 +38,8 @@ enum Task {
     Soak(soak::SoakArgs),
     /// Do everything to the memory core at once, on real memory, and count what goes wrong
     Torture(torture::TortureArgs),
+    /// Have every device model come, be reset, stopped and taken away at every step of its driver's
+    Matrix(matrix::MatrixArgs),
     /// Run the concurrency models and check that each seeded bug is found
     Models(models::ModelsArgs),
     /// Check that crates depend on each other only in layer order
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Bench(args) => bench::run(&args),
         Task::Soak(args) => soak::run(&args),
         Task::Torture(args) => torture::run(&args),
+        Task::Matrix(args) => matrix::run(&args),
         Task::Models(args) => models::run(&args),
         Task::Layers => layers::run(),
         Task::Lint => lint::run(),

@@ -2,6 +2,7 @@
 //! What a device tells its driver besides used chains: "my configuration changed", "reset me".
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ebbtide_models::seeded;
 
@@ -14,6 +15,8 @@ pub struct Link {
     pub(crate) status: Status,
     pub(crate) interrupts: Arc<dyn Interrupts>,
     config: Mutex<Config>,
+    /// The driver puts nothing into its queues any more. For good, as a function that was ejected does not come back.
+    let_go: AtomicBool,
 }
 
 /// State of the configuration space's change protocol (2.5.1, 4.1.4.3.1).
@@ -45,7 +48,18 @@ impl Link {
             status: Status::new(),
             interrupts,
             config: Mutex::new(Config::default()),
+            let_go: AtomicBool::new(false),
         })
+    }
+
+    /// The guest has ejected the function.
+    pub(crate) fn set_let_go(&self) {
+        self.let_go.store(true, Ordering::Release);
+    }
+
+    /// Whether it has: what its driver put into the queues before can be seen now, and is all.
+    pub(crate) fn has_let_go(&self) -> bool {
+        self.let_go.load(Ordering::Acquire)
     }
 
     /// The status register.

@@ -39,6 +39,11 @@ impl QueueInterrupt {
         self.link.status.is_active(self.session)
     }
 
+    /// Whether the driver puts nothing into the queue any more.
+    pub(crate) fn driver_has_let_go(&self) -> bool {
+        self.link.has_let_go()
+    }
+
     /// Interrupts the driver.
     pub fn signal(&self) {
         if self.is_active() {

@@ -7,6 +7,7 @@
 //! seeded: reset_before_drain breaks model_reset
 //! seeded: needs_reset_any_session breaks model_reset
 //! seeded: removal_closes_first breaks model_removal
+//! seeded: removal_waits_for_gate_alone breaks model_removal
 //! seeded: removal_waits_for_ended_task breaks model_removal_of_broken_queue
 //! seeded: config_change_unlocked breaks model_config_change
 //! seeded: silent_change_keeps_generation breaks model_config_silent
@@ -16,10 +17,7 @@
 //! seeded: wakes_before_it_is_gone breaks model_task_management
 #![cfg(loom)]
 
-use std::future::{Future, poll_fn};
-use std::pin::pin;
 use std::sync::Arc;
-use std::task::Poll;
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_models::explore;
@@ -121,13 +119,8 @@ fn model_removal() {
                     ring.write(1);
                     drop(lease);
                 }
-                let mut drained = pin!(gate.drained());
-                block_on(poll_fn(|cx| {
-                    if removed.poll(cx.waker()).is_ready() {
-                        return Poll::Ready(());
-                    }
-                    drained.as_mut().poll(cx)
-                }));
+                let mut drained = gate.drained();
+                block_on(removed.ended(&mut drained));
                 let lease = removed.take();
                 let answers = lease.is_some();
                 if answers {

@@ -168,6 +168,31 @@ fn a_driver_that_never_stops_does_not_hold_up_its_removal() {
     assert!(answers > 10, "{answers} answers");
 }
 
+/// A guest that has ejected its disk, before or while that is taken away, is not waited for; what it had asked for before is
+/// answered all the same.
+#[test]
+fn a_guest_that_has_let_go_is_not_waited_for() {
+    let mut rig = Rig::new();
+    let (_unseen, _) = rig.unseen(3);
+    let begun = Instant::now();
+    rig.function.guest_let_go();
+    assert!(block_on(rig.function.close(), LIMIT).is_some());
+    assert_eq!(rig.queue.device_used_idx(), 3);
+    assert!(begun.elapsed() < 10 * SOON, "{:?}", begun.elapsed());
+
+    let mut rig = Rig::new();
+    let (flying, _) = rig.in_flight(1);
+    let mut closed = Box::pin(rig.function.close());
+    rig.function.guest_let_go();
+    assert!(block_on(&mut closed, SOON).is_none(), "a request in flight");
+    let begun = Instant::now();
+    release(&rig.faults);
+    assert!(block_on(closed, LIMIT).is_some());
+    assert_eq!(flying[0].status(), status::OK);
+    assert_eq!(rig.queue.device_used_idx(), 1);
+    assert!(begun.elapsed() < 10 * SOON, "{:?}", begun.elapsed());
+}
+
 /// A reset is another end: the driver takes its queue back.
 #[test]
 fn a_reset_does_not_touch_what_is_not_begun() {

@@ -28,12 +28,19 @@ pub(crate) struct Occupant {
     refused: AtomicBool,
     /// The guest has said that it keeps it.
     guest_refused: AtomicBool,
+    /// The guest has ejected it, whoever isolated it.
+    let_go: AtomicBool,
 }
 
 impl Occupant {
     /// Whether the guest has said that it keeps the device, since this was last asked.
     pub(crate) fn take_guest_refused(&self) -> bool {
         self.guest_refused.swap(false, Ordering::AcqRel)
+    }
+
+    /// Whether the guest has let go of an isolated device since this was last asked.
+    pub(crate) fn take_let_go(&self) -> bool {
+        self.let_go.swap(false, Ordering::AcqRel)
     }
 
     /// Whether the guest has tried in vain since this was last asked.
@@ -80,6 +87,7 @@ impl Ejector {
             node,
             refused: AtomicBool::new(false),
             guest_refused: AtomicBool::new(false),
+            let_go: AtomicBool::new(false),
         });
         self.change(|table| table.insert(slot, occupant));
     }
@@ -123,12 +131,14 @@ impl Ejector {
             return;
         };
         match occupant.eject.eject() {
-            Answer::Isolated => self.woken.notify(),
+            Answer::Isolated | Answer::Already => {
+                occupant.let_go.store(true, Ordering::Release);
+                self.woken.notify();
+            }
             Answer::Refused => {
                 occupant.refused.store(true, Ordering::Release);
                 self.woken.notify();
             }
-            Answer::Already => {}
         }
     }
 }

@@ -389,6 +389,9 @@ impl Devices {
             if occupant.take_refused() {
                 self.answer_uninvited(node);
             }
+            if occupant.take_let_go() {
+                self.guest_let_go(node);
+            }
             let refused = occupant.take_guest_refused();
             let taken = match self.tree.borrow().get(node) {
                 Some(entry) => entry.model().is_none(),

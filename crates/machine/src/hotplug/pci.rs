@@ -30,6 +30,9 @@ pub(crate) trait Removable: Function {
     /// The guest is another one: what is on its way out answers nothing any more.
     fn forget_guest(&self) {}
 
+    /// The guest has ejected it: its driver asks for nothing more.
+    fn guest_let_go(&self) {}
+
     /// Gives up what its requests wait for. False: there is nothing to give up.
     fn force(&self) -> bool {
         false
@@ -59,6 +62,10 @@ impl Removable for VirtioPci {
     fn forget_guest(&self) {
         // The reset has begun with that; the removal waits for its end.
         drop(VirtioPci::quiesce(self));
+    }
+
+    fn guest_let_go(&self) {
+        VirtioPci::guest_let_go(self);
     }
 
     fn force(&self) -> bool {

@@ -35,6 +35,21 @@ impl Devices {
     }
 }
 
+impl Devices {
+    /// The guest has ejected `node`, and what is below with it: their drivers ask for nothing more.
+    pub(super) fn guest_let_go(&self, node: NodeId) {
+        let tree = self.tree.borrow();
+        let mut nodes = vec![node];
+        while let Some(node) = nodes.pop() {
+            nodes.extend(tree.children(node));
+            let function = tree.get(node).and_then(|entry| entry.info.site.function());
+            if let Some(function) = function {
+                function.guest_let_go();
+            }
+        }
+    }
+}
+
 /// Takes a device back that could not be plugged: its bridge went while it came. The guest may have seen it.
 pub(super) fn unwind(
     devices: &Devices,

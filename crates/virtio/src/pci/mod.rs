@@ -189,6 +189,12 @@ impl VirtioPci {
         }
     }
 
+    /// The guest has ejected the function or turned its slot off, before or while it is [closed](Self::close): what its
+    /// driver has put into the queues is all there is, and is answered without waiting for more.
+    pub fn guest_let_go(&self) {
+        self.transport.get().link.set_let_go();
+    }
+
     /// Gives up what the requests in flight wait for; see [`VirtioDevice::abandon`].
     pub fn abandon(&self) -> bool {
         self.transport.get().device.abandon()

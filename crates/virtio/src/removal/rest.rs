@@ -5,6 +5,10 @@
 //! writer has its next request ready as soon as one is answered. Its kicks reach nobody any more. So the queue is looked
 //! at, less and less often, until nothing has come for a while; once nothing is in flight that ends in any case. What
 //! the driver adds after that is not read.
+//!
+//! There is no exact end to wait for: the driver's own, a reset, cannot reach a device whose registers are gone, and the
+//! guest is told only after the drain. But a guest that has ejected the device, before or meanwhile, puts nothing more
+//! there: then one look is enough.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -86,7 +90,12 @@ pub(crate) async fn answer_rest<E>(
     let mut looks = Looks::new(local.now());
     // A reset may come while the device is being removed.
     while interrupt.is_active() {
+        // Before the look, which then sees all there will ever be.
+        let last = interrupt.driver_has_let_go();
         let Look { chains, jobs } = look()?;
+        if last && chains == 0 && jobs == 0 {
+            break;
+        }
         let Some(pause) = looks.after(chains, jobs, local.now()) else {
             break;
         };

@@ -150,8 +150,8 @@ pub trait Subject {
         Box::new(|| ())
     }
 
-    /// The driver waits for nothing: it knows that there was a reset.
-    fn forget_owed(&mut self) {}
+    /// A reset has begun amid a removal: from now on no queue is touched.
+    fn take_back(&mut self) {}
 
     /// Something comes for a device that is gone.
     fn late(&mut self) {}
@@ -289,7 +289,7 @@ impl Cycle<'_> {
         let mut quiet = self.subject.function().quiesce();
         if self.plugged.is_leaving() {
             // The removal goes on and waits for the same.
-            self.subject.forget_owed();
+            self.subject.take_back();
             return;
         }
         if self.subject.holds_reset() {
@@ -307,7 +307,6 @@ impl Cycle<'_> {
     /// The end of the process: the drain has its time, then everything is dropped whatever is in flight.
     fn quit(&mut self) {
         let mut quiet = self.subject.function().quiesce();
-        self.subject.forget_owed();
         self.world.board.pass(PATIENCE);
         let done = block_on(quiet.as_mut(), Duration::ZERO).is_some();
         assert!(

@@ -7,8 +7,9 @@
 //! threads, routes, regions, ioeventfds, pins, tickets, RAM blocks, references, ids, slots, backends in use. Of heap that
 //! is said after blocks of cycles.
 //!
-//! Normally some cycles of each model. `EBBTIDE_MATRIX_CYCLES=1000` makes it so many, `EBBTIDE_MATRIX_SEED` decides which,
-//! and `EBBTIDE_MATRIX_ONLY` is the line that a failure prints.
+//! Normally a round of each model, in which each event comes at each step. `EBBTIDE_MATRIX_CYCLES` makes it more cycles,
+//! `EBBTIDE_MATRIX_SEED` decides which, and `EBBTIDE_MATRIX_ONLY` is the line that a failure prints: that is
+//! `cargo xtask matrix`.
 
 #[path = "../device/mod.rs"]
 mod device;
@@ -81,7 +82,7 @@ const MODELS: &[(&str, Make, &[Behaviour])] = &[
 /// Cycles of each model, if nobody says how many: a round.
 const CYCLES: usize = Step::ALL.len() * Event::ALL.len();
 /// The part of them that is lived through again for what is left on the heap.
-const AGAIN: usize = 3;
+const AGAIN: usize = 6;
 /// What ends on other threads has ended.
 const SETTLED: Duration = Duration::from_millis(100);
 const SEED: u64 = 0x00eb_b71d;
@@ -114,7 +115,7 @@ fn live(world: &Rc<World>, image: &Image, make: &Make, line: Line, seed: u64) {
     let subject = match make {
         Make::Virtio(make) => {
             let made = make(world, image, line.behaviour, &mut random);
-            Virtio::new(world, made, &mut random)
+            Virtio::on_bench(world, made, &mut random)
         }
         Make::Plain(make) => make(world, line.behaviour),
     };
@@ -202,12 +203,16 @@ fn checked(
     let lived = catch_unwind(AssertUnwindSafe(|| {
         bench.cycle(make, line, seed);
         if let Some(residue) = residue {
-            residue.assert_same(&bench.world.board);
+            let board = &bench.world.board;
+            residue.assert_same(board);
+            assert_eq!(board.memory().ram().blocks().len(), 1, "the guest's own");
+            let asserted = board.lines().iter().any(|line| line.is_high());
+            assert!(!asserted, "somebody interrupts");
         }
     }));
     if let Err(why) = lived {
         eprintln!(
-            "again: EBBTIDE_MATRIX_ONLY={} cargo test -p ebbtide-lab-driver --test matrix",
+            "again: cargo xtask matrix --only {}",
             text(model, line, seed)
         );
         resume_unwind(why);

@@ -14,7 +14,7 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci, status};
 
 use crate::cycle::{Step, Subject};
 use crate::random::Random;
-use crate::world::{ID, Removable, World};
+use crate::world::{ID, RAM_BYTES, Removable, World};
 
 /// What memory is filled with that is the guest's to use for something else.
 const POISON: u8 = 0xa5;
@@ -27,6 +27,10 @@ impl Removable for VirtioPci {
 
     fn quiesce(&self) -> Draining {
         Box::pin(VirtioPci::quiesce(self))
+    }
+
+    fn guest_let_go(&self) {
+        VirtioPci::guest_let_go(self);
     }
 
     fn force(&self) -> bool {
@@ -114,6 +118,10 @@ pub struct Guest {
     retired: Vec<Retired>,
     /// The driver waits for nothing.
     was_reset: bool,
+    /// The device is no more: the guest uses all of its memory for something else.
+    all_poisoned: bool,
+    /// Where the queues stood that are not touched any more.
+    frozen: Vec<u16>,
 }
 
 impl Guest {
@@ -169,6 +177,12 @@ impl Guest {
         }
     }
 
+    /// How much the device has used of each queue.
+    fn used(&self) -> Vec<u16> {
+        let queues = self.queues.iter();
+        queues.map(DriverQueue::device_used_idx).collect()
+    }
+
     fn unanswered(&self) -> usize {
         let mut owed = self.posted.iter().filter(|it| it.request.owed);
         owed.by_ref().filter(|it| !it.answered).count()
@@ -187,7 +201,18 @@ impl Guest {
         self.retired.push(retired);
     }
 
+    /// All memory is.
+    fn poison_all(&mut self) {
+        self.all_poisoned = true;
+        self.ram.write(Gpa(0), &vec![POISON; RAM_BYTES as usize]);
+    }
+
     fn check_poison(&self) {
+        if self.all_poisoned {
+            let bytes = self.ram.read(Gpa(0), RAM_BYTES as usize);
+            let touched = bytes.iter().position(|byte| *byte != POISON);
+            assert_eq!(touched, None, "memory was written to after the end");
+        }
         for (gpa, len) in self.retired.iter().flat_map(Retired::ranges) {
             let bytes = self.ram.read(gpa, len);
             let touched = bytes.iter().position(|byte| *byte != POISON);
@@ -232,7 +257,7 @@ pub struct Virtio {
 }
 
 impl Virtio {
-    pub fn new(world: &Rc<World>, made: Made, random: &mut Random) -> Box<dyn Subject> {
+    pub fn on_bench(world: &Rc<World>, made: Made, random: &mut Random) -> Box<dyn Subject> {
         let Made {
             device,
             queues,
@@ -251,6 +276,8 @@ impl Virtio {
                 posted: Vec::new(),
                 retired: Vec::new(),
                 was_reset: false,
+                all_poisoned: false,
+                frozen: Vec::new(),
             })),
             backend,
             queues,
@@ -400,10 +427,14 @@ impl Subject for Virtio {
         let guest = Rc::clone(&self.guest);
         Box::new(move || {
             let mut guest = guest.borrow_mut();
+            if !guest.frozen.is_empty() {
+                assert_eq!(guest.used(), guest.frozen, "a reset queue was touched");
+            }
             guest.collect();
-            let (unanswered, driver) = (guest.unanswered(), guest.driver.take());
-            drop(driver);
+            let unanswered = guest.unanswered();
+            guest.driver = None;
             guest.retire();
+            guest.poison_all();
             assert!(
                 guest.was_reset || unanswered == 0,
                 "{unanswered} requests are neither answered nor lost in a reset"
@@ -411,8 +442,18 @@ impl Subject for Virtio {
         })
     }
 
-    fn forget_owed(&mut self) {
-        self.guest.borrow_mut().was_reset = true;
+    fn take_back(&mut self) {
+        self.world.serving_has_turned();
+        let mut guest = self.guest.borrow_mut();
+        guest.was_reset = true;
+        guest.collect();
+        let live = !guest.posted.is_empty();
+        guest.frozen = guest.used();
+        drop(guest);
+        // What nobody is to look at any more.
+        if live {
+            self.post();
+        }
     }
 
     fn late(&mut self) {

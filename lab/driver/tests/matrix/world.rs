@@ -6,7 +6,7 @@ use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::rc::Rc;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -22,6 +22,8 @@ use ebbtide_lab_driver::{Board, PciDevice, PortDriver, block_on};
 
 /// Each device of each cycle has it: it must be free again.
 pub const ID: &str = "dev0";
+/// The guest's memory.
+pub const RAM_BYTES: u64 = 1 << 20;
 /// A slot of bus 0 that is not the port's.
 const SLOT: u8 = 9;
 /// The machine's `--drain-timeout`.
@@ -34,6 +36,9 @@ pub trait Removable: Function {
 
     /// Ends its work for this guest.
     fn quiesce(&self) -> Draining;
+
+    /// The guest has ejected it.
+    fn guest_let_go(&self) {}
 
     /// Gives up what its requests wait for.
     fn force(&self) -> bool {
@@ -143,10 +148,10 @@ pub struct World {
 }
 
 impl World {
-    /// A machine of 16 MiB with an empty slot behind its root port.
+    /// A machine with an empty slot behind its root port.
     pub fn new() -> Rc<World> {
         let clock = ManualClock::new();
-        let board = Board::with_clock(16 << 20, &clock).expect("a board");
+        let board = Board::with_clock(RAM_BYTES, &clock).expect("a board");
         let sink = Arc::<Sink>::default();
         let spec = PortSpec {
             name: "rp0".into(),
@@ -170,6 +175,17 @@ impl World {
         })
     }
 
+    /// Returns when the thread that serves queues has done what it was at.
+    pub fn serving_has_turned(&self) {
+        let (turned, turn) = std::sync::mpsc::channel();
+        let job = move |_| {
+            let _ = turned.send(());
+            std::future::ready(())
+        };
+        self.board.remote().spawn(job).expect("it serves");
+        turn.recv().expect("it serves");
+    }
+
     /// Plugs `function` in; the guest has an interrupt of it.
     pub fn plug(self: &Rc<Self>, function: Arc<dyn Removable>, place: Place) -> Plugged {
         let (bus, at) = match place {
@@ -186,6 +202,7 @@ impl World {
         }
         let eject = Eject::new(GuestEject::Requested, function.config().gate());
         self.sink.set(Some(Arc::clone(&eject)));
+        let weak = Arc::downgrade(&function);
         let model = Box::new(PciModel { function, bus, at });
         let plugged = self.tree.borrow_mut().plug(
             None,
@@ -209,6 +226,7 @@ impl World {
             world: Rc::clone(self),
             node,
             place,
+            function: weak,
             removal: None,
         }
     }
@@ -226,6 +244,7 @@ pub struct Plugged {
     world: Rc<World>,
     node: NodeId,
     place: Place,
+    function: Weak<dyn Removable>,
     removal: Option<Pin<Box<dyn Future<Output = bool>>>>,
 }
 
@@ -268,6 +287,7 @@ impl Plugged {
         let answers = self.world.sink.answers().split_off(before);
         assert!(!answers.contains(&Answer::Refused), "it was asked for");
         let isolated = answers.contains(&Answer::Isolated);
+        self.let_go();
         if isolated {
             assert!(self.begin(), "nobody else has it");
         }
@@ -329,6 +349,13 @@ impl Plugged {
             let _ = self.world.driver.turn_off();
         }
         self.world.sink.now();
+        self.let_go();
+    }
+
+    fn let_go(&self) {
+        if let Some(function) = self.function.upgrade() {
+            function.guest_let_go();
+        }
     }
 
     fn begin_again(&self) -> bool {
