@@ -14,7 +14,11 @@
 //!
 //! A forbidden call ends the process ([`violation`]). Only vCPU threads are answered EPERM where they would free
 //! memory or close a descriptor: that leaks until the end of the process, which is better than that a guest could end it.
-//! They hand their vCPU back when they end, so nothing of it is freed there.
+//! They hand their vCPU back when they end, so nothing of it is freed there. What they allocate is a new view when the
+//! guest moves a BAR or window, and what a driver that gets ready needs; ejects, hot-plug registers and configuration
+//! space allocate nothing (tests in `platform` and `hotplug/ejector.rs`). They end by returning when they are asked to,
+//! and not with the process by exit_group: a reset parks them, the control thread joins them before it drops what they
+//! use, and a thread that returns needs no call beyond those that all have.
 
 mod calls;
 mod filter;
