@@ -17,6 +17,8 @@
     )
 )]
 
+#[cfg(test)]
+mod allocations;
 pub mod boot;
 mod build;
 pub mod config;

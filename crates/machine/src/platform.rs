@@ -2,6 +2,9 @@
 //! What is on the board besides RAM, vCPUs and PCI functions: the serial port, the ACPI registers,
 //! the ways to reset.
 
+#[cfg(test)]
+mod tests;
+
 use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;

@@ -14,7 +14,11 @@
 //!
 //! A forbidden call ends the process ([`violation`]). Only vCPU threads are answered EPERM where they would free
 //! memory or close a descriptor: that leaks until the end of the process, which is better than that a guest could end it.
-//! They hand their vCPU back when they end, so nothing of it is freed there.
+//! They hand their vCPU back when they end, so nothing of it is freed there. What they allocate is a new view when the
+//! guest moves a BAR or window, and what a driver that gets ready needs; ejects, hot-plug registers and configuration
+//! space allocate nothing (tests in `platform` and `hotplug/ejector.rs`). They end by returning when they are asked to,
+//! and not with the process by exit_group: a reset parks them, the control thread joins them before it drops what they
+//! use, and a thread that returns needs no call beyond those that all have.
 
 mod calls;
 mod filter;
@@ -100,6 +104,7 @@ impl Confinement {
         let compile = |kind| Filters::new(kind, *seccomp).map_err(|e| Error::part("seccomp", e));
         if *seccomp == Seccomp::On {
             violation::receive().map_err(|e| Error::part("seccomp", e))?;
+            settle_allocator();
         }
         let paths = match (landlock, paths::version()) {
             (false, _) => None,
@@ -254,6 +259,19 @@ impl Confinement {
     /// [`seal`](Self::seal).
     pub(crate) fn limits_programs(&self) -> bool {
         self.seccomp == Seccomp::On || self.paths.is_some()
+    }
+}
+
+/// Tells the allocator how many arenas it may have. It would look the number of processors up in a file otherwise, on
+/// whatever thread makes the ninth.
+fn settle_allocator() {
+    const ARENAS_PER_PROCESSOR: usize = 8;
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let arenas = processors.saturating_mul(ARENAS_PER_PROCESSOR);
+    let arenas = libc::c_int::try_from(arenas).unwrap_or(libc::c_int::MAX);
+    // SAFETY: sets a number; it may be called at any time.
+    if unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) } == 0 {
+        tracing::warn!("the allocator takes no limit of its arenas");
     }
 }
 

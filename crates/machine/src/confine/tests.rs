@@ -276,6 +276,34 @@ fn ordinary_life_goes_on() {
     }
 }
 
+/// More threads at once than the allocator has arenas for without a look at how many processors there are.
+#[test]
+fn many_threads_allocate() {
+    const THREADS: usize = 24;
+    if task().is_some() {
+        on(Kind::Grace, || {
+            let together = Arc::new(Barrier::new(THREADS));
+            let work = |_| {
+                let together = Arc::clone(&together);
+                thread::spawn(move || {
+                    let block = vec![1u8; 1000];
+                    together.wait();
+                    block.len()
+                })
+            };
+            let threads: Vec<_> = (0..THREADS).map(work).collect();
+            for thread in threads {
+                assert_eq!(thread.join().unwrap(), 1000);
+            }
+        });
+        println!("done");
+        return;
+    }
+    let output = child("many_threads_allocate", "all", Path::new("/"));
+    assert!(output.status.success(), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).contains("done"));
+}
+
 fn open(path: &CStr) -> i32 {
     // SAFETY: a path with its end.
     unsafe { libc::open(path.as_ptr(), libc::O_RDONLY | libc::O_CLOEXEC) }

@@ -297,6 +297,29 @@ mod tests {
     }
 
     #[test]
+    fn an_eject_allocates_nothing() {
+        let mut slots = Slots::new();
+        for (slot, policy) in [(3, GuestEject::On), (4, GuestEject::Off)] {
+            slots.plug(&SlotKey::Pci(at("rp1", slot)), policy);
+            slots.plug(&SlotKey::Dimm(slot.into()), policy);
+        }
+        // The first look at the table fills what the thread keeps for itself.
+        EjectSink::eject(&*slots.ejector, &at("rp1", 9));
+        let addresses = [3, 4, 3, 5].map(|slot| at("rp1", slot));
+        let ejects = || {
+            for address in &addresses {
+                EjectSink::eject(&*slots.ejector, address);
+            }
+            for slot in 0..8 {
+                DimmEjectSink::eject(&*slots.ejector, slot);
+                DimmEjectSink::ost(&*slots.ejector, slot, 3, 0x84);
+                DimmEjectSink::refused(&*slots.ejector, slot);
+            }
+        };
+        assert_eq!(crate::allocations::of(ejects), 0);
+    }
+
+    #[test]
     fn who_has_left_a_slot_is_not_ejected_from_it_and_takes_nobody_along() {
         let mut slots = Slots::new();
         let key = SlotKey::Pci(at("rp1", 0));
