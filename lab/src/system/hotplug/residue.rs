@@ -99,11 +99,14 @@ fn links(directory: &str) -> Result<Vec<String>> {
     Ok(kinds)
 }
 
+/// The names of threads, but those that the host's kernel starts and ends for an io_uring as it sees fit.
 fn names(directory: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).context("task")? {
         let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
-        names.push(name.trim().to_owned());
+        if !name.starts_with("iou-wrk-") {
+            names.push(name.trim().to_owned());
+        }
     }
     names.sort();
     Ok(names)
