@@ -162,7 +162,7 @@ impl Grace {
         inbox.jobs = old;
         let lingering = inbox.lingering;
         drop(inbox);
-        if !passed && !lingering && !cfg!(seeded = "reclaim_tells_nobody") {
+        if !passed && !lingering && !seeded!("reclaim_tells_nobody") {
             // It may have found the inbox empty, and sleep.
             self.hub.wake().signal();
         }

@@ -101,7 +101,7 @@ impl Removed {
     /// Ready when the task of the queue is to end: there is something to [`take`](Self::take), or the activation's gate
     /// has drained. Whoever waits for the gate alone waits for itself once it [listens](Self::listen).
     pub async fn ended(&self, drained: &mut Drained) {
-        if cfg!(seeded = "removal_waits_for_gate_alone") {
+        if seeded!("removal_waits_for_gate_alone") {
             return drained.await;
         }
         poll_fn(|cx| match self.poll(cx.waker()) {

@@ -17,7 +17,7 @@ use crate::vmm::{Machine, Vmm};
 use held::WorkingDisk;
 pub use held::in_flight;
 pub use host::{full, truncated};
-pub use kept::{no_answer, refusal_undone};
+pub use kept::{no_answer, refusal_undone, withdrawn};
 pub use slots::many;
 
 const DIMM: u64 = 256 * MIB;
@@ -117,6 +117,23 @@ fn wait_total(vmm: &mut Vmm, bytes: u64, grows: bool) -> Result<()> {
         if begun.elapsed() > GUEST {
             bail!("the guest has {} MiB, not {}", total / MIB, bytes / MIB);
         }
+        std::thread::sleep(LOOK);
+    }
+}
+
+/// What the VMM says holds `words` in one line, soon.
+fn said(vmm: &mut Vmm, words: &[&str]) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let log = vmm.log();
+        let mut lines = log.lines();
+        if lines.any(|line| words.iter().all(|word| line.contains(word))) {
+            return Ok(());
+        }
+        ensure!(
+            begun.elapsed() < GUEST,
+            "no line has all of {words:?}:{log}"
+        );
         std::thread::sleep(LOOK);
     }
 }

@@ -105,18 +105,10 @@ const SCENARIOS: &[Scenario] = &[
     scenario("mistakes with devices", hotplug::mistakes),
     scenario("dimms come and go", dimm::cycles),
     scenario("a guest keeps a dimm", dimm::refusal),
-    scenario(
-        "a guest keeps a dimm until its reason ends",
-        dimm::refusal_undone,
-    ),
-    scenario(
-        "a guest tries for ever to let go of a dimm",
-        dimm::no_answer,
-    ),
-    scenario(
-        "a dimm goes while a request has hold of it",
-        dimm::in_flight,
-    ),
+    scenario("a dimm stays until its reason ends", dimm::refusal_undone),
+    scenario("a dimm that can't be let go of", dimm::no_answer),
+    scenario("the removal of a dimm is withdrawn", dimm::withdrawn),
+    scenario("a dimm goes under a request", dimm::in_flight),
     scenario("many dimms", dimm::many),
     scenario("a dimm on a full file system", dimm::full),
     scenario("a dimm on a file that is cut short", dimm::truncated),

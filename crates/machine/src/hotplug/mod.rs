@@ -164,7 +164,7 @@ impl Slot {
     pub(crate) fn still_occupied(&self) {
         match self {
             Slot::Pci(slot) => slot.plugged(),
-            // The registers have refused by themselves.
+            // The registers have told it by themselves.
             Slot::Dimm(_) => {}
         }
     }

@@ -10,8 +10,8 @@ use ebbtide_agent::placed::words;
 use ebbtide_agent::protocol::{Command, DiskStart, Written};
 use serde_json::json;
 
-use super::kept::{in_phase, plug, within};
-use super::{GUEST, SECTION, machine, wait_total};
+use super::kept::{PINNED, in_phase, plug, within};
+use super::{GUEST, machine, wait_total};
 use crate::system::hotplug::{until, wait_for};
 use crate::system::{Ground, MIB, STEP_LIMIT, finish, no_acpi_error};
 use crate::vmm::Vmm;
@@ -46,11 +46,10 @@ pub fn in_flight(ground: &Ground) -> Result<()> {
         let bytes = fs::read(&image)?;
         let (found, _) = bytes.as_chunks();
         let found = found.iter().map(|word| u64::from_ne_bytes(*word));
-        let written = within(&(0..SECTION)).bytes / 8;
         ensure!(
             found
                 .zip(words(seed))
-                .take(written as usize)
+                .take(PINNED as usize / 8)
                 .all(|(a, b)| a == b),
             "{what}: the disk holds something else than the memory did"
         );

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, Filled};
 use serde_json::{Value, json};
 
-use super::{GUEST, LOOK, SECTION, machine, wait_total};
+use super::{GUEST, LOOK, SECTION, machine, said, wait_total};
 use crate::system::{BOOT_LIMIT, Ground, MIB, finish};
 use crate::vmm::Vmm;
 
@@ -150,18 +150,4 @@ fn stopped(vmm: &mut Vmm) -> Result<()> {
         std::thread::sleep(LOOK);
     }
     Ok(())
-}
-
-/// What the VMM says holds `words` in one line, soon.
-fn said(vmm: &mut Vmm, words: &[&str]) -> Result<()> {
-    let begun = Instant::now();
-    loop {
-        let log = vmm.log();
-        let mut lines = log.lines();
-        if lines.any(|line| words.iter().all(|word| line.contains(word))) {
-            return Ok(());
-        }
-        ensure!(begun.elapsed() < STOP, "no line has all of {words:?}:{log}");
-        std::thread::sleep(LOOK);
-    }
 }

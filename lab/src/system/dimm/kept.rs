@@ -8,17 +8,16 @@ use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, PinnedMemory, Place};
 use serde_json::{Value, json};
 
-use super::{GUEST, LOOK, SECTION, machine, wait_for_end, wait_total};
+use super::held::WorkingDisk;
+use super::{GUEST, LOOK, SECTION, machine, said, wait_for_end, wait_total};
 use crate::system::hotplug::{deleted, shell};
 use crate::system::{BOOT, GIB, Ground, STEP_LIMIT, finish, no_acpi_error};
 use crate::vmm::Vmm;
 
-use super::held::WorkingDisk;
-
 /// The guest's kernel is watched while it tries, in the long form and in the short one.
 const TRIES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(5));
-/// How much memory is in the way.
-const PINNED: u64 = 64 << 10;
+/// How much memory is in the way: what a pipe takes.
+pub(super) const PINNED: u64 = 64 << 10;
 /// The monitor answers within this, whatever the guest does.
 const ANSWER: Duration = Duration::from_secs(1);
 /// Part of a block that the guest has already comes within this.
@@ -90,6 +89,33 @@ fn watch(vmm: &mut Vmm, begun: Instant, tries: Duration) -> Result<()> {
     }
     ensure!(slowest < ANSWER, "the slowest answer took {slowest:?}");
     Ok(())
+}
+
+/// A request is withdrawn while the guest's kernel works on it, which ejects the DIMM all the same once it can: that is
+/// not asked for any more. The DIMM stays, the guest finds it again, and lets go of it when asked again.
+pub fn withdrawn(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.start(&machine(ground, ""))?;
+    let before = vmm.guest().report()?.mem_total;
+    let range = plug(&mut vmm)?;
+    pin(&mut vmm, &range)?;
+    let id = json!({"id": "dimm0"});
+    vmm.qmp().execute("device_del", id.clone())?;
+    in_phase(&mut vmm, "dimm0", "guest-offlining")?;
+    vmm.qmp().execute("x-ebbtide-device-cancel", id.clone())?;
+    ensure!(!wait_for_end(&mut vmm)?, "it goes");
+
+    vmm.guest().call::<PinnedMemory>(Command::Unpin, GUEST)?;
+    said(&mut vmm, &["the guest ejects a dimm that it may not eject"])?;
+    wait_total(&mut vmm, before + SECTION, true).context("the guest finds it again")?;
+    ensure!(place_of(&mut vmm, "dimm0")? == range, "it is elsewhere");
+    vmm.guest().fill(SECTION / 2, 1, GUEST)?;
+    vmm.guest().check(GUEST)?;
+    vmm.guest().free()?;
+    vmm.qmp().execute("device_del", id)?;
+    deleted(&mut vmm, "dimm0")?;
+    vmm.qmp().execute("object-del", json!({"id": "m0"}))?;
+    wait_total(&mut vmm, before, false)?;
+    finish(vmm)
 }
 
 /// A DIMM is refused for as long as the guest has a reason, and goes when asked again after that.

@@ -165,6 +165,9 @@ fn a_refusal_arrives_with_source_and_status() {
     guest.slot(5, "_EJ0", &[1]);
     assert_eq!(board.sink.take(), []);
     assert_eq!(guest.status(5), 0x0f);
+    // It is told that what it has given up is there.
+    assert_eq!(guest.interrupt(), [(device(5), 1)]);
+    assert_eq!(guest.interrupt(), []);
 }
 
 #[test]

@@ -13,7 +13,8 @@
 //! | 0x10 | proximity domain | – |
 //! | 0x14 | bit 0 enabled, 1 insert event, 2 remove event | 1, 2 acknowledge an event; 3 ejects |
 //!
-//! An ejected module is no longer enabled but keeps its length until it is detached: the guest reads a `_STA` of 0x0d and
+//! An eject that is refused is followed by an insert event: a guest has given a module up before it ejects it, and finds
+//! it again. An ejected module is no longer enabled but keeps its length until it is detached: the guest reads a `_STA` of 0x0d and
 //! knows that it is let go but still there.
 //!
 //! The host's calls and the guest's accesses meet under one lock, which is held for a few instructions and never while
@@ -283,7 +284,10 @@ impl Mmio for MemoryHotplug {
         match effect {
             None => {}
             Some(Effect::Eject { slot }) => self.sink.eject(slot),
-            Some(Effect::Uninvited { slot }) => self.report_uninvited(slot),
+            Some(Effect::Uninvited { slot }) => {
+                self.report_uninvited(slot);
+                self.events.raise(Event::Memory);
+            }
             Some(Effect::Ost {
                 slot,
                 source,

@@ -41,7 +41,7 @@ const OST_IN_PROGRESS: u32 = 0x84;
 pub(super) enum Effect {
     /// The guest has let go of the memory.
     Eject { slot: u16 },
-    /// It tried to, unasked, and may not.
+    /// It tried to, unasked, and may not: there is an event that tells it so.
     Uninvited { slot: u16 },
     /// It reported by `_OST`; `refused` if that was its last word on a requested removal.
     Ost {
@@ -287,6 +287,8 @@ impl Slots {
             GuestEject::Off => false,
         };
         if !allowed {
+            // The guest has given the memory up before it ejects: what is still there is new to it.
+            occupant.insert_event = true;
             return Some(Effect::Uninvited { slot });
         }
         occupant.ejected();

@@ -184,6 +184,8 @@ fn the_uninvited_are_refused_as_the_policy_says() {
         }
         board.registers.write(0x14, 1, 0b1000);
         let ejected = board.registers.state(0) == Ok(SlotState::Ejected);
+        let found_again = board.flags() & 0b010 != 0;
+        assert_eq!(found_again, !ejected);
         assert_eq!(board.sink.take() == [Told::Eject(0)], ejected);
         ejected
     };
