@@ -145,3 +145,6 @@ pub const EBBTIDE_WAIT: Command<Wait, Waited> = Command::new("x-ebbtide-wait");
 pub const EBBTIDE_DEVICE_FORCE: Command<DeviceId, Empty> = Command::new("x-ebbtide-device-force");
 /// Withdraws a removal the guest has not consented to yet.
 pub const EBBTIDE_DEVICE_CANCEL: Command<DeviceId, Empty> = Command::new("x-ebbtide-device-cancel");
+/// Lets the guest see a device that was added with `x-ebbtide-announce=off`, with all that was added below it.
+pub const EBBTIDE_DEVICE_ANNOUNCE: Command<DeviceId, Empty> =
+    Command::new("x-ebbtide-device-announce");
