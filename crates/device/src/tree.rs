@@ -285,20 +285,19 @@ impl<T> Tree<T> {
     /// Notes that the guest is asked to let go of `node`. Asking again is allowed: the first may have got lost.
     ///
     /// # Errors
-    /// It is isolated already, or has no slot.
+    /// It is isolated already, itself or with something above it; or has no slot.
     pub fn request(&mut self, node: NodeId, now: Instant) -> Result<(), RemoveError> {
         let Some(node) = self.nodes.get_mut(&node) else {
             return Ok(());
         };
         let name = node.name();
-        let eject = node
-            .eject
-            .as_ref()
-            .ok_or_else(|| RemoveError::Fixed(name.clone()))?;
         // Closed without its own eject: that of something above.
         let closed = (node.model.as_ref()).is_none_or(|model| model.gate().is_closed());
-        if closed || !eject.request() {
-            return Err(RemoveError::Leaving(name));
+        match &node.eject {
+            _ if closed => return Err(RemoveError::Leaving(name)),
+            None => return Err(RemoveError::Fixed(name)),
+            Some(eject) if !eject.request() => return Err(RemoveError::Leaving(name)),
+            Some(_) => {}
         }
         if node.phase == Phase::Plugged {
             node.enter(Phase::Requested, now);

@@ -22,8 +22,8 @@ use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::confine::{Confinement, Kind};
 use crate::cpus::Cpus;
-use crate::hotplug::{AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
-use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32};
+use crate::hotplug::{Announced, AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
+use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32, SPARE_BUSES};
 use crate::lifecycle::{Posted, Requests};
 use crate::machine::{BOOT_RAM, Machine, MemorySlot, PowerOn};
 use crate::platform::{Board, EVENT_GSI, INTX_GSIS, Platform, SERIAL_GSI};
@@ -152,7 +152,12 @@ impl Prepared {
             .bridge
             .assign_bars()
             .map_err(|e| Error::part("PCI", e))?;
-        let last_bus = parts.bridge.highest_bus_in_use();
+        let last_bus = parts
+            .bridge
+            .highest_bus_in_use()
+            .saturating_add(SPARE_BUSES);
+        // A reset programs what was plugged since, too, and the tables stay as they are.
+        parts.bridge.set_last_bus(last_bus);
         let tables = Arc::new(tables(&config, &layout, last_bus)?);
         let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
         let Parts {
@@ -242,7 +247,7 @@ impl ColdFunction {
                 made,
                 place,
                 GuestEject::default(),
-                true,
+                Announced::AtBoot,
             )
             .map_err(|e| Error::part(&self.id, e.desc))?;
         Ok(())

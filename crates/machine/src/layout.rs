@@ -29,10 +29,12 @@ pub const HIGH_RAM_START: u64 = 4 * GIB;
 pub const PCI_MMIO32: Range<u64> = 0xc000_0000..0xe000_0000;
 /// The ports of the PCI host bridge: above everything a PC has at fixed ones.
 pub const PCI_IO: Range<u64> = 0xc000..0x1_0000;
-/// PCIe configuration space (ECAM): room for buses 0 to 255. The guest is told of those that bridges answer for: Linux
-/// looks into every bus that the tables name and its scan has not found, 32 accesses each, which for 256 of them costs a
-/// guest a second of its boot under an emulated KVM.
+/// PCIe configuration space (ECAM): room for buses 0 to 255. The guest is told of those that bridges answer for, and of
+/// [`SPARE_BUSES`]: Linux looks into every bus that the tables name and its scan has not found, 32 accesses each, which
+/// for 256 of them costs a guest a second of its boot under an emulated KVM.
 pub const ECAM: Range<u64> = 0xe000_0000..0xf000_0000;
+/// Bus numbers for bridges that are plugged into bus 0 later: for a root port with a switch of six ports.
+pub const SPARE_BUSES: u8 = 8;
 /// The RSDP and the tables it points to; inside the area firmware owns on a PC.
 pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_f000;
 /// Conventional memory ends here; from here to 1 MiB e820 says reserved.

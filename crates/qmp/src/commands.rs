@@ -151,3 +151,6 @@ pub const EBBTIDE_DEVICE_CANCEL: Command<DeviceId, Empty> = Command::new("x-ebbt
 /// Lets operations go that a block node `x-ebbtide-fault` holds.
 pub const EBBTIDE_FAULT_RELEASE: Command<FaultRelease, FaultReleased> =
     Command::new("x-ebbtide-fault-release");
+/// Lets the guest see a device that was added with `x-ebbtide-announce=off`, with all that was added below it.
+pub const EBBTIDE_DEVICE_ANNOUNCE: Command<DeviceId, Empty> =
+    Command::new("x-ebbtide-device-announce");

@@ -56,6 +56,8 @@ struct Table {
     functions: Box<[Option<Arc<dyn Function>>]>,
     /// Those that lead further, in order.
     bridges: Vec<Devfn>,
+    /// Those a guest does not see yet.
+    hidden: Vec<Devfn>,
 }
 
 impl Bus {
@@ -67,6 +69,7 @@ impl Bus {
             functions: RwLock::new(Table {
                 functions: vec![None; DEVFNS].into_boxed_slice(),
                 bridges: Vec::new(),
+                hidden: Vec::new(),
             }),
             placement: Mutex::default(),
             intx: Mutex::default(),
@@ -120,6 +123,33 @@ impl Bus {
     /// # Errors
     /// As [`attach`](Self::attach).
     pub fn attach_at(&self, devfn: Devfn, function: Arc<dyn Function>) -> Result<(), PciError> {
+        self.attach_shown(devfn, function, true)
+    }
+
+    /// As [`attach_at`](Self::attach_at), but a guest sees neither the function nor what is behind it until it is
+    /// [shown](Self::show): a bridge to which more is added first. Firmware leaves it out.
+    ///
+    /// # Errors
+    /// As [`attach`](Self::attach).
+    pub fn attach_hidden_at(
+        &self,
+        devfn: Devfn,
+        function: Arc<dyn Function>,
+    ) -> Result<(), PciError> {
+        self.attach_shown(devfn, function, false)
+    }
+
+    /// Lets a guest see the function at `devfn` and all that is behind it, at once. Without effect when it does already.
+    pub fn show(&self, devfn: Devfn) {
+        self.write().hidden.retain(|hidden| *hidden != devfn);
+    }
+
+    fn attach_shown(
+        &self,
+        devfn: Devfn,
+        function: Arc<dyn Function>,
+        shown: bool,
+    ) -> Result<(), PciError> {
         if !function.fits(self.kind) {
             return Err(PciError::WrongBus {
                 name: function.config().gate().name().to_owned(),
@@ -148,6 +178,9 @@ impl Bus {
         let mut table = self.write();
         if let Some(entry) = table.functions.get_mut(devfn.index()) {
             *entry = Some(function);
+        }
+        if !shown {
+            table.hidden.push(devfn);
         }
         if is_bridge {
             table.bridges.push(devfn);
@@ -198,6 +231,7 @@ impl Bus {
             *entry = None;
         }
         table.bridges.retain(|bridge| *bridge != devfn);
+        table.hidden.retain(|hidden| *hidden != devfn);
         drop(table);
         function.config().wire(None, devfn);
         placement.forget(devfn);
@@ -215,6 +249,14 @@ impl Bus {
         all.zip(self.read().functions.iter())
             .filter_map(|(devfn, function)| Some((devfn, function.clone()?)))
             .collect()
+    }
+
+    /// Those of them a guest can see.
+    pub fn shown(&self) -> Vec<(Devfn, Arc<dyn Function>)> {
+        let mut functions = self.functions();
+        let table = self.read();
+        functions.retain(|(devfn, _)| !table.is_hidden(*devfn));
+        functions
     }
 
     /// The functions in `slot`.
@@ -266,18 +308,16 @@ impl Bus {
         self.read().functions.iter().all(Option::is_none)
     }
 
-    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not. From any thread.
+    /// Whether something is in `slot`, as the guest sees it: what is on its way out is not, nor what is hidden. From any
+    /// thread.
     pub fn is_occupied(&self, slot: u8) -> bool {
         let table = self.read();
         // No reference is taken: on a vCPU's thread it could become the last one.
         let open = |function: &Arc<dyn Function>| !function.config().gate().is_closed();
         (0..8)
-            .filter_map(|function| {
-                table
-                    .functions
-                    .get(Devfn::new(slot, function)?.index())?
-                    .as_ref()
-            })
+            .filter_map(|function| Devfn::new(slot, function))
+            .filter(|devfn| !table.is_hidden(*devfn))
+            .filter_map(|devfn| table.functions.get(devfn.index())?.as_ref())
             .any(open)
     }
 
@@ -341,8 +381,8 @@ impl Bus {
         bridge.bus().with(bridge.secondary(), target, register, f)
     }
 
-    /// The function at `devfn`, if there is one and its gate is open. The reference is taken while a lease is held, so
-    /// that it is never the last one.
+    /// The function at `devfn`, if there is one, a guest may see it and its gate is open. The reference is taken while a
+    /// lease is held, so that it is never the last one.
     pub(super) fn enter(&self, devfn: Devfn) -> Option<Entered> {
         self.read().enter(devfn)
     }
@@ -386,7 +426,14 @@ impl Bus {
 }
 
 impl Table {
+    fn is_hidden(&self, devfn: Devfn) -> bool {
+        self.hidden.contains(&devfn)
+    }
+
     fn enter(&self, devfn: Devfn) -> Option<Entered> {
+        if self.is_hidden(devfn) {
+            return None;
+        }
         let function = self.functions.get(devfn.index())?.as_ref()?;
         let lease = function.config().gate().enter(Entry::Mmio)?;
         Some(Entered {

@@ -117,7 +117,7 @@ fn place_below(bus: &Bus, halvings: u32) -> Result<(), PciError> {
 /// What the functions on `bus` ask for.
 fn requests(bus: &Bus, halvings: u32) -> Vec<Request> {
     let mut all = Vec::new();
-    for (devfn, function) in bus.functions() {
+    for (devfn, function) in bus.shown() {
         all.extend(function.config().bars().into_iter().map(|bar| Request {
             devfn,
             part: Part::Bar(bar.index),
@@ -229,7 +229,7 @@ impl Numbering {
 
 /// Writes addresses to the registers of everything on `bus` and behind it.
 fn program(bus: &Bus) {
-    for (devfn, function) in bus.functions() {
+    for (devfn, function) in bus.shown() {
         let placement = bus.placement().clone();
         program_function(&*function, |part| placement.range(devfn, part));
         if let Some(bridge) = function.config().bridge() {
@@ -291,7 +291,7 @@ fn window_bits(base: u64, limit: u64) -> u32 {
 }
 
 fn bridges(bus: &Bus) -> Vec<(Devfn, std::sync::Arc<dyn Function>)> {
-    let mut functions = bus.functions();
+    let mut functions = bus.shown();
     functions.retain(|(_, function)| function.config().bridge().is_some());
     functions
 }

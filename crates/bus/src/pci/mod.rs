@@ -66,7 +66,7 @@ impl Devfn {
     }
 
     /// As it is encoded in a requester id and in configuration addresses.
-    pub fn from_bits(bits: u8) -> Self {
+    pub const fn from_bits(bits: u8) -> Self {
         Self(bits)
     }
 

@@ -140,6 +140,7 @@ pub struct PortSpec {
 /// Its gate guards the registers, also those of the slot. Interrupts, of hot-plug and of errors, are its MSI-X vector 0.
 pub struct Port {
     model: PortModel,
+    slot_number: u16,
     config: Config,
     bus: Arc<Bus>,
     address: SlotAddress,
@@ -206,6 +207,7 @@ impl Port {
         }
         let port = Self {
             model,
+            slot_number,
             config,
             bus,
             address,
@@ -219,6 +221,11 @@ impl Port {
     /// The model.
     pub fn model(&self) -> PortModel {
         self.model
+    }
+
+    /// Its physical slot number; None: it has no slot.
+    pub fn slot_number(&self) -> Option<u16> {
+        self.model.has_slot().then_some(self.slot_number)
     }
 
     /// The bus behind it.

@@ -15,7 +15,7 @@ use ebbtide_qmp::{Properties, QmpError};
 
 use super::ejector::OstReport;
 use super::objects::MemoryObject;
-use super::{AnyUse, Devices, Face, Info, Site, Slot};
+use super::{Announced, AnyUse, Devices, Face, Info, Site, Slot};
 
 /// The name of the driver.
 pub(crate) const DRIVER: &str = "pc-dimm";
@@ -207,6 +207,7 @@ impl Devices {
             face: Face::Plain,
             slot: Some(slot),
             uses: vec![object],
+            announced: Announced::Now,
         };
         let identity: Identity = self.identity(id);
         let model = Box::new(DimmModel(site));

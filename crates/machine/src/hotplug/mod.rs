@@ -7,6 +7,7 @@
 //!   eject (vCPU) ─▶ Ejector: gates shut ─▶ wake-up ─▶ ebbtide_device::remove ─▶ slot empty ─▶ DEVICE_DELETED
 //! ```
 
+mod announcing;
 mod backends;
 pub(crate) mod blocks;
 mod chardevs;
@@ -45,6 +46,7 @@ use ebbtide_qmp::{EventSink, QmpError};
 use crate::confine::Confinement;
 use crate::lifecycle::Requests;
 
+pub(crate) use announcing::Announced;
 pub(crate) use backends::{AnyUse, Shelf, Use};
 pub(crate) use blocks::BlockNode;
 pub(crate) use chardevs::CharNode;
@@ -78,6 +80,8 @@ pub(crate) struct Info {
     pub(crate) slot: Option<Slot>,
     /// What it stands on, until it is gone.
     pub(crate) uses: Vec<Box<dyn AnyUse>>,
+    /// How the guest hears of it.
+    pub(crate) announced: Announced,
 }
 
 /// Where a device is.
@@ -448,7 +452,7 @@ impl Devices {
         Ok(remote)
     }
 
-    /// Puts what was made at its place and into the tree. Unless it is `cold` the guest is told.
+    /// Puts what was made at its place and into the tree, and tells the guest if that is to be.
     ///
     /// # Errors
     /// The bus does not take it, or what it is plugged into is going; it is taken off again.
@@ -459,7 +463,7 @@ impl Devices {
         made: Made,
         place: Place,
         policy: GuestEject,
-        cold: bool,
+        announced: Announced,
     ) -> Result<NodeId, QmpError> {
         let Made {
             function,
@@ -468,9 +472,11 @@ impl Devices {
             uses,
         } = made;
         let gate = Arc::clone(function.config().gate());
-        place
-            .bus
-            .attach_at(place.at, Arc::clone(&function) as _)
+        let attach = match announced {
+            Announced::Later => Bus::attach_hidden_at,
+            Announced::Now | Announced::AtBoot => Bus::attach_at,
+        };
+        attach(&place.bus, place.at, Arc::clone(&function) as _)
             .map_err(|e| QmpError::generic(e.to_string()))?;
         let info = Info {
             driver,
@@ -483,6 +489,7 @@ impl Devices {
             face,
             slot: place.slot.clone().map(Slot::Pci),
             uses,
+            announced,
         };
         let key = info.slot.as_ref().map(Slot::key);
         let eject = key.is_some().then(|| Eject::new(policy, &gate));
@@ -503,7 +510,7 @@ impl Devices {
         if let (Some(key), Some(eject)) = (key, eject) {
             self.ejector.occupy(key, &eject, node);
         }
-        if let Some(slot) = place.slot.filter(|_| !cold) {
+        if let Some(slot) = place.slot.filter(|_| announced == Announced::Now) {
             slot.plugged();
         }
         Ok(node)
@@ -532,6 +539,7 @@ impl Devices {
             face,
             slot: None,
             uses,
+            announced: Announced::Now,
         };
         let eject = Eject::new(policy, model.gate());
         let identity = self.identity(id);

@@ -1,13 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where a device goes: its bus, its slot there, and what tells the guest of it.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use ebbtide_bus::pci::{Bus, Devfn, HotplugSlot, PciError};
+use ebbtide_bus::pci::{Bus, BusKind, Devfn, HotplugSlot, PciError};
 use ebbtide_device::{NodeId, Phase};
 use ebbtide_qmp::{Properties, QmpError};
 
 use super::{Devices, Driver, Site};
+
+/// The slots of bus 0 have the numbers below this.
+const SLOTS_OF_BUS_0: u16 = 32;
+
+/// The only slot behind a port.
+const LINK_SLOT: Devfn = Devfn::from_bits(0);
 
 /// A free place.
 #[derive(Clone)]
@@ -48,13 +55,16 @@ impl Devices {
             }
             Some(address) => Devfn::new(address.slot, 0)
                 .ok_or_else(|| pci_error(&PciError::NoSuchSlot(address.slot)))?,
+            // Whoever is in the only slot is named.
+            None if bus.kind() == BusKind::Link => LINK_SLOT,
             None => bus.free_slot().ok_or_else(|| {
                 QmpError::generic(format!("PCI: no slot available on bus '{}'", bus.name()))
             })?,
         };
         self.check_empty(&bus, at)?;
         let slot = self.slot_at(&bus, parent, at, driver.hotpluggable);
-        if slot.is_none() && !cold {
+        let out_of_sight = parent.is_some_and(|parent| self.is_out_of_sight(parent));
+        if slot.is_none() && !cold && !out_of_sight {
             return Err(QmpError::bus_not_hotpluggable(bus.name()));
         }
         Ok(Place {
@@ -140,13 +150,14 @@ impl Devices {
         port.slot().filter(|_| removable)
     }
 
-    /// The lowest physical slot number no port has.
+    /// The lowest physical slot number no port has, nor a slot of bus 0, which guests name in the same way.
     pub(crate) fn free_slot_number(&self) -> u16 {
         let tree = self.tree.borrow();
-        let ports = tree
-            .iter()
-            .filter(|(_, node)| node.info.site.port().is_some());
-        u16::try_from(ports.count() + 1).unwrap_or(0)
+        let ports = tree.iter().filter_map(|(_, node)| node.info.site.port());
+        let taken: BTreeSet<u16> = ports.filter_map(|port| port.slot_number()).collect();
+        (SLOTS_OF_BUS_0..)
+            .find(|number| !taken.contains(number))
+            .unwrap_or(0)
     }
 }
 

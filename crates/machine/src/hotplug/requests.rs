@@ -9,7 +9,7 @@ use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{Properties, QmpError};
 
 use super::drivers::Make;
-use super::{Devices, MEMORY_BACKENDS, blocks, dimm, drivers, netdevs, shared};
+use super::{Devices, MEMORY_BACKENDS, Slot, announcing, blocks, dimm, drivers, netdevs, shared};
 use crate::Error;
 use crate::config::MachineConfig;
 
@@ -90,10 +90,12 @@ impl Devices {
         let (id, bus) = (args.id.as_deref(), args.bus.as_deref());
         match driver.make {
             Make::Pci(make) => {
+                let announced = announcing::take(&mut properties, cold)?;
                 let place = self.place(driver, bus, &mut properties, cold)?;
+                announced.check(&place)?;
                 let made = make(self, &name, &mut properties)?;
                 properties.finish_device(driver.name)?;
-                self.plug(id, driver.name, made, place, policy, cold)
+                self.plug(id, driver.name, made, place, policy, announced)
             }
             Make::Below(make) => {
                 let below = make(self, &name, bus, properties)?;
@@ -115,6 +117,10 @@ impl Devices {
     /// # Errors
     /// It is going already, it can't go, or the guest can't be asked now.
     pub(crate) fn request_removal(&self, node: NodeId) -> Result<(), QmpError> {
+        if self.is_out_of_sight(node) {
+            return self.remove_unseen(node);
+        }
+        let asked_before = self.is_requested(node);
         let requested = self.tree.borrow_mut().request(node, self.local.now());
         requested.map_err(|e| refuse(&e))?;
         let slot = {
@@ -126,17 +132,60 @@ impl Devices {
             drop(self.remove(node));
             return Ok(());
         };
+        if self.is_asked_above(node) {
+            return Ok(());
+        }
         match slot.request() {
-            Ok(true) => Ok(()),
+            Ok(true) => {
+                self.each_asked_below(node, |slot| {
+                    slot.cancel();
+                });
+                Ok(())
+            }
             // The guest does not use it: there is nobody to wait for.
             Ok(false) => {
                 drop(self.remove(node));
                 Ok(())
             }
+            // The guest may be busy with the first time it was asked.
             Err(refused) => {
-                self.tree.borrow_mut().cancel(node, self.local.now());
+                if !asked_before {
+                    self.tree.borrow_mut().cancel(node, self.local.now());
+                }
                 Err(refused)
             }
+        }
+    }
+
+    fn is_requested(&self, node: NodeId) -> bool {
+        let tree = self.tree.borrow();
+        let eject = tree.get(node).and_then(|node| node.eject());
+        eject.is_some_and(|eject| eject.is_requested())
+    }
+
+    /// Whether the guest is asked for something that `node` is below, and so for it. It is not asked twice: Linux takes what
+    /// is below a port away with its driver for that slot, which waits for itself if it is at work there.
+    fn is_asked_above(&self, node: NodeId) -> bool {
+        let tree = self.tree.borrow();
+        let parent = |of: &NodeId| tree.get(*of)?.parent();
+        let above: Vec<NodeId> = std::iter::successors(parent(&node), parent).collect();
+        drop(tree);
+        above.into_iter().any(|node| self.is_requested(node))
+    }
+
+    /// Does something with the slot of each device below `node` that is asked for, but for those that are asked for with
+    /// another one in between.
+    fn each_asked_below(&self, node: NodeId, act: impl Fn(&Slot)) {
+        let mut below = self.tree.borrow().children(node);
+        while let Some(child) = below.pop() {
+            if !self.is_requested(child) {
+                below.extend(self.tree.borrow().children(child));
+                continue;
+            }
+            let tree = self.tree.borrow();
+            let slot = tree.get(child).and_then(|child| child.info.slot.clone());
+            drop(tree);
+            slot.iter().for_each(&act);
         }
     }
 
@@ -152,8 +201,17 @@ impl Devices {
             }
             entry.info.slot.clone()
         };
-        slot.is_some_and(|slot| slot.cancel())
-            && self.tree.borrow_mut().cancel(node, self.local.now())
+        let cancelled = slot.is_some_and(|slot| slot.cancel())
+            && self.tree.borrow_mut().cancel(node, self.local.now());
+        if cancelled && !self.is_asked_above(node) {
+            // What was asked for before, or meanwhile, is to go all the same.
+            self.each_asked_below(node, |slot| {
+                if let Err(e) = slot.request() {
+                    tracing::warn!("a device below stays for now: {}", e.desc);
+                }
+            });
+        }
+        cancelled
     }
 
     /// Takes a device away without asking the guest again: a removal that waits for the guest goes on without it, one
@@ -217,7 +275,7 @@ impl Devices {
     }
 }
 
-fn refuse(error: &RemoveError) -> QmpError {
+pub(super) fn refuse(error: &RemoveError) -> QmpError {
     QmpError::generic(error.to_string())
 }
 

@@ -43,6 +43,9 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
         .on(commands::EBBTIDE_DEVICE_CANCEL, async |m, _, args| {
             cancel(&m, &args.id)
         })
+        .on(commands::EBBTIDE_DEVICE_ANNOUNCE, async |m, _, args| {
+            announce(&m, &args.id)
+        })
 }
 
 async fn device_add(machine: &Machine, args: DeviceAdd) -> Result<Empty, QmpError> {
@@ -84,6 +87,12 @@ fn cancel(machine: &Machine, id: &str) -> Result<Empty, QmpError> {
 fn force(machine: &Machine, id: &str) -> Result<Empty, QmpError> {
     let node = find(machine, id)?;
     machine.devices.force(node)?;
+    Ok(Empty {})
+}
+
+fn announce(machine: &Machine, id: &str) -> Result<Empty, QmpError> {
+    let node = find(machine, id)?;
+    machine.devices.announce(node)?;
     Ok(Empty {})
 }
 

@@ -77,7 +77,7 @@ pub(super) fn pci(machine: &Machine) -> Vec<PciInfo> {
 }
 
 fn functions(devices: &Devices, bus: &Bus, number: u8) -> Vec<PciDeviceInfo> {
-    let functions = bus.functions();
+    let functions = bus.shown();
     functions
         .iter()
         .map(|(at, function)| {

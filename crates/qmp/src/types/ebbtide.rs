@@ -252,7 +252,7 @@ qapi_struct! {
 }
 
 qapi_struct! {
-    /// Arguments of `x-ebbtide-device-force` and `x-ebbtide-device-cancel`.
+    /// Arguments of `x-ebbtide-device-force`, `x-ebbtide-device-cancel` and `x-ebbtide-device-announce`.
     #[derive(Eq)]
     pub struct DeviceId {
         /// The device's id or path.

@@ -54,6 +54,7 @@ pub(crate) fn plug_commands() -> Vec<CommandInfo> {
         EBBTIDE_WAIT.info(),
         EBBTIDE_DEVICE_FORCE.info(),
         EBBTIDE_DEVICE_CANCEL.info(),
+        EBBTIDE_DEVICE_ANNOUNCE.info(),
     ]
 }
 

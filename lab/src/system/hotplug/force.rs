@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{GUEST, LOOK, deleted, kernel_log, removals, wait_for};
+use super::{GUEST, LOOK, deleted, kernel_log, removals, shell, wait_for};
 use crate::deny;
 use crate::system::{BOOT, Ground, STEP_LIMIT, USUAL_CPUS};
 use crate::vmm::Vmm;
@@ -127,15 +127,6 @@ fn in_phase(vmm: &mut Vmm, phase: &str) -> Result<Value> {
         ensure!(begun.elapsed() < GUEST, "it is not {phase}: {removals}");
         std::thread::sleep(LOOK);
     }
-}
-
-/// Runs a script in the guest; it must end well.
-pub(in crate::system) fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
-    let done = vmm
-        .guest()
-        .exec(&["/bin/busybox", "sh", "-c", script], GUEST)?;
-    ensure!(done.code == Some(0), "{script}: {done:?}");
-    Ok(())
 }
 
 /// Waits until `test` ends well in the guest.

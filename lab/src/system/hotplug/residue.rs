@@ -8,6 +8,11 @@ use serde_json::{Value, json};
 
 use crate::vmm::Vmm;
 
+/// Workers of rings are the kernel's: they end when they have been idle for a while.
+const RING_WORKER: &str = "iou-wrk";
+/// The one thread that starts when it is first needed, whenever that is, and stays.
+const SWEEPER: &str = "memory-sweeper";
+
 /// What can be counted from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Residue {
@@ -105,14 +110,13 @@ fn links(directory: &str) -> Result<Vec<String>> {
     Ok(kinds)
 }
 
-/// The names of a process's threads, without the kernel's own: io_uring's workers come with work
-/// that would block and go when they had none for a while.
 fn names(directory: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).context("task")? {
         let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
-        if !name.starts_with("iou-wrk-") {
-            names.push(name.trim().to_owned());
+        let name = name.trim();
+        if !name.starts_with(RING_WORKER) && name != SWEEPER {
+            names.push(name.to_owned());
         }
     }
     names.sort();

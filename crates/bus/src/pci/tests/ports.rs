@@ -282,6 +282,43 @@ fn switches_come_and_go() {
     assert_eq!((ports, devices), (0, 0), "nobody lets go of them");
 }
 
+/// A switch that is put together in its slot is not there, for a scan, firmware or the slot, until it is shown; then all of
+/// it is, and ready for more.
+#[test]
+fn a_switch_is_put_together_out_of_sight() {
+    let mut rig = rig();
+    let zero = Devfn::new(0, 0).unwrap();
+    let controller = FakeController::default();
+    let new = |name, model| port(&rig.machine, name, model, Some(&rig.ejects), &controller);
+    let before = flat(&scan(&rig.machine, 0, 255)).len();
+    let up = new("up0", PortModel::X3130Upstream);
+    rig.port.bus().attach_hidden_at(zero, up.clone()).unwrap();
+    let downstream = ["down0", "down1"].map(|name| new(name, PortModel::Xio3130Downstream));
+    for down in &downstream {
+        up.bus().attach(None, down.clone()).unwrap();
+    }
+    let device = Device::new("disk", &controller);
+    downstream[0].bus().attach(None, device.clone()).unwrap();
+    downstream[0].slot().unwrap().plugged();
+
+    assert_eq!(flat(&scan(&rig.machine, 0, 255)).len(), before);
+    assert!(!rig.slot.state().occupied && rig.port.bus().shown().is_empty());
+    rig.machine.bridge.assign_bars().unwrap();
+    assert_eq!(rig.acknowledge(), 0, "nothing has happened");
+    assert_eq!(up.config().bridge().unwrap().secondary(), 0);
+    assert_eq!(rig.slot.request_removal(), Err(HotplugError::Empty));
+
+    rig.port.bus().show(zero);
+    rig.slot.plugged();
+    assert_eq!(rig.acknowledge(), 1 << 3 | 1 << 8);
+    rig.command(rig.control() & !(1 << 10));
+    rig.command(rig.control() & !(3 << 8) | 1 << 8);
+    assert_eq!(flat(&scan(&rig.machine, 0, 255)).len(), before + 4);
+    let state = |port: &Arc<Port>| port.slot().unwrap().state();
+    assert!(state(&downstream[0]).powered && state(&downstream[0]).occupied);
+    assert!(!state(&downstream[1]).powered && !state(&downstream[1]).occupied);
+}
+
 #[test]
 fn what_was_there_at_boot_is_no_event() {
     let (machine, controller) = (Machine::new(), FakeController::default());

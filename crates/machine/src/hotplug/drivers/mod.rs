@@ -112,7 +112,11 @@ pub(crate) struct Below {
 }
 
 /// The properties of every device on PCI.
-const PCI_PROPERTIES: &[(&str, &str)] = &[("addr", "str"), ("guest-eject", "str")];
+const PCI_PROPERTIES: &[(&str, &str)] = &[
+    ("addr", "str"),
+    ("guest-eject", "str"),
+    (super::announcing::PROPERTY, "bool"),
+];
 /// The thread of all devices that move little and name no thread.
 const COMMON_THREAD: &str = "io-devices";
 
