@@ -308,15 +308,14 @@ impl VmMemory {
 
     pub fn publish_twice(&self, region: &mut Arc<GuestRegionMmap<()>>) {
         use vm_memory::GuestMemoryRegion;
-        let added = self
-            .memory
-            .memory()
-            .insert_region(Arc::clone(region))
-            .unwrap();
-        self.memory.lock().unwrap().replace(added);
+        // As its documentation has it: who changes the map holds the lock from its look at it on.
+        let lock = self.memory.lock().unwrap();
+        let added = self.memory.memory().insert_region(Arc::clone(region));
+        lock.replace(added.unwrap());
         let (start, length) = (region.start_addr(), region.len());
+        let lock = self.memory.lock().unwrap();
         let (removed, _) = self.memory.memory().remove_region(start, length).unwrap();
-        self.memory.lock().unwrap().replace(removed);
+        lock.replace(removed);
     }
 }
 

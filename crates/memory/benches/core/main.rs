@@ -21,6 +21,7 @@
 //! - `view/section/N`, `view/dma/N`: by vm-memory's traits, a view and a slice of 64 bytes, within
 //!   a section and pinned; the peer's view is a guard and a share in the map.
 //! - `publish/N`: one region added or removed (half each) and the view published.
+//! - `publish_beside/N`: the same while there are 8 threads that have looked something up, and sleep.
 //! - `read_u64/N`, `write_u64/N`: section, look-up, eight bytes read or written; N regions as in `lookup`.
 //! - `write_u64_dirty/N`: the same with a client of the dirty log on (vm-memory: `AtomicBitmap`);
 //!   pages are dirty already. The floor has no log.
@@ -29,7 +30,8 @@
 //! - `drained`: from the last unpin of unplugged RAM until a sleeping thread that waits for it runs;
 //!   the floor only wakes a thread.
 //! - `destroy_1G/thp|4k|memfd`: 1 GiB that was touched goes back to the host; the floor maps
-//!   inaccessible memory over it.
+//!   inaccessible memory over it. Time of the processor, of the thread that does it, which is the caller in
+//!   all three.
 //! - `bytes_per_region`: of heap and other private memory, for one more region of 1 MiB, of up to 4096;
 //!   guest memory is not counted. The floor is two numbers.
 //! - `bytes_per_reader`: the same for one more thread that looks up and pins, of 64.
@@ -41,10 +43,18 @@ mod together;
 mod unplug;
 mod writes;
 
+use std::hint::black_box;
+use std::sync::{Arc, Barrier};
+use std::thread;
+
 use contenders::{Direct, Ours, VmMemory};
+use ebbtide_memory::{Gpa, Region};
 use measure::{Plan, Row, dependent, spread};
+use vm_memory::GuestRegionMmap;
 
 const COUNTS: [usize; 5] = [1, 8, 64, 512, 4096];
+/// Threads of `publish_beside`: four vCPUs, and four that serve devices.
+const READERS: usize = 8;
 
 fn main() {
     let wanted: Vec<String> = std::env::args()
@@ -76,6 +86,9 @@ fn main() {
     }
     writes::rows(&plan);
     unplug::rows(&plan);
+    for count in COUNTS {
+        publishes_beside(&plan, count);
+    }
     sizes::rows(&plan);
 }
 
@@ -248,23 +261,71 @@ fn views(plan: &Plan, count: usize) {
     pinned.print();
 }
 
+/// The region that comes and goes.
+struct Extra {
+    region: (Arc<Region>, u64),
+    other: Arc<GuestRegionMmap<()>>,
+    floor: Direct,
+}
+
 fn publishes(plan: &Plan, count: usize) {
     let id = format!("publish/{count}");
+    if plan.wants(&id) {
+        let (ours, peer, mut extra) = map_and_extra(count);
+        publish(plan, &id, &ours, &peer, &mut extra);
+    }
+}
+
+/// After the rows of `publishes`, and before those with more threads: what the peer keeps of a thread
+/// stays for the next one, and each change of a map looks at it, whether the thread is still there or not.
+fn publishes_beside(plan: &Plan, count: usize) {
+    let id = format!("publish_beside/{count}");
     if !plan.wants(&id) {
         return;
     }
+    let (ours, peer, mut extra) = map_and_extra(count);
+    let gate = Barrier::new(READERS + 1);
+    let (memory, space, peers) = (&ours.memory, &*ours.space, &peer);
+    thread::scope(|scope| {
+        for _ in 0..READERS {
+            scope.spawn(|| {
+                let reader = memory.register();
+                black_box(space.read(&reader).lookup(Gpa(0)).is_some());
+                black_box(peers.lookup(0));
+                gate.wait();
+                gate.wait();
+            });
+        }
+        gate.wait();
+        publish(plan, &id, &ours, &peer, &mut extra);
+        gate.wait();
+    });
+}
+
+/// A map of `count` regions, and one that goes in the middle of it, between two of them.
+fn map_and_extra(count: usize) -> (Ours, VmMemory, Extra) {
     let regions = uniform(count);
-    let ours = Ours::new(&regions, None);
-    let peer = VmMemory::new(&regions);
-    let floor = Direct::new(&regions);
-    // In the middle of the map, between two regions.
+    let (ours, peer) = (Ours::new(&regions, None), VmMemory::new(&regions));
     let place = ((count as u64 / 2) << 21) + (1 << 20);
-    let (mut extra, mut other) = (ours.extra(place), peer.extra(place));
-    let mut row = Row::new(&id);
+    let extra = Extra {
+        region: ours.extra(place),
+        other: peer.extra(place),
+        floor: Direct::new(&regions),
+    };
+    (ours, peer, extra)
+}
+
+fn publish(plan: &Plan, id: &str, ours: &Ours, peer: &VmMemory, extra: &mut Extra) {
+    let Extra {
+        region,
+        other,
+        floor,
+    } = extra;
+    let mut row = Row::new(id);
     for _ in 0..plan.rounds {
         row.add(
-            plan.time(2, || ours.publish_twice(&mut extra)),
-            plan.time(2, || peer.publish_twice(&mut other)),
+            plan.time(2, || ours.publish_twice(region)),
+            plan.time(2, || peer.publish_twice(other)),
             plan.time(2, || floor.copy_twice()),
         );
     }
