@@ -131,9 +131,15 @@ impl Ejector {
             return;
         };
         match occupant.eject.eject() {
-            Answer::Isolated | Answer::Already => {
+            Answer::Isolated => {
                 occupant.let_go.store(true, Ordering::Release);
                 self.woken.notify();
+            }
+            // Management was first; said once, the guest need not be heard again.
+            Answer::Already => {
+                if !occupant.let_go.swap(true, Ordering::AcqRel) {
+                    self.woken.notify();
+                }
             }
             Answer::Refused => {
                 occupant.refused.store(true, Ordering::Release);
@@ -293,6 +299,7 @@ mod tests {
             assert_eq!(occupant.eject.is_isolated(), allowed, "slot {slot}");
             assert_eq!(occupant.take_refused(), !allowed, "slot {slot}");
             assert!(!occupant.take_refused(), "slot {slot}: told twice");
+            assert_eq!(occupant.take_let_go(), allowed, "slot {slot}");
         }
     }
 
@@ -317,6 +324,18 @@ mod tests {
             }
         };
         assert_eq!(crate::allocations::of(ejects), 0);
+    }
+
+    #[test]
+    fn a_guest_lets_go_of_what_management_has_isolated() {
+        let mut slots = Slots::new();
+        let key = SlotKey::Pci(at("rp1", 0));
+        slots.plug(&key, GuestEject::Requested);
+        let occupants = slots.ejector.occupants();
+        assert!(occupants[0].eject.isolate());
+        assert!(!occupants[0].take_let_go(), "the guest knows nothing");
+        slots.eject_all();
+        assert!(occupants[0].take_let_go());
     }
 
     #[test]

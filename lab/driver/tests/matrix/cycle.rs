@@ -269,19 +269,7 @@ impl Cycle<'_> {
             return;
         }
         self.subject.begin_reset();
-        if self.subject.holds_reset() {
-            self.world.board.pass(3 * DELAY);
-            assert!(!self.subject.is_reset(), "a reset amid requests");
-            self.subject.let_go();
-        }
-        let subject = &mut self.subject;
-        let done = self.world.board.poll(|| {
-            subject.turn();
-            subject.is_reset()
-        });
-        assert!(done, "the reset never ends");
-        subject.after_reset();
-        subject.begin_again();
+        self.wait_for_reset(|subject| subject.is_reset());
     }
 
     /// As the machine does: all gates, then the wait, then registers.
@@ -292,14 +280,30 @@ impl Cycle<'_> {
             self.subject.take_back();
             return;
         }
-        if self.subject.holds_reset() {
-            self.world.board.pass(3 * DELAY);
-            let done = block_on(quiet.as_mut(), Duration::ZERO);
-            assert_eq!(done, None, "a reset amid requests");
+        let mut over = false;
+        self.wait_for_reset(|_| {
+            over = over || block_on(quiet.as_mut(), Duration::ZERO).is_some();
+            over
+        });
+    }
+
+    /// Waits until the reset is over, as long as it takes; then the driver begins again.
+    fn wait_for_reset(&mut self, mut is_over: impl FnMut(&dyn Subject) -> bool) {
+        let board = &self.world.board;
+        loop {
+            let subject = &mut *self.subject;
+            let looked = board.poll(|| {
+                subject.turn();
+                is_over(subject) || subject.holds_reset()
+            });
+            assert!(looked, "the reset never ends");
+            if is_over(&*self.subject) {
+                break;
+            }
+            board.pass(3 * DELAY);
+            assert!(!is_over(&*self.subject), "a reset amid requests");
             self.subject.let_go();
         }
-        let done = self.world.board.wait(quiet);
-        assert_eq!(done, Some(()), "the reset never ends");
         self.subject.after_reset();
         self.subject.begin_again();
     }
