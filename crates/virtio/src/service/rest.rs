@@ -91,7 +91,7 @@ impl<S: Service> Turns<S> {
             while refused < CHAINS_MAX
                 && let Some(chain) = rings.queue.pop(&guard)?
             {
-                let answered = self.service.refuse(&guard, chain)?;
+                let answered = self.inbox.service.refuse(&guard, chain)?;
                 // The removal's lease covers it: no other is to be had.
                 self.inbox.put(Done {
                     answered,
