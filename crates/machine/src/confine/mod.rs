@@ -16,6 +16,7 @@
 //! memory or close a descriptor: that leaks until the end of the process, which is better than that a guest could end it.
 //! They hand their vCPU back when they end, so nothing of it is freed there.
 
+mod allocator;
 mod calls;
 mod filter;
 mod paths;
@@ -98,6 +99,9 @@ impl Confinement {
             allow,
         } = &config.confinement;
         let compile = |kind| Filters::new(kind, *seccomp).map_err(|e| Error::part("seccomp", e));
+        if *seccomp != Seccomp::Off {
+            allocator::settle();
+        }
         if *seccomp == Seccomp::On {
             violation::receive().map_err(|e| Error::part("seccomp", e))?;
         }
