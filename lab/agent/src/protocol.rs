@@ -79,6 +79,8 @@ pub enum Command {
         /// Decides the content.
         seed: u64,
     },
+    /// Reads a disk at random as fast as it goes: [`DiskLoaded`].
+    DiskLoad(DiskLoad),
     /// Searches the kernel log: [`KernelLog`].
     Dmesg {
         /// Lines that contain one of these come back.
@@ -154,6 +156,19 @@ pub struct DiskStart {
 
 fn yes() -> bool {
     true
+}
+
+/// Arguments of [`Command::DiskLoad`].
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct DiskLoad {
+    /// The device, such as `/dev/vda`.
+    pub path: String,
+    /// Requests under way at any time.
+    pub depth: u32,
+    /// For how long new ones are made.
+    pub ms: u64,
+    /// Decides positions.
+    pub seed: u64,
 }
 
 /// One line from the agent, without [`PREFIX`].
@@ -324,6 +339,15 @@ pub struct DiskStatus {
     pub longest_gap_ms: u64,
     /// Whether every block was read back at the end of this request.
     pub verified_all: bool,
+}
+
+/// Answer to [`Command::DiskLoad`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct DiskLoaded {
+    /// Blocks of 4 KiB read.
+    pub reads: u64,
+    /// From before the first request to the end of the last one.
+    pub ns: u64,
 }
 
 /// Answer to [`Command::Dmesg`].

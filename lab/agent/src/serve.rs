@@ -18,7 +18,7 @@ use crate::protocol::{
     Command, Done, Event, Filled, Freed, Message, PipesHeld, REQUEST_LIMIT_BYTES, Request,
 };
 use crate::tty::{Line, Lines, Messages};
-use crate::{disk, exec, kernel_log, ports, report};
+use crate::{disk, exec, kernel_log, load, ports, report};
 
 /// What lasts from one request to the next.
 #[derive(Debug, Default)]
@@ -144,6 +144,7 @@ fn run(request: Request, state: &State, messages: &Messages) -> Result<Value> {
             to_value(status)
         }
         Command::DiskOnce { path, bytes, seed } => to_value(disk::once(&path, bytes, seed)?),
+        Command::DiskLoad(disk_load) => to_value(load::run(&disk_load)?),
         Command::Dmesg { deny, tail } => to_value(kernel_log::search(&deny, tail)?),
         Command::Pipes { bytes } => to_value(PipesHeld {
             bytes: lock(&state.pipes).hold(bytes)?,
