@@ -63,7 +63,7 @@ pub(crate) use places::Place;
 pub(crate) use shared::Object;
 use turns::Turns;
 
-/// How long a vCPU has to get out of the register write that has woken the control thread.
+/// How long a vCPU has to get out of its register write before the control thread is woken for it.
 const AFTER_THE_VCPU: Duration = Duration::from_millis(1);
 /// Uninvited ejects of one device are answered no more often.
 const UNINVITED: Duration = Duration::from_secs(1);

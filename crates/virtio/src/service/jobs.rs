@@ -213,7 +213,7 @@ mod tests {
             jobs.poll_woken(Some(&task), |number| done.push(number));
             done
         };
-        assert_eq!(woken(&mut jobs), []);
+        assert!(woken(&mut jobs).is_empty());
         let wake = |at: usize| remotes[at].1.take().unwrap().wake();
         let again = remotes[2].1.take().unwrap();
         again.wake_by_ref();
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(jobs.len(), 2);
         // A waker of a job that is over.
         again.wake();
-        assert_eq!(woken(&mut jobs), []);
+        assert!(woken(&mut jobs).is_empty());
         wake(1);
         assert_eq!(woken(&mut jobs), [1]);
         assert_eq!(jobs.start(job(7, remote(1))), None);
