@@ -2,6 +2,8 @@
 //! Whole guests side by side: Ebbtide and Debian's QEMU in turn, same kernel, initrd, command line
 //! and machine.
 
+pub mod blk;
+mod scheduled;
 pub mod unplug;
 
 use std::fs;
@@ -27,7 +29,7 @@ const PEER: &str = "QEMU of Debian";
 /// One row, as the summary holds it.
 #[derive(Debug, Serialize)]
 struct Row {
-    id: &'static str,
+    id: String,
     ours: f64,
     peer: f64,
     peer_name: &'static str,
@@ -39,6 +41,32 @@ struct Row {
     /// What every run of ours has to stay below.
     #[serde(skip_serializing_if = "Option::is_none")]
     budget: Option<f64>,
+    /// How ours compares with the peer's of the same round, and how it should.
+    #[serde(flatten)]
+    ratio: Option<Ratio>,
+    /// How much of it was processor time, where that is known.
+    #[serde(flatten)]
+    cpu: Option<Cpu>,
+}
+
+/// Processor time of the threads that are waited for, at worst, in the unit of the row.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Cpu {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cpu_peer: Option<f64>,
+}
+
+/// Ours divided by the peer's.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct Ratio {
+    /// The median of all rounds.
+    ratio: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_min: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ratio_max: Option<f64>,
 }
 
 /// What one guest's life gives.
@@ -132,13 +160,19 @@ fn resident_of_small_mappings(smaps: &str) -> u64 {
     sum
 }
 
-fn row<S>(id: &'static str, unit: &'static str, ours: &[S], peers: &[S], of: fn(&S) -> f64) -> Row {
-    let mut mine: Vec<f64> = ours.iter().map(of).collect();
-    let mut theirs: Vec<f64> = peers.iter().map(of).collect();
+fn row<S>(
+    id: impl Into<String>,
+    unit: &'static str,
+    ours: &[S],
+    peers: &[S],
+    of: impl Fn(&S) -> f64,
+) -> Row {
+    let mut mine: Vec<f64> = ours.iter().map(&of).collect();
+    let mut theirs: Vec<f64> = peers.iter().map(&of).collect();
     mine.sort_by(f64::total_cmp);
     theirs.sort_by(f64::total_cmp);
     Row {
-        id,
+        id: id.into(),
         ours: median(&mine),
         peer: median(&theirs),
         peer_name: PEER,
@@ -148,7 +182,20 @@ fn row<S>(id: &'static str, unit: &'static str, ours: &[S], peers: &[S], of: fn(
         min: mine.first().copied().unwrap_or(f64::NAN),
         max: mine.last().copied().unwrap_or(f64::NAN),
         budget: None,
+        ratio: None,
+        cpu: None,
     }
+}
+
+/// The median of what the rounds give.
+fn paired<S>(ours: &[S], peers: &[S], of: impl Fn(&S) -> f64) -> f64 {
+    let mut ratios: Vec<f64> = ours
+        .iter()
+        .zip(peers)
+        .map(|(ours, peer)| of(ours) / of(peer))
+        .collect();
+    ratios.sort_by(f64::total_cmp);
+    median(&ratios)
 }
 
 fn median(sorted: &[f64]) -> f64 {

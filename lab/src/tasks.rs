@@ -69,7 +69,7 @@ pub struct BenchOptions {
     /// What to measure
     #[arg(long, value_enum, default_value_t = Suite::Guests)]
     suite: Suite,
-    /// How often `unplug` is measured
+    /// How often `unplug` and `blk` are measured
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u8).range(1..))]
     rounds: u8,
 }
@@ -80,6 +80,8 @@ enum Suite {
     Guests,
     /// Disks that their guest ejects while requests of theirs are under way
     Unplug,
+    /// Disks that their guest reads as fast as it goes
+    Blk,
 }
 
 /// What every task is given.
@@ -217,6 +219,7 @@ pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
         Suite::Unplug => {
             guests::unplug::run(&options.common.ebbtide, &image, options.rounds.into())?
         }
+        Suite::Blk => guests::blk::run(&options.common.ebbtide, &image, options.rounds.into())?,
     }
     Ok(ExitCode::SUCCESS)
 }

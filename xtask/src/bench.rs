@@ -26,6 +26,8 @@ pub struct BenchArgs {
 enum Suite {
     /// Disks that their guest ejects while requests of 20 s are under way; writes target/bench/unplug.json
     Unplug,
+    /// Disks that their guest reads as fast as it goes, at several depths; writes target/bench/blk.json
+    Blk,
 }
 
 /// One measurement beside its peer.
@@ -43,11 +45,35 @@ struct Row {
     /// What every run of ours has to stay below.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     budget: Option<f64>,
+    /// Ours divided by the peer's, in the median of the rounds; what it should not be below or above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ratio: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ratio_min: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ratio_max: Option<f64>,
+    /// Processor time of the threads that are waited for, at worst.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cpu: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    cpu_peer: Option<f64>,
 }
 
 impl Row {
     /// Whether the budget was kept; nothing for a row that has none.
     fn verdict(&self) -> String {
+        if let Some(ratio) = self.ratio {
+            return match (self.ratio_min, self.ratio_max) {
+                (Some(min), _) if ratio < min => {
+                    format!("MISSED: {ratio:.2} of the peer, below {min}")
+                }
+                (_, Some(max)) if ratio > max => {
+                    format!("MISSED: {ratio:.2} of the peer, above {max}")
+                }
+                (None, None) => format!("{ratio:.2} of the peer"),
+                _ => format!("ok: {ratio:.2} of the peer"),
+            };
+        }
         match self.budget {
             None => String::new(),
             Some(budget) if self.max < budget => format!("ok: {:.2} < {budget}", self.max),
@@ -67,8 +93,10 @@ struct Summary {
 /// # Errors
 /// When a benchmark or a peer can't run: an empty cell is an error.
 pub fn run(args: &BenchArgs) -> Result<()> {
-    if let Some(Suite::Unplug) = args.suite {
-        return report(guests("unplug", args.host)?, "unplug.json");
+    match args.suite {
+        Some(Suite::Unplug) => return report(guests("unplug", args.host)?, "unplug.json"),
+        Some(Suite::Blk) => return report(guests("blk", args.host)?, "blk.json"),
+        None => {}
     }
     let mut rows = core()?;
     if !args.core {
@@ -79,19 +107,21 @@ pub fn run(args: &BenchArgs) -> Result<()> {
 
 fn report(rows: Vec<Row>, name: &str) -> Result<()> {
     println!(
-        "{:<20} {:>10} {:>10} {:>10} {:<5} {:<15} worst of ours and its budget",
-        "id", "ours", "peer", "floor", "unit", "peer is"
+        "{:<20} {:>10} {:>10} {:>10} {:<5} {:<15} {:>10} {:>10} worst of ours and its budget",
+        "id", "ours", "peer", "floor", "unit", "peer is", "cpu", "peer's"
     );
     for r in &rows {
-        let floor = r.floor.map_or_else(|| "-".into(), |f| format!("{f:.2}"));
+        let known = |value: Option<f64>| value.map_or_else(|| "-".into(), |v| format!("{v:.2}"));
         let line = format!(
-            "{:<20} {:>10.2} {:>10.2} {:>10} {:<5} {:<15} {}",
+            "{:<20} {:>10.2} {:>10.2} {:>10} {:<5} {:<15} {:>10} {:>10} {}",
             r.id,
             r.ours,
             r.peer,
-            floor,
+            known(r.floor),
             r.unit,
             r.peer_name,
+            known(r.cpu),
+            known(r.cpu_peer),
             r.verdict()
         );
         println!("{}", line.trim_end());
@@ -155,6 +185,22 @@ mod tests {
         let missed = row.replace("\"max\":2", "\"max\":2,\"budget\":2");
         let verdict = parse(&missed).unwrap()[0].verdict();
         assert!(verdict.starts_with("MISSED"), "{verdict}");
+        for (bounds, expected) in [
+            (
+                "\"ratio\":0.99,\"ratio_min\":1",
+                "MISSED: 0.99 of the peer, below 1",
+            ),
+            ("\"ratio\":1.0,\"ratio_min\":1", "ok: 1.00 of the peer"),
+            (
+                "\"ratio\":0.9,\"ratio_max\":0.8",
+                "MISSED: 0.90 of the peer, above 0.8",
+            ),
+            ("\"ratio\":0.8,\"ratio_max\":0.8", "ok: 0.80 of the peer"),
+            ("\"ratio\":2.0", "2.00 of the peer"),
+        ] {
+            let row = row.replace("\"max\":2", &format!("\"max\":2,{bounds}"));
+            assert_eq!(parse(&row).unwrap()[0].verdict(), expected);
+        }
         assert!(parse("hello").is_err());
         assert!(parse("{\"id\":\"a\"}").is_err());
     }

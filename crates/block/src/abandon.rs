@@ -107,19 +107,26 @@ impl Life {
         self.abandoned.load(Ordering::Acquire)
     }
 
-    /// Counts an operation until the value is dropped.
-    pub(crate) fn begin<'a>(&'a self, kind: OpKind) -> Underway<'a> {
-        let counter = match kind {
+    /// An operation begins.
+    pub(crate) fn begin(&self, kind: OpKind) {
+        // Before the caller looks whether the disk was given up: who gave it up counts either all that got past that,
+        // or more.
+        self.counter(kind).fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// It has ended, or its future was dropped.
+    pub(crate) fn end(&self, kind: OpKind) {
+        self.counter(kind).fetch_sub(1, Ordering::SeqCst);
+    }
+
+    fn counter(&self, kind: OpKind) -> &AtomicU32 {
+        match kind {
             OpKind::Read => &self.reads,
             OpKind::Write => &self.writes,
             OpKind::Flush => &self.flushes,
             OpKind::Discard => &self.discards,
             OpKind::WriteZeroes => &self.write_zeroes,
-        };
-        // Before the caller looks whether the disk was given up: who gave it up counts either all that got past that,
-        // or more.
-        counter.fetch_add(1, Ordering::SeqCst);
-        Underway(counter)
+        }
     }
 
     pub(crate) fn in_flight(&self) -> InFlight {
@@ -130,15 +137,6 @@ impl Life {
             discards: self.discards.load(Ordering::SeqCst),
             write_zeroes: self.write_zeroes.load(Ordering::SeqCst),
         }
-    }
-}
-
-/// An operation under way.
-pub(crate) struct Underway<'a>(&'a AtomicU32);
-
-impl Drop for Underway<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -39,6 +39,14 @@ pub(crate) async fn direct_transfer<B: Buffer>(
     (result, buf)
 }
 
+/// Whether an image opened for direct I/O takes this as it is.
+pub(crate) fn is_plain(alignment: DirectAlignment, offset: u64, buf: &impl Buffer) -> bool {
+    let block = u64::from(alignment.offset);
+    offset.is_multiple_of(block)
+        && (buf.total_len() as u64).is_multiple_of(block)
+        && is_aligned(buf.iovecs(), alignment)
+}
+
 /// Both address and length of every piece: before Linux 6.0 a piece had to be whole blocks, too.
 fn is_aligned(pieces: &[libc::iovec], alignment: DirectAlignment) -> bool {
     let memory = alignment.memory as usize;

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A disk and its use on one iothread.
 
-use std::future::Future;
 use std::io;
 use std::sync::Arc;
 
@@ -16,6 +15,7 @@ use crate::file::FileBackend;
 use crate::image::{Image, SECTOR_BYTES};
 use crate::null::{NullBackend, NullSpec};
 use crate::op::Op;
+use crate::operation::Operation;
 use crate::spec::{Discard, DiskSpec};
 use crate::transfer::Direction;
 
@@ -36,20 +36,20 @@ pub struct Disk {
 }
 
 #[derive(Debug)]
-struct Shared {
-    backend: Arc<Backend>,
-    life: Arc<Life>,
+pub(crate) struct Shared {
+    pub(crate) backend: Arc<Backend>,
+    pub(crate) life: Arc<Life>,
     logical_block_bytes: u32,
     physical_block_bytes: u32,
     readonly: bool,
     features: Features,
     /// The outermost first: an operation meets them on its way in, and on its way out the other way round.
-    faults: Vec<Faults>,
-    failures: Teller,
+    pub(crate) faults: Vec<Faults>,
+    pub(crate) failures: Teller,
 }
 
 #[derive(Debug)]
-enum Backend {
+pub(crate) enum Backend {
     File(FileBackend),
     Null(NullBackend),
 }
@@ -237,8 +237,8 @@ pub struct LocalDisk {
 }
 
 impl LocalDisk {
-    /// Starts an operation when first polled; resolves when all of it is done, and gives the buffer back. Operations do
-    /// not wait for each other.
+    /// Starts an operation; resolves when all of it is done, and gives the buffer back. Operations do not wait for each
+    /// other.
     ///
     /// When the future is dropped earlier, the kernel keeps the buffer until it has done with it.
     ///
@@ -246,35 +246,13 @@ impl LocalDisk {
     /// `InvalidInput` for a range outside the disk or, with direct I/O, not of whole blocks; `PermissionDenied` for
     /// changes to a read-only disk; `UnexpectedEof` where the image has become shorter; and whatever the host says:
     /// `ENOSPC`, `EIO`, ... A failed write may have written a part.
-    pub fn submit<B: Buffer>(
-        &self,
-        op: Op,
-        buf: B,
-    ) -> impl Future<Output = (io::Result<()>, B)> + 'static {
-        let local = self.local.clone();
-        let shared = Arc::clone(&self.shared);
-        async move {
-            let kind = op.kind();
-            let _underway = shared.life.begin(kind);
-            if let Err(error) = shared.check(&op, buf.total_len()) {
-                return (Err(error), buf);
-            }
-            let (result, buf) = if shared.faults.is_empty() {
-                shared.perform(&local, op, buf).await
-            } else {
-                // Boxed, to keep the future of a disk without faults small.
-                Box::pin(shared.perform_with_faults(&local, op, buf)).await
-            };
-            if let Err(error) = &result {
-                shared.failures.tell(kind, error);
-            }
-            (result, buf)
-        }
+    pub fn submit<B: Buffer>(&self, op: Op, buf: B) -> Operation<B> {
+        Operation::start(&self.local, &self.shared, op, buf)
     }
 }
 
 impl Shared {
-    fn check(&self, op: &Op, buffer_bytes: usize) -> io::Result<()> {
+    pub(crate) fn check(&self, op: &Op, buffer_bytes: usize) -> io::Result<()> {
         self.check_life()?;
         if self.readonly && op.modifies() {
             return Err(io::ErrorKind::PermissionDenied.into());
@@ -298,7 +276,7 @@ impl Shared {
         Ok(())
     }
 
-    async fn perform_with_faults<B: Buffer>(
+    pub(crate) async fn perform_with_faults<B: Buffer>(
         &self,
         local: &Local,
         op: Op,
@@ -328,7 +306,12 @@ impl Shared {
         (result, buf)
     }
 
-    async fn perform<B: Buffer>(&self, local: &Local, op: Op, buf: B) -> (io::Result<()>, B) {
+    pub(crate) async fn perform<B: Buffer>(
+        &self,
+        local: &Local,
+        op: Op,
+        buf: B,
+    ) -> (io::Result<()>, B) {
         let file = match &*self.backend {
             Backend::File(file) => file,
             Backend::Null(null) => return null.perform(local, op, buf).await,

@@ -11,9 +11,9 @@ use io_uring::{opcode, types};
 use rustix::fs::FallocateFlags;
 
 use crate::buffer::Buffer;
-use crate::direct::direct_transfer;
+use crate::direct::{direct_transfer, is_plain};
 use crate::image::Image;
-use crate::transfer::{Direction, simple, transfer};
+use crate::transfer::{Direction, Transfer, is_one_call, simple, transfer};
 use crate::zeroes::{BATCH_BYTES, Zeroes};
 
 const PUNCH_HOLE: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
@@ -95,6 +95,25 @@ impl FileBackend {
             device_discard: Ability::presumed(),
             blocking: blocking.and_then(Result::ok),
         }
+    }
+
+    /// Begins a transfer that takes one call of the kernel; gives the buffer back of one that takes
+    /// [more](Self::transfer).
+    pub(crate) fn begin<B: Buffer>(
+        &self,
+        local: &Local,
+        direction: Direction,
+        offset: u64,
+        buf: B,
+    ) -> Result<Transfer<B>, B> {
+        let aligned = match self.image.direct {
+            None => true,
+            Some(alignment) => is_plain(alignment, offset, &buf),
+        };
+        if !aligned || !is_one_call(&buf) {
+            return Err(buf);
+        }
+        Ok(Transfer::begin(local, &self.image, direction, offset, buf))
     }
 
     pub(crate) async fn transfer<B: Buffer>(

@@ -26,6 +26,7 @@ mod image;
 mod lock;
 mod null;
 mod op;
+mod operation;
 mod spec;
 #[cfg(test)]
 mod tests;
@@ -42,4 +43,5 @@ pub use failure::Failure;
 pub use fault::Faults;
 pub use null::NullSpec;
 pub use op::{Op, OpKind};
+pub use operation::Operation;
 pub use spec::{Cache, Discard, DiskSpec};

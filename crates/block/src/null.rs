@@ -79,14 +79,23 @@ impl NullBackend {
         op: Op,
         mut buf: B,
     ) -> (io::Result<()>, B) {
-        if !self.latency.is_zero() {
+        if !self.is_immediate() {
             local.sleep(self.latency).await;
         }
-        let result = match op {
-            Op::Read { .. } if self.read_zeroes => fill_with_zeroes(&mut buf),
+        (self.answer(op, &mut buf), buf)
+    }
+
+    /// Whether there is nothing to wait for.
+    pub(crate) fn is_immediate(&self) -> bool {
+        self.latency.is_zero()
+    }
+
+    /// The end of an operation.
+    pub(crate) fn answer(&self, op: Op, buf: &mut impl Buffer) -> io::Result<()> {
+        match op {
+            Op::Read { .. } if self.read_zeroes => fill_with_zeroes(buf),
             _ => Ok(()),
-        };
-        (result, buf)
+        }
     }
 }
 

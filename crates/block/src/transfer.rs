@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Reading and writing through the ring until all of a buffer is done.
 
+use std::future::Future;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use ebbtide_iothread::Local;
+use ebbtide_iothread::{Local, Op};
 use io_uring::{opcode, squeue, types};
 use smallvec::SmallVec;
 
@@ -33,55 +36,153 @@ struct InKernel<B> {
     image: Arc<Image>,
 }
 
+/// A transfer that one call of the kernel does, as nearly all are.
+pub(crate) struct Transfer<B: 'static> {
+    op: Op<Whole<B>>,
+    local: Local,
+    direction: Direction,
+    offset: u64,
+    bytes: usize,
+}
+
+/// What the ring owns of it.
+struct Whole<B> {
+    buf: B,
+    image: Arc<Image>,
+}
+
+/// The answer to that call.
+pub(crate) enum Answered<B> {
+    /// All was moved.
+    All(B),
+    /// Some was, or the call is to be repeated, or it failed: what is to be done about that.
+    Else(Pin<Box<dyn Future<Output = (io::Result<()>, B)>>>),
+}
+
+impl<B: Buffer> Transfer<B> {
+    /// Begins to move all of `buf`, whose pieces are for one call: see [`is_one_call`].
+    pub(crate) fn begin(
+        local: &Local,
+        image: &Arc<Image>,
+        direction: Direction,
+        offset: u64,
+        buf: B,
+    ) -> Transfer<B> {
+        let bytes = buf.total_len();
+        let whole = Whole {
+            buf,
+            image: Arc::clone(image),
+        };
+        // SAFETY: the entry names a file, a list of pieces and their memory. `whole` owns all three, the ring owns `whole`
+        // until the answer, and the entry is made when it is where it stays. Nobody else uses the memory in a way that
+        // minds it changing (`Buffer`).
+        let op = unsafe {
+            local.submit_with(whole, |k| {
+                entry(&k.image, direction, offset, k.buf.iovecs())
+            })
+        };
+        Transfer {
+            op,
+            local: local.clone(),
+            direction,
+            offset,
+            bytes,
+        }
+    }
+
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Answered<B>> {
+        let (answer, Whole { buf, image }) = ready!(Pin::new(&mut self.op).poll(cx));
+        if usize::try_from(answer) == Ok(self.bytes) {
+            return Poll::Ready(Answered::All(buf));
+        }
+        let in_kernel = InKernel {
+            rest: Pieces::new(buf.iovecs()),
+            buf,
+            image,
+        };
+        let (local, direction, offset) = (self.local.clone(), self.direction, self.offset);
+        let rest = async move { go_on(&local, direction, offset, in_kernel, Some(answer)).await };
+        Poll::Ready(Answered::Else(Box::pin(rest)))
+    }
+}
+
+/// Whether one call of the kernel can take these pieces: there is something in them, and they are not too many.
+pub(crate) fn is_one_call(buf: &impl Buffer) -> bool {
+    buf.total_len() > 0 && buf.iovecs().len() <= PIECES_MAX
+}
+
 /// Moves all of `buf` between memory and the image, from byte `offset` of the image on.
 pub(crate) async fn transfer<B: Buffer>(
     local: &Local,
     image: &Arc<Image>,
     direction: Direction,
-    mut offset: u64,
+    offset: u64,
     buf: B,
 ) -> (io::Result<()>, B) {
-    let mut in_kernel = InKernel {
+    let in_kernel = InKernel {
         rest: Pieces::new(buf.iovecs()),
         buf,
         image: Arc::clone(image),
     };
+    go_on(local, direction, offset, in_kernel, None).await
+}
+
+/// Moves what is left, after an `answer` of the kernel if there was one.
+async fn go_on<B: Buffer>(
+    local: &Local,
+    direction: Direction,
+    mut offset: u64,
+    mut in_kernel: InKernel<B>,
+    mut answer: Option<i32>,
+) -> (io::Result<()>, B) {
     let mut patience = Patience::default();
-    while !in_kernel.rest.is_empty() {
-        // SAFETY: the entry names a file, a list of pieces and their memory. `in_kernel` owns all three, the ring owns
-        // `in_kernel` until the answer, and the entry is made when it is where it stays. Nobody else uses the memory
-        // in a way that minds it changing (`Buffer`).
-        let op = unsafe {
-            local.submit_with(in_kernel, |k| {
-                vectored(&k.image, direction, offset, k.rest.batch())
-            })
-        };
-        let (answer, back) = op.await;
-        in_kernel = back;
-        match moved(answer) {
-            Ok(0) => return (Err(ended(direction)), in_kernel.buf),
-            Ok(bytes) => {
+    loop {
+        match answer.map(moved) {
+            None => {}
+            Some(Ok(0)) => return (Err(ended(direction)), in_kernel.buf),
+            Some(Ok(bytes)) => {
                 in_kernel.rest.advance(bytes);
                 offset = offset.wrapping_add(bytes as u64);
                 patience = Patience::default();
             }
-            Err(error) => {
+            Some(Err(error)) => {
                 if let Err(error) = patience.again(local, error).await {
                     return (Err(error), in_kernel.buf);
                 }
             }
         }
+        if in_kernel.rest.is_empty() {
+            return (Ok(()), in_kernel.buf);
+        }
+        // SAFETY: as in `Transfer::begin`.
+        let op = unsafe {
+            local.submit_with(in_kernel, |k| {
+                entry(&k.image, direction, offset, k.rest.batch())
+            })
+        };
+        let (answered, back) = op.await;
+        in_kernel = back;
+        answer = Some(answered);
     }
-    (Ok(()), in_kernel.buf)
 }
 
-fn vectored(
+fn entry(
     image: &Image,
     direction: Direction,
     offset: u64,
     pieces: &[libc::iovec],
 ) -> squeue::Entry {
     let fd = types::Fd(image.file.as_raw_fd());
+    // One piece spares the kernel the list.
+    if let &[piece] = pieces
+        && let Ok(len) = u32::try_from(piece.iov_len)
+    {
+        let base = piece.iov_base.cast::<u8>();
+        return match direction {
+            Direction::FromImage => opcode::Read::new(fd, base, len).offset(offset).build(),
+            Direction::ToImage => opcode::Write::new(fd, base, len).offset(offset).build(),
+        };
+    }
     let count = u32::try_from(pieces.len()).unwrap_or(0);
     match direction {
         Direction::FromImage => opcode::Readv::new(fd, pieces.as_ptr(), count)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The way out of a device that is isolated, or about to be: one future that sees it through to the end.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
@@ -35,6 +36,11 @@ pub trait Surroundings<T> {
     fn patience(&self) -> Duration;
     /// The buses.
     fn bus(&self) -> Self::Bus;
+    /// Resolves when this removal may change them: where that takes a while, one does it after the other, and what else
+    /// there is to do comes in between. What it resolves to is kept meanwhile.
+    fn turn(&self) -> Pending<Box<dyn Any>> {
+        Box::pin(std::future::ready(Box::new(()) as Box<dyn Any>))
+    }
     /// A drain takes long: who keeps which device. Called every [`patience`](Self::patience).
     fn stalled(&self, top: &Identity, age: Duration, undrained: &[(Identity, Vec<Holder>)]);
     /// The slot of `top` is empty: tell the guest.
@@ -67,6 +73,7 @@ pub async fn remove<T, S: Surroundings<T>>(around: &S, top: NodeId) -> bool {
         }
         below.push(gone);
     }
+    let turn = around.turn().await;
     let (subtree, notice) = drained.detach(&mut around.bus());
     let note = |phase| {
         let mut tree = around.tree().borrow_mut();
@@ -74,6 +81,7 @@ pub async fn remove<T, S: Surroundings<T>>(around: &S, top: NodeId) -> bool {
     };
     note(Phase::Detached);
     around.tell_guest(top, notice);
+    drop(turn);
     let destroyed = around.destroy(subtree).await;
     for gone in below {
         gone.await;

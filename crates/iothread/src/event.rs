@@ -56,6 +56,11 @@ impl Event {
         Ok(Event { fd: Arc::new(fd) })
     }
 
+    /// One over what is read as an eventfd is: eight bytes that count, and no waiting.
+    pub(crate) fn of_counter(fd: Arc<OwnedFd>) -> Event {
+        Event { fd }
+    }
+
     /// What signals it.
     pub fn notifier(&self) -> Notifier {
         Notifier {
@@ -87,12 +92,17 @@ impl Event {
     /// # Errors
     /// Those of read on an eventfd.
     pub fn take(&mut self) -> io::Result<Option<u64>> {
-        let mut count = [0; 8];
-        match read(&self.fd, &mut count) {
-            Ok(_) => Ok(Some(u64::from_ne_bytes(count))),
-            Err(Errno::AGAIN) => Ok(None),
-            Err(errno) => Err(errno.into()),
-        }
+        take(&self.fd)
+    }
+}
+
+/// Takes the count of an eventfd that does not block.
+pub(crate) fn take(fd: &OwnedFd) -> io::Result<Option<u64>> {
+    let mut count = [0; 8];
+    match read(fd, &mut count) {
+        Ok(_) => Ok(Some(u64::from_ne_bytes(count))),
+        Err(Errno::AGAIN) => Ok(None),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -38,6 +38,8 @@ pub(crate) struct Core {
     timers: RefCell<Timers>,
     tasks: RefCell<Registry>,
     clock: Clock,
+    /// The time in this turn, once somebody has asked for it.
+    turn_time: Cell<Option<Instant>>,
     stop_limit: Duration,
     stopping: Cell<bool>,
     /// Calls without waiting that are left to the task being polled.
@@ -60,6 +62,7 @@ impl Core {
             timers: RefCell::default(),
             tasks: RefCell::default(),
             clock: config.clock.clone(),
+            turn_time: Cell::new(None),
             stop_limit: config.stop_limit,
             stopping: Cell::new(false),
             calls_left: Cell::new(CALLS_PER_POLL),
@@ -86,6 +89,12 @@ impl Core {
         self.clock.now()
     }
 
+    pub fn turn_time(&self) -> Instant {
+        let now = self.turn_time.get().unwrap_or_else(|| self.now());
+        self.turn_time.set(Some(now));
+        now
+    }
+
     pub fn is_stopping(&self) -> bool {
         self.stopping.get()
     }
@@ -100,6 +109,7 @@ impl Core {
         let mut cx = Context::from_waker(&waker);
         let mut completed = Completed::default();
         loop {
+            self.turn_time.set(None);
             self.take_arrived(&local);
             if self.shared.take_main_woken() {
                 self.calls_left.set(CALLS_PER_POLL);
@@ -132,8 +142,10 @@ impl Core {
         }
     }
 
+    /// Polls those that are ready now. Who gets ready meanwhile, as one that yields, waits for the next turn: completions
+    /// go first.
     fn poll_tasks(&self) {
-        for _ in 0..POLLS_PER_TURN {
+        for _ in 0..self.shared.ready_count().min(POLLS_PER_TURN) {
             let Some(runnable) = self.shared.next_ready() else {
                 return;
             };

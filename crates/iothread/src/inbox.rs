@@ -115,9 +115,12 @@ impl Shared {
     }
 
     pub fn has_ready(&self) -> bool {
-        self.ready
-            .get()
-            .is_some_and(|ready| !ready.borrow().is_empty())
+        self.ready_count() > 0
+    }
+
+    /// How many tasks wait to be polled. On the executor's thread.
+    pub fn ready_count(&self) -> usize {
+        self.ready.get().map_or(0, |ready| ready.borrow().len())
     }
 
     /// Whether the main future was woken since the last call.

@@ -32,7 +32,6 @@ impl Local {
         Local { core }
     }
 
-    #[cfg(test)]
     pub(crate) fn core(&self) -> &Rc<Core> {
         &self.core
     }
@@ -52,6 +51,11 @@ impl Local {
     /// The time of this executor's clock: the only time its timers know.
     pub fn now(&self) -> Instant {
         self.core.now()
+    }
+
+    /// The time at which this turn of the executor first asked for it: for who would ask the clock once per request.
+    pub fn turn_time(&self) -> Instant {
+        self.core.turn_time()
     }
 
     /// Resolves after `duration`.

@@ -58,8 +58,19 @@ pub(crate) struct Ring {
     /// When the earliest time-out operation is due (kernels whose wait has no time-out).
     alarm: Option<Instant>,
     wait_has_timeout: bool,
+    standing_polls: bool,
     wait_flags: EnterFlags,
     closed: bool,
+}
+
+/// What a standing operation has to tell.
+pub(crate) enum News {
+    /// Nothing; the waker that the one noted now replaces.
+    None(Option<Waker>),
+    /// It has answered.
+    Some,
+    /// It has answered this, and is over.
+    Last(i32),
 }
 
 /// What became of an operation whose future was dropped.
@@ -84,6 +95,7 @@ impl Ring {
         Ok(Ring {
             wait_has_timeout: uring.params().is_feature_ext_arg()
                 && config.kernel != Kernel::Linux5_6,
+            standing_polls: config.kernel != Kernel::Linux5_6,
             uring,
             slots: Slots::default(),
             staged: VecDeque::new(),
@@ -108,6 +120,54 @@ impl Ring {
         Ok(self.stage(entry, keep, Phase::Awaited(None)))
     }
 
+    /// As [`submit`](Self::submit), for an operation that answers again and again.
+    ///
+    /// # Safety
+    /// As there; all CQEs but the last have F_MORE.
+    pub unsafe fn submit_standing(
+        &mut self,
+        entry: squeue::Entry,
+        keep: Keep,
+    ) -> Result<Key, Keep> {
+        if self.closed {
+            return Err(keep);
+        }
+        let phase = Phase::Standing {
+            waker: None,
+            news: false,
+        };
+        Ok(self.stage(entry, keep, phase))
+    }
+
+    /// What a standing operation has answered since the last call.
+    pub fn poll_standing(&mut self, key: Key, waker: &Waker) -> News {
+        let Some(operation) = self.slots.get_mut(key) else {
+            unreachable!("the ring lost a standing operation");
+        };
+        match &mut operation.phase {
+            Phase::Standing { waker: noted, news } => {
+                if std::mem::take(news) {
+                    News::Some
+                } else if noted.as_ref().is_some_and(|noted| noted.will_wake(waker)) {
+                    News::None(None)
+                } else {
+                    News::None(noted.replace(waker.clone()))
+                }
+            }
+            Phase::Done(result) => {
+                let result = *result;
+                self.slots.remove(key);
+                News::Last(result)
+            }
+            _ => unreachable!("not a standing operation"),
+        }
+    }
+
+    /// Whether this kernel may have standing polls (5.13).
+    pub fn has_standing_polls(&self) -> bool {
+        self.standing_polls
+    }
+
     fn stage(&mut self, entry: squeue::Entry, keep: Keep, phase: Phase) -> Key {
         let number = self.taken + self.staged.len() as u64;
         let key = self.slots.insert(keep, phase, number);
@@ -126,7 +186,7 @@ impl Ring {
                 let operation = self.slots.remove(key)?;
                 Some(Ok((result, operation.keep)))
             }
-            Phase::Abandoned | Phase::Bell | Phase::Alarm => None,
+            Phase::Standing { .. } | Phase::Abandoned | Phase::Bell | Phase::Alarm => None,
         }
     }
 

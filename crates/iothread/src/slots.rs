@@ -9,6 +9,8 @@
 //!   Abandoned ──CQE──► free
 //! ```
 //!
+//! A standing operation has many CQEs: it stays `Standing` to its last one, which makes it `Done`.
+//!
 //! An operation's `keep` leaves the table only with its last CQE, or before the kernel has seen the operation.
 
 use std::any::Any;
@@ -52,6 +54,8 @@ impl Key {
 pub(crate) enum Phase {
     /// A future that is to be woken (none until it was polled).
     Awaited(Option<Waker>),
+    /// A stream, which is to be woken for each CQE; whether there was one since it last looked.
+    Standing { waker: Option<Waker>, news: bool },
     /// Nobody any more.
     Abandoned,
     /// The ring: its read of the wake-up eventfd.
@@ -170,16 +174,22 @@ impl Slots {
         let Some(operation) = self.get_mut(key) else {
             return Completion::Unknown;
         };
-        if more {
-            operation.first_result.get_or_insert(result);
-            return Completion::NotYet;
-        }
-        let result = operation.first_result.unwrap_or(result);
-        if let Phase::Awaited(waker) = &mut operation.phase {
-            let waker = waker.take();
-            operation.phase = Phase::Done(result);
-            self.in_flight -= 1;
-            return Completion::Wake(waker);
+        match &mut operation.phase {
+            Phase::Standing { waker, news } if more => {
+                *news = true;
+                return Completion::Wake(waker.take());
+            }
+            _ if more => {
+                operation.first_result.get_or_insert(result);
+                return Completion::NotYet;
+            }
+            Phase::Awaited(waker) | Phase::Standing { waker, .. } => {
+                let waker = waker.take();
+                operation.phase = Phase::Done(operation.first_result.unwrap_or(result));
+                self.in_flight -= 1;
+                return Completion::Wake(waker);
+            }
+            _ => {}
         }
         match self.remove(key) {
             Some(InFlight {
@@ -264,6 +274,34 @@ mod tests {
             Completion::Wake(None)
         ));
         assert!(matches!(slots.get_mut(key).unwrap().phase, Phase::Done(42)));
+        drop(slots.remove(key));
+        assert_eq!(Rc::strong_count(&keep), 1);
+    }
+
+    #[test]
+    fn a_standing_operation_wakes_for_each_completion_and_keeps_its_memory_to_the_last() {
+        let mut slots = Slots::default();
+        let keep = Rc::new(());
+        let standing = Phase::Standing {
+            waker: None,
+            news: false,
+        };
+        let key = slots.insert(Box::new(Rc::clone(&keep)), standing, 0);
+        for _ in 0..2 {
+            assert!(matches!(
+                slots.complete(key.user_data(), 1, true),
+                Completion::Wake(None)
+            ));
+            let phase = &slots.get_mut(key).unwrap().phase;
+            assert!(matches!(phase, Phase::Standing { news: true, .. }));
+            assert_eq!(slots.in_flight(), 1);
+        }
+        assert!(matches!(
+            slots.complete(key.user_data(), -9, false),
+            Completion::Wake(None)
+        ));
+        assert!(matches!(slots.get_mut(key).unwrap().phase, Phase::Done(-9)));
+        assert_eq!((slots.in_flight(), Rc::strong_count(&keep)), (0, 2));
         drop(slots.remove(key));
         assert_eq!(Rc::strong_count(&keep), 1);
     }

@@ -99,8 +99,27 @@ struct Shared {
     changed: Condvar,
     /// Read before each entry into the guest, without the lock.
     attention: AtomicBool,
-    /// For each vCPU the longest time, in nanoseconds, that a register access has kept it out of the guest.
-    longest: Vec<AtomicU64>,
+    /// For each vCPU the longest that a register access has kept it out of the guest.
+    longest: Vec<Longest>,
+    /// Somebody asks for that: processor time is measured, too, which takes system calls.
+    metered: AtomicBool,
+}
+
+/// What one thread notes and another takes, in nanoseconds.
+#[derive(Default)]
+struct Longest {
+    stay: AtomicU64,
+    processor: AtomicU64,
+}
+
+/// How long register accesses have kept a vCPU out of the guest, at most.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stay {
+    /// From the return of KVM_RUN to its next call.
+    pub longest: Duration,
+    /// The most of its thread's processor time that one took: without what the thread spent waiting for a processor.
+    /// Measured from the first time that this is asked for.
+    pub processor: Duration,
 }
 
 impl Shared {
@@ -141,7 +160,8 @@ impl Cpus {
             }),
             changed: Condvar::new(),
             attention: AtomicBool::new(true),
-            longest: (0..count).map(|_| AtomicU64::new(0)).collect(),
+            longest: (0..count).map(|_| Longest::default()).collect(),
+            metered: AtomicBool::new(false),
         });
         let mut cpus = Cpus {
             shared: Arc::clone(&shared),
@@ -177,11 +197,15 @@ impl Cpus {
         self.kickers.len()
     }
 
-    /// For each vCPU the longest that a register access has kept it out of the guest since this was last asked: from
-    /// the return of KVM_RUN to its next call.
-    pub fn take_longest_stays(&self) -> Vec<Duration> {
+    /// For each vCPU the longest that a register access has kept it out of the guest since this was last asked.
+    pub fn take_longest_stays(&self) -> Vec<Stay> {
+        self.shared.metered.store(true, Ordering::Relaxed);
         let take = |ns: &AtomicU64| Duration::from_nanos(ns.swap(0, Ordering::Relaxed));
-        self.shared.longest.iter().map(take).collect()
+        let stay = |longest: &Longest| Stay {
+            longest: take(&longest.stay),
+            processor: take(&longest.processor),
+        };
+        self.shared.longest.iter().map(stay).collect()
     }
 
     /// Lets all vCPUs that are not held run.
@@ -363,6 +387,8 @@ impl Cpu {
         let cpu = self.index;
         let exit = self.vcpu.run();
         let left = Instant::now();
+        let metered = self.shared.metered.load(Ordering::Relaxed);
+        let spent = metered.then(processor_time);
         let event = match exit {
             Ok(Exit::MmioRead { gpa, data }) => {
                 load(&self.system, reader, gpa, data);
@@ -397,20 +423,33 @@ impl Cpu {
                 reason: e.to_string(),
             }),
         };
-        self.note_stay(left.elapsed());
+        let processor = spent.map_or(Duration::ZERO, |spent| {
+            processor_time().saturating_sub(spent)
+        });
+        self.note_stay(left.elapsed(), processor);
         event
     }
 
-    /// Only this thread writes; who asks takes.
-    fn note_stay(&self, stay: Duration) {
-        let Some(longest) = self.shared.longest.get(self.index) else {
-            return;
-        };
-        let stay = u64::try_from(stay.as_nanos()).unwrap_or(u64::MAX);
-        if stay > longest.load(Ordering::Relaxed) {
-            longest.store(stay, Ordering::Relaxed);
+    fn note_stay(&self, stay: Duration, processor: Duration) {
+        if let Some(longest) = self.shared.longest.get(self.index) {
+            note(&longest.stay, stay);
+            note(&longest.processor, processor);
         }
     }
+}
+
+/// Only one thread writes; who asks takes.
+fn note(longest: &AtomicU64, time: Duration) {
+    let time = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+    if time > longest.load(Ordering::Relaxed) {
+        longest.store(time, Ordering::Relaxed);
+    }
+}
+
+/// Of this thread, since it began.
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 fn system_event(cpu: usize, kind: ebbtide_hypervisor::SystemEventKind) -> Option<CpuEvent> {

@@ -26,7 +26,7 @@ use crate::boot::{self, BootImage, Entry};
 use crate::build::BLOCKING_THREADS;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::confine::Confinement;
-use crate::cpus::Cpus;
+use crate::cpus::{Cpus, Stay};
 use crate::hotplug::Devices;
 use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
@@ -139,7 +139,7 @@ impl Machine {
     }
 
     /// For each vCPU the longest that one exit has kept it out of the guest since this was last asked.
-    pub fn take_longest_stays(&self) -> Vec<Duration> {
+    pub fn take_longest_stays(&self) -> Vec<Stay> {
         self.cpus.take_longest_stays()
     }
 

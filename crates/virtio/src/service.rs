@@ -4,30 +4,32 @@
 //! ```text
 //!            kick ──┐
 //!                   ▼
-//!   ┌──────────► turn: answers that are ready → used ring; chains → jobs; one interrupt for all
+//!   ┌──────────► turn: chains → jobs, each begun at once; answers → used ring; one interrupt for all
 //!   │               │
-//!   │               ├── a task per job: backend operation, answer
 //!   │               ▼
-//!   └── wait for a kick, an answer or the end of the gate
+//!   └── wait for a kick, the end of a backend operation or the end of the gate
 //! ```
 //!
 //! While chains keep coming the driver is told not to kick, and the queue is looked at again after the backend had its
-//! turn. A job holds its pins and a lease of the activation's gate from its pop until it is given back, or until its
+//! turn. Jobs are futures that this task polls (`jobs.rs`): those of a turn are handed to the backend together, and those
+//! that end together are given back together. A job holds its pins and a lease of the activation's gate from its pop until it is given back, or until its
 //! backend operation ends after a reset closed the gate; then nobody touches the queue any more.
 //!
 //! When the device is removed instead, the driver may be alive: jobs are given back as ever, and what is not begun is
 //! answered with an error, until nothing comes any more (`removal/rest.rs`).
+
+mod jobs;
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 
 use ebbtide_bus::log_limit::LogLimit;
 use ebbtide_gate::{Entry, Gate, Lease};
-use ebbtide_iothread::{Event, Local};
+use ebbtide_iothread::{Local, Signals};
 use ebbtide_memory::{AccessError, AddressSpace, ReadGuard, Reader};
 
 use crate::control::TransportControl;
@@ -36,6 +38,7 @@ use crate::interrupt::QueueInterrupt;
 use crate::removal::Removed;
 use crate::removal::rest::{self, Look};
 use crate::virtq::{Chain, Queue, QueueError};
+use jobs::Jobs;
 
 /// What a device makes of the chains of a queue.
 pub(crate) trait Service: 'static {
@@ -75,7 +78,7 @@ pub(crate) trait Service: 'static {
 pub(crate) enum Begun<J, K> {
     /// It needed no time.
     Answered(Answered<K>),
-    /// It goes on as a task.
+    /// It is to be carried out.
     Job(J),
 }
 
@@ -128,9 +131,9 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         removed,
         ..
     } = queue;
-    let inbox = Rc::new(Inbox::new());
-    // Cancelled when this function returns.
-    let _doorbell = local.spawn(doorbell(local.clone(), kick, Rc::clone(&inbox)));
+    let inbox = Inbox::new(Rc::new(service), kick.signals(&local));
+    // Its count is left alone from here on.
+    drop(kick);
     let reader = space.memory().register();
     let turns = Turns {
         local: local.clone(),
@@ -138,8 +141,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         removed,
         space,
         reader,
-        service: Rc::new(service),
-        inbox: Rc::clone(&inbox),
+        inbox,
     };
     let mut rings = Rings {
         queue,
@@ -158,7 +160,10 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         }
         control.needs_reset();
     }
-    inbox.close();
+    // Nobody gives anything back any more, and a removal need not wait for this task.
+    let jobs = turns.into_jobs();
+    drop(rings);
+    jobs.end().await;
 }
 
 /// Why a queue is not served any further.
@@ -192,11 +197,14 @@ struct Turns<S: Service> {
     removed: Removed,
     space: Arc<AddressSpace>,
     reader: Reader,
-    service: Rc<S>,
-    inbox: Rc<Inbox<S::Kept>>,
+    inbox: Inbox<S>,
 }
 
 impl<S: Service> Turns<S> {
+    fn into_jobs(self) -> Underway<S> {
+        self.inbox.close()
+    }
+
     /// Serves until the gate closes, or is about to.
     async fn until_closed(&self, rings: &mut Rings) -> Result<(), Fault> {
         let mut drained = pin!(self.gate.drained());
@@ -242,7 +250,7 @@ impl<S: Service> Turns<S> {
             while refused < rest::CHAINS_MAX
                 && let Some(chain) = rings.queue.pop(&guard)?
             {
-                let answered = self.service.refuse(&guard, chain)?;
+                let answered = self.inbox.service.refuse(&guard, chain)?;
                 // The removal's lease covers it: no other is to be had.
                 self.inbox.put(Done {
                     answered,
@@ -259,10 +267,17 @@ impl<S: Service> Turns<S> {
     }
 
     fn turn(&self, rings: &mut Rings) -> Result<Turn, Fault> {
-        let (turn, interrupt) = {
+        self.inbox.poll_jobs(None);
+        let popped = {
             let guard = self.space.read(&self.reader);
             self.inbox.kicked.set(false);
-            let popped = self.take_chains(&guard, rings)?;
+            self.take_chains(&guard, rings)
+        };
+        // What a job begins with may take its time: not inside a read section. Also before a fault: those are begun.
+        self.inbox.start_begun();
+        let popped = popped?;
+        let (turn, interrupt) = {
+            let guard = self.space.read(&self.reader);
             let interrupt = self.give_back(&guard, rings)?;
             (Self::after(&guard, rings, popped)?, interrupt)
         };
@@ -286,7 +301,7 @@ impl<S: Service> Turns<S> {
         Ok(Turn::Idle)
     }
 
-    /// Starts everything that is available; returns how much that was.
+    /// Begins everything that is available; returns how much that was.
     fn take_chains(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<usize, Fault> {
         let mut popped = 0;
         // A chain without a lease could not be answered any more.
@@ -298,45 +313,31 @@ impl<S: Service> Turns<S> {
                 rings.queue.disable_kick(guard)?;
             }
             popped += 1;
-            match self.service.begin(guard, chain)? {
+            match self.inbox.service.begin(guard, chain)? {
                 Begun::Answered(answered) => self.inbox.put(Done {
                     answered,
                     lease: Some(lease),
                 }),
-                Begun::Job(job) => self.start(job, lease),
+                Begun::Job(job) => self.inbox.begun.borrow_mut().push((job, lease)),
             }
         }
         Ok(popped)
     }
 
-    fn start(&self, job: S::Job, lease: Lease) {
-        let inbox = Rc::clone(&self.inbox);
-        inbox.jobs.set(inbox.jobs.get() + 1);
-        let running = Rc::clone(&self.service).carry_out(job);
-        let task = async move {
-            let answered = running.await;
-            inbox.jobs.set(inbox.jobs.get().saturating_sub(1));
-            inbox.put(Done {
-                answered,
-                lease: Some(lease),
-            });
-        };
-        self.local.spawn(task).detach();
-    }
-
     /// Publishes all answers there are; whether the driver wants an interrupt for them.
     fn give_back(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<bool, Fault> {
-        let done = self.inbox.done.take();
+        let mut done = self.inbox.done.borrow_mut();
         if done.is_empty() {
             return Ok(false);
         }
-        for Done { answered, .. } in &done {
+        for Done { answered, .. } in &*done {
             rings
                 .queue
                 .add_used(guard, answered.head, answered.written)?;
         }
         rings.queue.publish_used(guard)?;
         // The driver may give back memory it has its answer for: pins go before it is told.
+        done.clear();
         drop(done);
         Ok(rings.queue.needs_interrupt(guard)?)
     }
@@ -350,65 +351,138 @@ struct Done<K> {
     lease: Option<Lease>,
 }
 
-/// What wakes the queue's task.
-struct Inbox<K> {
+/// What there is for the queue's task to do.
+struct Inbox<S: Service> {
+    service: Rc<S>,
     kicked: Cell<bool>,
-    done: RefCell<Vec<Done<K>>>,
-    waker: RefCell<Option<Waker>>,
-    /// Jobs that have begun and are not answered.
+    /// `None`: it failed, and there are no more kicks.
+    kicks: RefCell<Option<Signals>>,
+    /// Begun in this turn, to be carried out.
+    begun: RefCell<Vec<(S::Job, Lease)>>,
+    underway: RefCell<Underway<S>>,
+    done: RefCell<Vec<Done<S::Kept>>>,
+    /// Jobs that are begun and not answered.
     jobs: Cell<usize>,
-    /// Nobody will give anything back any more.
-    closed: Cell<bool>,
 }
 
-impl<K> Inbox<K> {
-    fn new() -> Inbox<K> {
+impl<S: Service> Inbox<S> {
+    fn new(service: Rc<S>, kicks: Signals) -> Inbox<S> {
         Inbox {
+            underway: RefCell::new(Underway::of(&service)),
+            service,
             kicked: Cell::new(false),
+            kicks: RefCell::new(Some(kicks)),
+            begun: RefCell::default(),
             done: RefCell::default(),
-            waker: RefCell::default(),
             jobs: Cell::new(0),
-            closed: Cell::new(false),
         }
     }
 
-    fn put(&self, done: Done<K>) {
-        if !self.closed.get() {
-            self.done.borrow_mut().push(done);
-            self.wake();
-        }
+    fn put(&self, done: Done<S::Kept>) {
+        self.done.borrow_mut().push(done);
     }
 
-    fn wake(&self) {
-        let waker = self.waker.take();
-        if let Some(waker) = waker {
-            waker.wake();
+    /// Hands on what was begun.
+    fn start_begun(&self) {
+        let mut underway = self.underway.borrow_mut();
+        let mut done = self.done.borrow_mut();
+        for (job, lease) in self.begun.borrow_mut().drain(..) {
+            done.extend(underway.0.start(job, lease));
         }
+        self.jobs.set(underway.0.len());
+    }
+
+    /// Lets the jobs go on that can; `task` is woken when others can, if it is going to wait.
+    fn poll_jobs(&self, task: Option<&Waker>) {
+        if self.jobs.get() == 0 {
+            return;
+        }
+        let mut underway = self.underway.borrow_mut();
+        underway.0.poll_woken(task, &mut self.done.borrow_mut());
+        self.jobs.set(underway.0.len());
     }
 
     fn poll_news(&self, waker: &Waker) -> Poll<()> {
+        self.poll_kick(waker);
+        self.poll_jobs(Some(waker));
         if self.kicked.get() || !self.done.borrow().is_empty() {
             return Poll::Ready(());
         }
-        *self.waker.borrow_mut() = Some(waker.clone());
         Poll::Pending
     }
 
-    fn close(&self) {
-        self.closed.set(true);
-        let leftovers = self.done.take();
-        drop(leftovers);
+    fn poll_kick(&self, waker: &Waker) {
+        let mut kicks = self.kicks.borrow_mut();
+        let Some(signals) = &mut *kicks else { return };
+        match signals.poll(&mut Context::from_waker(waker)) {
+            Poll::Pending => {}
+            Poll::Ready(Ok(())) => self.kicked.set(true),
+            Poll::Ready(Err(error)) => {
+                tracing::error!(%error, "waiting for kicks failed");
+                *kicks = None;
+            }
+        }
+    }
+
+    fn close(self) -> Underway<S> {
+        self.underway.into_inner()
     }
 }
 
-/// Turns kicks into news.
-async fn doorbell<K>(local: Local, mut kick: Event, inbox: Rc<Inbox<K>>) {
-    loop {
-        if let Err(error) = kick.wait(&local).await {
-            tracing::error!(%error, "waiting for kicks failed");
-            return;
-        }
-        inbox.kicked.set(true);
-        inbox.wake();
+/// The jobs of a queue that are under way.
+struct Underway<S: Service>(Box<dyn Table<S>>);
+
+impl<S: Service> Underway<S> {
+    fn of(service: &Rc<S>) -> Underway<S> {
+        let service = Rc::clone(service);
+        let carry_out = move |job, lease| {
+            let running = Rc::clone(&service).carry_out(job);
+            async move {
+                Done {
+                    answered: running.await,
+                    lease: Some(lease),
+                }
+            }
+        };
+        Underway(Box::new((carry_out, Jobs::new())))
+    }
+
+    /// Waits for all of them. What they answer goes nowhere.
+    async fn end(mut self) {
+        poll_fn(|cx| {
+            let mut done = Vec::new();
+            self.0.poll_woken(Some(cx.waker()), &mut done);
+            if self.0.len() > 0 {
+                return Poll::Pending;
+            }
+            Poll::Ready(())
+        })
+        .await;
+    }
+}
+
+/// [`Jobs`], whatever the type of their futures.
+trait Table<S: Service> {
+    fn start(&mut self, job: S::Job, lease: Lease) -> Option<Done<S::Kept>>;
+    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Done<S::Kept>>);
+    fn len(&self) -> usize;
+}
+
+impl<S, M, F> Table<S> for (M, Jobs<F>)
+where
+    S: Service,
+    M: Fn(S::Job, Lease) -> F,
+    F: Future<Output = Done<S::Kept>>,
+{
+    fn start(&mut self, job: S::Job, lease: Lease) -> Option<Done<S::Kept>> {
+        self.1.start((self.0)(job, lease))
+    }
+
+    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Done<S::Kept>>) {
+        self.1.poll_woken(task, |answered| done.push(answered));
+    }
+
+    fn len(&self) -> usize {
+        self.1.len()
     }
 }

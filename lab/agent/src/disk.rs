@@ -20,7 +20,7 @@ use crate::boot::millis;
 use crate::pattern::mix;
 use crate::protocol::{DiskStart, DiskStatus};
 
-const BLOCK_BYTES: usize = 4096;
+pub(crate) const BLOCK_BYTES: usize = 4096;
 const BLOCK_WORDS: usize = BLOCK_BYTES / 8;
 /// Longest single operation, in blocks.
 const EXTENT_BLOCKS: u64 = 16;
@@ -30,7 +30,7 @@ const MAGIC: u64 = 0x6562_6274_6964_6521;
 /// A buffer as O_DIRECT wants it: aligned to its block size.
 #[repr(C, align(4096))]
 #[derive(Clone)]
-struct Block([u8; BLOCK_BYTES]);
+pub(crate) struct Block(pub [u8; BLOCK_BYTES]);
 
 /// Work on one disk, going on in a thread of its own until stopped.
 #[derive(Debug)]

@@ -11,6 +11,7 @@ pub mod capsule_protocol;
 pub mod disk;
 pub mod exec;
 pub mod kernel_log;
+pub mod load;
 pub mod pattern;
 pub mod pipes;
 pub mod placed;

@@ -94,6 +94,8 @@ pub enum Command {
     Pin(Place),
     /// Lets go of what [`Command::Pin`] holds: [`PinnedMemory`].
     Unpin,
+    /// Reads a disk at random as fast as it goes: [`DiskLoaded`].
+    DiskLoad(DiskLoad),
     /// Searches the kernel log: [`KernelLog`].
     Dmesg {
         /// Lines that contain one of these come back.
@@ -180,6 +182,19 @@ pub struct Place {
     pub from: u64,
     /// Up to here.
     pub to: u64,
+}
+
+/// Arguments of [`Command::DiskLoad`].
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct DiskLoad {
+    /// The device, such as `/dev/vda`.
+    pub path: String,
+    /// Requests under way at any time.
+    pub depth: u32,
+    /// For how long new ones are made.
+    pub ms: u64,
+    /// Decides positions.
+    pub seed: u64,
 }
 
 /// One line from the agent, without [`PREFIX`].
@@ -366,6 +381,15 @@ pub struct Written {
 pub struct PinnedMemory {
     /// Bytes now held.
     pub bytes: u64,
+}
+
+/// Answer to [`Command::DiskLoad`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Serialize)]
+pub struct DiskLoaded {
+    /// Blocks of 4 KiB read.
+    pub reads: u64,
+    /// From before the first request to the end of the last one.
+    pub ns: u64,
 }
 
 /// Answer to [`Command::Dmesg`].

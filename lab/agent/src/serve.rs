@@ -20,7 +20,7 @@ use crate::protocol::{
     Request,
 };
 use crate::tty::{Line, Lines, Messages};
-use crate::{disk, exec, kernel_log, placed, ports, report};
+use crate::{disk, exec, kernel_log, load, placed, ports, report};
 
 /// What lasts from one request to the next.
 #[derive(Debug, Default)]
@@ -159,6 +159,7 @@ fn run(request: Request, state: &State, messages: &Messages) -> Result<Value> {
             lock(&state.pins).clear();
             to_value(PinnedMemory { bytes: 0 })
         }
+        Command::DiskLoad(disk_load) => to_value(load::run(&disk_load)?),
         Command::Dmesg { deny, tail } => to_value(kernel_log::search(&deny, tail)?),
         Command::Pipes { bytes } => to_value(PipesHeld {
             bytes: lock(&state.pipes).hold(bytes)?,

@@ -18,7 +18,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use ebbtide_agent::protocol::{Command, DiskStart, PortValue};
 use serde_json::{Value, json};
 
-use super::{PEER, Row, median, ms, row};
+use super::scheduled::Scheduled;
+use super::{Cpu, PEER, Row, median, ms, row};
 use crate::image::Image;
 use crate::qmp::Qmp;
 use crate::vmm::{Disk, Machine, Program, Vmm, log_tail};
@@ -60,9 +61,13 @@ const GAP_BUDGET: f64 = 100.0;
 /// The worst of one guest's life.
 struct Sample {
     write_ms: f64,
+    /// Processor time of the exit that took most of it; only Ebbtide tells.
+    write_cpu_ms: Option<f64>,
     /// Of as many writes of the same registers that eject nothing.
     idle_write_ms: f64,
     answer_ms: f64,
+    /// Processor time of the VMM's main thread while the slowest answer was waited for.
+    answer_cpu_ms: f64,
     gap_ms: f64,
 }
 
@@ -90,11 +95,15 @@ pub fn run(ebbtide: &Path, image: &Image, rounds: usize) -> Result<()> {
     let rows = [
         Row {
             floor: Some(floor),
+            cpu: cpu(&ours, &peers, |s| s.write_cpu_ms),
             ..budgeted("eject/write", WRITE_BUDGET, &ours, &peers, |s| s.write_ms)
         },
-        budgeted("eject/qmp_max", ANSWER_BUDGET, &ours, &peers, |s| {
-            s.answer_ms
-        }),
+        Row {
+            cpu: cpu(&ours, &peers, |s| Some(s.answer_cpu_ms)),
+            ..budgeted("eject/qmp_max", ANSWER_BUDGET, &ours, &peers, |s| {
+                s.answer_ms
+            })
+        },
         budgeted("eject/other_disk_gap", GAP_BUDGET, &ours, &peers, |s| {
             s.gap_ms
         }),
@@ -116,6 +125,15 @@ fn budgeted(
         budget: Some(budget),
         ..row(id, "ms", ours, peers, of)
     }
+}
+
+/// The worst of all rounds.
+fn cpu(ours: &[Sample], peers: &[Sample], of: impl Fn(&Sample) -> Option<f64>) -> Option<Cpu> {
+    let worst = |samples: &[Sample]| samples.iter().filter_map(&of).reduce(f64::max);
+    Some(Cpu {
+        cpu: worst(ours),
+        cpu_peer: worst(peers),
+    })
 }
 
 fn sample(name: &str, program: Program, image: &Image) -> Result<Sample> {
@@ -191,7 +209,8 @@ fn eject(name: &str, vmm: &mut Vmm, watched: Option<&Path>, ebbtide: bool) -> Re
         // What came before does not count.
         longest_stay(vmm)?;
     }
-    let watch = Watch::start(watched.map_or_else(|| vmm.qmp_path(), Path::to_owned))?;
+    let pid = vmm.process().pid();
+    let watch = Watch::start(watched.map_or_else(|| vmm.qmp_path(), Path::to_owned), pid)?;
     let mut writes = Vec::new();
     for slot in SLOTS.take(ejects) {
         ensure!(
@@ -208,22 +227,32 @@ fn eject(name: &str, vmm: &mut Vmm, watched: Option<&Path>, ebbtide: bool) -> Re
         vmm.qmp().wait_event("DEVICE_DELETED", LIMIT)?;
         None
     };
-    let (answers, worst) = watch.stop()?;
+    let Answers {
+        count: answers,
+        worst,
+        main,
+    } = watch.stop()?;
     let disk = vmm.guest().disk_status(WORK)?;
     ensure!(disk.ok && disk.writes > 0, "the other disk: {disk:?}");
     let sample = Sample {
         write_ms: writes.iter().copied().fold(0.0, f64::max),
+        write_cpu_ms: stay.map(|stay| stay.cpu_us as f64 / 1e3),
         idle_write_ms: idle.iter().copied().fold(0.0, f64::max),
         answer_ms: ms(worst),
+        answer_cpu_ms: ms(main.ran),
         gap_ms: disk.longest_gap_ms as f64,
     };
     writes.sort_by(f64::total_cmp);
     idle.sort_by(f64::total_cmp);
-    let stay = stay.map_or_else(String::new, |us| {
-        format!(", its vCPU out of the guest for {:.3} ms", us as f64 / 1e3)
+    let stay = stay.map_or_else(String::new, |Stay { us, cpu_us }| {
+        format!(
+            ", its vCPU out of the guest for {:.3} ms, at most {:.3} ms of it at work",
+            us as f64 / 1e3,
+            cpu_us as f64 / 1e3
+        )
     });
     eprintln!(
-        "  {name:<14} eject written in {:>9.3} ms, at worst of {} in {:>9.3} ms{stay} (a write that ejects nothing: {:.3} ms, at worst {:.3} ms); {answers} answers, the slowest {:>8.1} ms; \
+        "  {name:<14} eject written in {:>9.3} ms, at worst of {} in {:>9.3} ms{stay} (a write that ejects nothing: {:.3} ms, at worst {:.3} ms); {answers} answers, the slowest {:>8.1} ms, in which the main thread worked for {:.1} ms and waited for a processor for {:.1} ms; \
          {} operations of the other disk, the longest gap {:>5} ms",
         median(&writes),
         writes.len(),
@@ -231,6 +260,8 @@ fn eject(name: &str, vmm: &mut Vmm, watched: Option<&Path>, ebbtide: bool) -> Re
         median(&idle),
         sample.idle_write_ms,
         sample.answer_ms,
+        ms(main.ran),
+        ms(main.waited),
         disk.reads + disk.writes + disk.syncs,
         disk.longest_gap_ms,
     );
@@ -307,14 +338,25 @@ fn wait_count(vmm: &mut Vmm, script: &str, limit: Duration) -> Result<()> {
     }
 }
 
-/// The longest that an exit has kept a vCPU out of the guest since this was last asked, in microseconds.
-fn longest_stay(vmm: &mut Vmm) -> Result<u64> {
+/// The longest that an exit has kept a vCPU out of the guest, and the most processor time that one took, in microseconds.
+#[derive(Clone, Copy)]
+struct Stay {
+    us: u64,
+    cpu_us: u64,
+}
+
+/// Since this was last asked.
+fn longest_stay(vmm: &mut Vmm) -> Result<Stay> {
     let vcpus = vmm.qmp().execute("x-ebbtide-query-vcpus", Value::Null)?;
-    let stays = vcpus.as_array().into_iter().flatten();
-    let longest = stays.filter_map(|vcpu| vcpu.get("longest-exit-us")?.as_u64());
-    longest
-        .max()
-        .with_context(|| format!("x-ebbtide-query-vcpus: {vcpus}"))
+    let longest = |name: &str| {
+        let stays = vcpus.as_array().into_iter().flatten();
+        let longest = stays.filter_map(|vcpu| vcpu.get(name)?.as_u64()).max();
+        longest.with_context(|| format!("x-ebbtide-query-vcpus: {vcpus}"))
+    };
+    Ok(Stay {
+        us: longest("longest-exit-us")?,
+        cpu_us: longest("longest-exit-cpu-us")?,
+    })
 }
 
 /// Waits until all disks are gone. A disk's slot is empty in the guest's eyes only when its request has ended, and
@@ -389,35 +431,49 @@ fn check_slot(
 /// A client of its own that asks for the state over and over.
 struct Watch {
     stop: Arc<AtomicBool>,
-    thread: JoinHandle<Result<(u32, Duration)>>,
+    thread: JoinHandle<Result<Answers>>,
+}
+
+/// What it got.
+#[derive(Default)]
+struct Answers {
+    count: u32,
+    /// How long the slowest took.
+    worst: Duration,
+    /// What the VMM's main thread, which answers, did meanwhile.
+    main: Scheduled,
 }
 
 impl Watch {
-    fn start(socket: PathBuf) -> Result<Watch> {
+    fn start(socket: PathBuf, pid: u32) -> Result<Watch> {
         let mut qmp = Qmp::connect(&socket)?;
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
-            let (mut answers, mut worst) = (0, Duration::ZERO);
+            let mut answers = Answers::default();
             while !stopped.load(Ordering::Relaxed) {
+                let before = Scheduled::of_main_thread(pid)?;
                 let begun = Instant::now();
                 qmp.execute("query-status", Value::Null)?;
-                worst = worst.max(begun.elapsed());
-                answers += 1;
+                let took = begun.elapsed();
+                if took > answers.worst {
+                    answers.worst = took;
+                    answers.main = Scheduled::of_main_thread(pid)?.since(&before);
+                }
+                answers.count += 1;
                 std::thread::sleep(ASK);
             }
-            Ok((answers, worst))
+            Ok(answers)
         });
         Ok(Watch { stop, thread })
     }
 
-    /// How many answers there were and how long the slowest took.
-    fn stop(self) -> Result<(u32, Duration)> {
+    fn stop(self) -> Result<Answers> {
         self.stop.store(true, Ordering::Relaxed);
         let result = self.thread.join();
-        let (answers, worst) = result.map_err(|_| anyhow!("the watching client panicked"))??;
-        ensure!(answers > 0, "the watching client got no answer");
-        Ok((answers, worst))
+        let answers = result.map_err(|_| anyhow!("the watching client panicked"))??;
+        ensure!(answers.count > 0, "the watching client got no answer");
+        Ok(answers)
     }
 }
 

@@ -238,6 +238,8 @@ pub(super) fn rules(kind: Kind, pid: u32) -> Result<Rules, BackendError> {
     if kind == Kind::Vcpu {
         // A driver that is ready gets an eventfd for each queue.
         rules.insert(libc::SYS_eventfd2, Vec::new());
+        // An eject is announced by a timer.
+        rules.insert(libc::SYS_timerfd_settime, Vec::new());
         // New memory for the allocator, of no file and over nothing that is there.
         let (anonymous, fixed) = (libc::MAP_ANONYMOUS as u64, libc::MAP_FIXED as u64);
         mapping.push(Condition::new(

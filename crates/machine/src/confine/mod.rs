@@ -20,6 +20,7 @@
 //! and not with the process by exit_group: a reset parks them, the control thread joins them before it drops what they
 //! use, and a thread that returns needs no call beyond those that all have.
 
+mod allocator;
 mod calls;
 mod filter;
 mod paths;
@@ -102,6 +103,9 @@ impl Confinement {
             allow,
         } = &config.confinement;
         let compile = |kind| Filters::new(kind, *seccomp).map_err(|e| Error::part("seccomp", e));
+        if *seccomp != Seccomp::Off {
+            allocator::settle();
+        }
         if *seccomp == Seccomp::On {
             violation::receive().map_err(|e| Error::part("seccomp", e))?;
             settle_allocator();

@@ -247,6 +247,9 @@ fn ordinary_life_goes_on() {
             let mut large = vec![1u8; 64 << 20];
             large.extend_from_slice(&[2; 64 << 20]);
             drop(large);
+            // From heaps, which the allocator makes shorter then.
+            let pieces: Vec<Vec<u8>> = (0..256).map(|_| vec![1; 64 << 10]).collect();
+            drop(std::hint::black_box(pieces));
             thread::sleep(Duration::from_millis(1));
             let map: std::collections::HashMap<u32, u32> = (0..10_000).map(|n| (n, n)).collect();
             assert_eq!(map.len(), 10_000);

@@ -9,7 +9,7 @@ use arc_swap::ArcSwap;
 use ebbtide_bus::acpi::DimmEjectSink;
 use ebbtide_bus::pci::{EjectSink, SlotAddress};
 use ebbtide_device::{Answer, Eject, NodeId};
-use ebbtide_iothread::Notifier;
+use ebbtide_iothread::LaterNotifier;
 
 /// A slot whose device a guest can eject.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,7 +56,7 @@ type Table = BTreeMap<SlotKey, Arc<Occupant>>;
 pub(crate) struct Ejector {
     table: ArcSwap<Table>,
     reports: Mutex<VecDeque<OstReport>>,
-    woken: Notifier,
+    news: LaterNotifier,
 }
 
 /// What a guest has said about a DIMM slot (ACPI 6.5, 6.3.5).
@@ -71,12 +71,13 @@ pub(crate) struct OstReport {
 const REPORTS: usize = 64;
 
 impl Ejector {
-    /// No slot is occupied. Ejects are announced by `woken`.
-    pub(crate) fn new(woken: Notifier) -> Arc<Ejector> {
+    /// No slot is occupied. Ejects are announced by `news`: later, so that no vCPU waits, within its register write, for
+    /// what the control thread then does, on a host without a core to spare.
+    pub(crate) fn new(news: LaterNotifier) -> Arc<Ejector> {
         Arc::new(Ejector {
             table: ArcSwap::default(),
             reports: Mutex::new(VecDeque::with_capacity(REPORTS)),
-            woken,
+            news,
         })
     }
 
@@ -133,17 +134,17 @@ impl Ejector {
         match occupant.eject.eject() {
             Answer::Isolated => {
                 occupant.let_go.store(true, Ordering::Release);
-                self.woken.notify();
+                self.news.announce();
             }
             // Management was first; said once, the guest need not be heard again.
             Answer::Already => {
                 if !occupant.let_go.swap(true, Ordering::AcqRel) {
-                    self.woken.notify();
+                    self.news.announce();
                 }
             }
             Answer::Refused => {
                 occupant.refused.store(true, Ordering::Release);
-                self.woken.notify();
+                self.news.announce();
             }
         }
     }
@@ -170,14 +171,14 @@ impl DimmEjectSink for Ejector {
             });
         }
         drop(reports);
-        self.woken.notify();
+        self.news.announce();
     }
 
     fn refused(&self, slot: u16) {
         if let Some(occupant) = self.table.load().get(&SlotKey::Dimm(slot)) {
             occupant.guest_refused.store(true, Ordering::Release);
         }
-        self.woken.notify();
+        self.news.announce();
     }
 }
 
@@ -186,8 +187,8 @@ mod tests {
     use super::*;
     use ebbtide_device::{Draining, GuestEject, Identity, Model, Tree};
     use ebbtide_gate::Gate;
-    use ebbtide_iothread::Event;
-    use std::time::Instant;
+    use ebbtide_iothread::LaterEvent;
+    use std::time::{Duration, Instant};
 
     const BUSES: [&str; 2] = ["pcie.0", "rp1"];
 
@@ -214,17 +215,17 @@ mod tests {
     struct Slots {
         ejector: Arc<Ejector>,
         tree: Tree<()>,
-        /// What the vCPUs wake.
-        _woken: Event,
+        /// Who is told.
+        _announced: LaterEvent,
     }
 
     impl Slots {
         fn new() -> Slots {
-            let woken = Event::new().unwrap();
+            let (announced, notifier) = LaterEvent::new(Duration::from_millis(1)).unwrap();
             Slots {
-                ejector: Ejector::new(woken.notifier()),
+                ejector: Ejector::new(notifier),
                 tree: Tree::default(),
-                _woken: woken,
+                _announced: announced,
             }
         }
 

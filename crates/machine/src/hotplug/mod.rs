@@ -24,6 +24,7 @@ mod places;
 mod removal;
 mod requests;
 pub(crate) mod shared;
+mod turns;
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::BTreeMap;
@@ -38,7 +39,7 @@ use ebbtide_bus::pci::{Bus, Devfn, HostBridge, HotplugSlot, Port, Removal};
 use ebbtide_device::{Eject, GuestEject, GuestNotice, Identity, NodeId, PlugError, Tree};
 use ebbtide_devices::dimm::DimmBank;
 use ebbtide_devices::i6300esb::SharedAction;
-use ebbtide_iothread::{Blocking, Event, IoThread, Local, Remote};
+use ebbtide_iothread::{Blocking, IoThread, LaterEvent, Local, Remote};
 use ebbtide_memory::AddressSpace;
 use ebbtide_net::Netdev;
 use ebbtide_qmp::{EventSink, QmpError};
@@ -62,8 +63,9 @@ pub(crate) use opener::Opener;
 pub(crate) use pci::{PciModel, Removable};
 pub(crate) use places::Place;
 pub(crate) use shared::Object;
+use turns::Turns;
 
-/// How long a vCPU has to get out of the register write that has woken the control thread.
+/// How long a vCPU has to get out of its register write before the control thread is woken for it.
 const AFTER_THE_VCPU: Duration = Duration::from_millis(1);
 /// Uninvited ejects of one device are answered no more often.
 const UNINVITED: Duration = Duration::from_secs(1);
@@ -213,7 +215,9 @@ pub(crate) struct Devices {
     uninvited: LogLimit,
     root_slots: OnceCell<Arc<PciHotplug>>,
     /// Signalled when a guest has ejected something, until [`Devices::serve`] takes it.
-    ejected: RefCell<Option<Event>>,
+    ejected: RefCell<Option<LaterEvent>>,
+    /// Whose removal changes the buses.
+    turns: Turns,
     /// Threads that serve queues, by name. They end with the machine.
     threads: RefCell<BTreeMap<String, IoThread>>,
     local: Local,
@@ -233,7 +237,7 @@ impl Devices {
         local: &Local,
         drain_timeout: Duration,
     ) -> std::io::Result<Rc<Devices>> {
-        let ejected = Event::new()?;
+        let (ejected, notifier) = LaterEvent::new(AFTER_THE_VCPU)?;
         Ok(Rc::new_cyclic(|this| Devices {
             tree: RefCell::default(),
             blocks: Shelf::new("Node"),
@@ -246,11 +250,12 @@ impl Devices {
             ost: RefCell::default(),
             surface,
             watchdog_action: Arc::default(),
-            ejector: Ejector::new(ejected.notifier()),
+            ejector: Ejector::new(notifier),
             answered: RefCell::default(),
             uninvited: LogLimit::default(),
             root_slots: OnceCell::new(),
             ejected: RefCell::new(Some(ejected)),
+            turns: Turns::default(),
             threads: RefCell::new(threads),
             local: local.clone(),
             events: OnceCell::new(),
@@ -369,9 +374,6 @@ impl Devices {
         self.local
             .spawn(async move {
                 while ejected.wait(&local).await.is_ok() {
-                    // The vCPU first: on a host without a core to spare it would wait, within its register write, for
-                    // all that is done here.
-                    local.sleep(AFTER_THE_VCPU).await;
                     let Some(devices) = this.upgrade() else {
                         return;
                     };

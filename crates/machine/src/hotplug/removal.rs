@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The machine around a removal: buses that forget, slots that tell, events.
 
+use std::any::Any;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -130,6 +131,16 @@ impl Surroundings<Info> for Around {
         Buses {
             devices: Rc::clone(&self.0),
         }
+    }
+
+    fn turn(&self) -> Pending<Box<dyn Any>> {
+        let devices = Rc::clone(&self.0);
+        Box::pin(async move {
+            let turn = devices.turns.next().await;
+            // A monitor that has asked something meanwhile comes first.
+            devices.local.yield_now().await;
+            Box::new(turn) as Box<dyn Any>
+        })
     }
 
     fn stalled(&self, top: &Identity, age: Duration, undrained: &[(Identity, Vec<Holder>)]) {

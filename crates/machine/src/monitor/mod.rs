@@ -19,6 +19,7 @@ use ebbtide_qmp::types::ebbtide::{Holdings, Status, VcpuStay};
 use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
 use ebbtide_qmp::{CommandTable, QmpError, commands};
 
+use crate::cpus::Stay;
 use crate::lifecycle::Request;
 use crate::machine::Machine;
 
@@ -79,11 +80,13 @@ fn holdings(of: ebbtide_hypervisor::Holdings) -> Holdings {
     }
 }
 
-fn vcpu_stays(stays: Vec<Duration>) -> Vec<VcpuStay> {
-    let stay = |(index, stay): (u64, Duration)| VcpuStay {
+fn vcpu_stays(stays: Vec<Stay>) -> Vec<VcpuStay> {
+    // Rounded up: only a vCPU that has not left the guest has stayed out for no time.
+    let us = |time: Duration| u64::try_from(time.as_nanos().div_ceil(1000)).unwrap_or(u64::MAX);
+    let stay = |(index, stay): (u64, Stay)| VcpuStay {
         index,
-        // Rounded up: only a vCPU that has not left the guest has stayed out for no time.
-        longest_exit_us: u64::try_from(stay.as_nanos().div_ceil(1000)).unwrap_or(u64::MAX),
+        longest_exit_us: us(stay.longest),
+        longest_exit_cpu_us: us(stay.processor),
     };
     (0..).zip(stays).map(stay).collect()
 }
@@ -126,11 +129,14 @@ mod tests {
 
     #[test]
     fn stays_are_in_microseconds_and_never_less_than_they_were() {
-        let stays = [0, 1, 1000, 1001].map(Duration::from_nanos);
-        let told: Vec<(u64, u64)> = vcpu_stays(stays.to_vec())
+        let stays = [0, 1, 1000, 1001].map(|ns| Stay {
+            longest: Duration::from_nanos(ns),
+            processor: Duration::from_nanos(ns / 2),
+        });
+        let told: Vec<(u64, u64, u64)> = vcpu_stays(stays.to_vec())
             .into_iter()
-            .map(|stay| (stay.index, stay.longest_exit_us))
+            .map(|stay| (stay.index, stay.longest_exit_us, stay.longest_exit_cpu_us))
             .collect();
-        assert_eq!(told, [(0, 0), (1, 1), (2, 1), (3, 2)]);
+        assert_eq!(told, [(0, 0, 0), (1, 1, 0), (2, 1, 1), (3, 2, 1)]);
     }
 }

@@ -3,7 +3,7 @@
 
 use ebbtide_bus::pci::Windows;
 use ebbtide_hypervisor::sim::SimVm;
-use ebbtide_iothread::{Event, channel, run};
+use ebbtide_iothread::{LaterEvent, channel, run};
 use ebbtide_memory::{AddressSpace, MemoryConfig, Reader};
 
 use super::*;
@@ -56,8 +56,8 @@ fn accesses_of_hot_plug_registers_and_configuration_space_allocate_nothing() {
             bridge: &bridge,
         };
         let (sender, _incoming) = channel();
-        let woken = Event::new().unwrap();
-        let ejector = Ejector::new(woken.notifier());
+        let (_ejected, notifier) = LaterEvent::new(std::time::Duration::from_millis(1)).unwrap();
+        let ejector = Ejector::new(notifier);
         let requests = Requests::new(sender);
         let _platform = Platform::new(
             &SerialConfig::Off,

@@ -28,6 +28,9 @@ qapi_struct! {
         /// The longest that one exit has kept it out of the guest since this was last asked, microseconds, rounded up:
         /// from the return of KVM_RUN to its next call. Time in which the machine was stopped does not count.
         longest_exit_us as "longest-exit-us": u64,
+        /// The most of its thread's processor time that one exit took, microseconds, rounded up: without what the thread
+        /// spent waiting for a processor. Measured from the first time that this is asked for.
+        longest_exit_cpu_us as "longest-exit-cpu-us": u64,
     }
 }
 

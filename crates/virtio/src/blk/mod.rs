@@ -238,6 +238,7 @@ impl VirtioDevice for VirtioBlk {
                 .spawn(move |local| {
                     let requests = Requests {
                         disk: disk.attach(&local),
+                        local: local.clone(),
                         terms,
                         id,
                         counters,

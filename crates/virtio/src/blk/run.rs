@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use ebbtide_block::{LocalDisk, Op};
 use ebbtide_gate::Gate;
+use ebbtide_iothread::Local;
 use ebbtide_memory::{PinList, ReadGuard};
 
 use super::metrics::Counters;
@@ -20,6 +21,7 @@ use crate::virtq::Chain;
 
 /// The requests of one queue.
 pub(super) struct Requests {
+    pub local: Local,
     pub disk: LocalDisk,
     pub terms: Terms,
     pub id: [u8; ID_BYTES],
@@ -61,7 +63,7 @@ impl Service for Requests {
             self.counters.count(&self.counters.bad_memory);
         }
         self.counters.begin();
-        let (job, began) = (prepared.job, Instant::now());
+        let (job, began) = (prepared.job, self.local.turn_time());
         let Work::Answer { status, written } = job.work else {
             self.flights.begin(self.queue, job.head, began);
             return Ok(Begun::Job((job, began)));
@@ -100,7 +102,19 @@ impl Service for Requests {
             answer,
         } = job;
         let reads = matches!(work, Work::Read { .. });
-        let (result, data) = self.perform(work).await;
+        // Boxed, to keep the future of a read small: it is moved, and reads are most of what there is.
+        let (result, data) = match work {
+            Work::Read { offset, data } => self.disk.submit(Op::Read { offset }, data).await,
+            Work::Write { offset, data } => {
+                let (written, data) = self.disk.submit(Op::Write { offset }, data).await;
+                if written.is_ok() && !self.is_written_back() {
+                    (Box::pin(self.flush()).await, data)
+                } else {
+                    (written, data)
+                }
+            }
+            other => (Box::pin(self.perform(other)).await, PinList::new()),
+        };
         let status = match &result {
             Ok(()) => Status::Ok,
             Err(error) => status_of(error),
@@ -127,27 +141,20 @@ impl Requests {
     fn count(&self, kind: Option<Kind>, moved: Option<u64>, began: Instant) {
         self.counters.end();
         match kind {
-            Some(kind) => self.counters.answered(kind, moved, began.elapsed()),
+            Some(kind) => {
+                let latency = self.local.turn_time().saturating_duration_since(began);
+                self.counters.answered(kind, moved, latency);
+            }
             None => self.counters.count(&self.counters.unsupported),
         }
     }
 
-    async fn perform(&self, work: Work) -> (io::Result<()>, PinList) {
+    async fn perform(&self, work: Work) -> io::Result<()> {
         match work {
-            Work::Read { offset, data } => self.disk.submit(Op::Read { offset }, data).await,
-            Work::Write { offset, data } => {
-                let (written, data) = self.disk.submit(Op::Write { offset }, data).await;
-                (self.through(written).await, data)
-            }
-            // Boxed, to keep the future of every read and write small.
-            Work::Flush => Box::pin(self.disk.submit(Op::Flush, PinList::new())).await,
-            Work::Discard(segments) => {
-                (Box::pin(self.ranges(segments, false)).await, PinList::new())
-            }
-            Work::WriteZeroes(segments) => {
-                (Box::pin(self.ranges(segments, true)).await, PinList::new())
-            }
-            Work::Answer { .. } => (Ok(()), PinList::new()),
+            Work::Flush => self.flush().await,
+            Work::Discard(segments) => self.ranges(segments, false).await,
+            Work::WriteZeroes(segments) => self.ranges(segments, true).await,
+            Work::Read { .. } | Work::Write { .. } | Work::Answer { .. } => Ok(()),
         }
     }
 
@@ -170,22 +177,19 @@ impl Requests {
             };
             self.disk.submit(op, PinList::new()).await.0?;
         }
-        if zero {
-            self.through(Ok(())).await
-        } else {
-            Ok(())
+        if zero && !self.is_written_back() {
+            return self.flush().await;
         }
+        Ok(())
     }
 
-    /// What was written is durable at once unless the driver takes care of that itself.
-    async fn through(&self, written: io::Result<()>) -> io::Result<()> {
-        written?;
-        if self.flushes && self.writeback.load(Ordering::Relaxed) {
-            return Ok(());
-        }
-        Box::pin(self.disk.submit(Op::Flush, PinList::new()))
-            .await
-            .0
+    async fn flush(&self) -> io::Result<()> {
+        self.disk.submit(Op::Flush, PinList::new()).await.0
+    }
+
+    /// Whether the driver takes care that what was written becomes durable. Otherwise it is so at once.
+    fn is_written_back(&self) -> bool {
+        self.flushes && self.writeback.load(Ordering::Relaxed)
     }
 }
 
@@ -193,5 +197,21 @@ fn status_of(error: &io::Error) -> Status {
     match error.kind() {
         io::ErrorKind::Unsupported => Status::Unsupported,
         _ => Status::IoErr,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bytes_of_future<A, B, F>(_: impl Fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+
+    #[test]
+    fn the_future_of_a_request_is_small() {
+        // It is moved once for each request.
+        let bytes = bytes_of_future(Requests::carry_out);
+        assert!(bytes <= 1024, "{bytes} bytes; job {}", size_of::<Job>());
     }
 }

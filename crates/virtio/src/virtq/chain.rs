@@ -77,6 +77,12 @@ impl Buffers {
         }
     }
 
+    fn one((gpa, length): (Gpa, u32)) -> Buffers {
+        let mut one = Buffers::default();
+        one.push(gpa, length);
+        one
+    }
+
     /// Bytes of all buffers together.
     pub fn total_len(&self) -> u32 {
         self.total
@@ -86,6 +92,14 @@ impl Buffers {
     pub fn split_front(&mut self, length: u32) -> Option<Buffers> {
         if length > self.total {
             return None;
+        }
+        // As drivers mostly cut it: nothing is to be cut.
+        if let Some(&first) = self.list.first()
+            && first.1 == length
+        {
+            self.list.remove(0);
+            self.total -= length;
+            return Some(Buffers::one(first));
         }
         let mut front = Buffers {
             seen: true,
@@ -108,6 +122,13 @@ impl Buffers {
     /// Takes the last `length` bytes away and returns them, or `None` (and changes nothing) when there are fewer.
     pub fn split_back(&mut self, length: u32) -> Option<Buffers> {
         let keep = self.total.checked_sub(length)?;
+        if let Some(&last) = self.list.last()
+            && last.1 == length
+        {
+            self.list.pop();
+            self.total = keep;
+            return Some(Buffers::one(last));
+        }
         let front = self.split_front(keep)?;
         Some(std::mem::replace(self, front))
     }

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! What the kernel says of a thread's life: how long it ran, and how long it could have run and had to wait.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+/// From the thread's start on, or between two looks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Scheduled {
+    /// It ran, guests included.
+    pub ran: Duration,
+    /// It waited for a processor.
+    pub waited: Duration,
+}
+
+impl Scheduled {
+    /// Of the thread whose directory of `/proc/PID/task` this is.
+    pub(super) fn of_thread(task: &Path) -> Result<Scheduled> {
+        let file = task.join("schedstat");
+        let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
+        parse(&text).with_context(|| format!("{}: {text}", file.display()))
+    }
+
+    /// Of a process's first thread.
+    pub(super) fn of_main_thread(pid: u32) -> Result<Scheduled> {
+        Scheduled::of_thread(Path::new(&format!("/proc/{pid}/task/{pid}")))
+    }
+
+    pub(super) fn since(&self, before: &Scheduled) -> Scheduled {
+        Scheduled {
+            ran: self.ran.saturating_sub(before.ran),
+            waited: self.waited.saturating_sub(before.waited),
+        }
+    }
+}
+
+/// Nanoseconds run, nanoseconds waited, and how often.
+fn parse(text: &str) -> Option<Scheduled> {
+    let mut words = text.split_whitespace();
+    let mut next = || words.next()?.parse().ok().map(Duration::from_nanos);
+    Some(Scheduled {
+        ran: next()?,
+        waited: next()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_says_is_understood() {
+        let ns = Duration::from_nanos;
+        let seen = parse("1500 20 3\n").unwrap();
+        assert_eq!((seen.ran, seen.waited), (ns(1500), ns(20)));
+        assert!(parse("1500").is_none() && parse("a b c").is_none());
+        let mine = Scheduled::of_main_thread(std::process::id()).unwrap();
+        assert!(mine.ran > Duration::ZERO);
+        assert_eq!(mine.since(&mine), Scheduled::default());
+    }
+}
