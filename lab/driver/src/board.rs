@@ -118,8 +118,8 @@ impl Board {
         self.clock.as_ref()
     }
 
-    /// What a future gives; `None` when it is not ready although time goes on: [`LIMIT`](crate::LIMIT), after an hour on a
-    /// board with a time of its own.
+    /// What a future gives; `None` when it is not ready within [`LIMIT`](crate::LIMIT) of the host's time, which are hours on
+    /// a board with a time of its own.
     pub fn wait<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let mut pace = Pace::new(self.clock.as_ref());
         wait::drive(future, || pace.pass())

@@ -17,8 +17,9 @@ const MOMENT: Duration = Duration::from_micros(20);
 const MOMENTS: u32 = 4;
 const STEP_MIN: Duration = Duration::from_millis(1);
 const STEP_MAX: Duration = Duration::from_secs(5);
-/// So much is made for somebody who waits.
-const MADE_MAX: Duration = Duration::from_secs(3600);
+/// Who waits for longer waits for a thread that does not get the host's time: from then on others get more of that.
+const MADE_LONG: Duration = Duration::from_secs(3600);
+const LONG_MOMENT: Duration = Duration::from_millis(5);
 
 /// How time goes on for somebody who waits.
 pub(crate) struct Pace<'a> {
@@ -44,16 +45,15 @@ impl<'a> Pace<'a> {
 
     /// Nothing has happened: lets time pass. False: that was all there is of it.
     pub fn pass(&mut self) -> bool {
-        std::thread::park_timeout(MOMENT);
+        let long = self.made >= MADE_LONG;
+        std::thread::park_timeout(if long { LONG_MOMENT } else { MOMENT });
         self.moments = self.moments.saturating_add(1);
         if let Some(clock) = self.clock
             && self.moments > MOMENTS
-            && self.made < MADE_MAX
         {
             clock.advance(self.step);
             self.made += self.step;
             self.step = (self.step * 2).min(STEP_MAX);
-            return true;
         }
         Instant::now() < self.end
     }

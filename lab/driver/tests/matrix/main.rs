@@ -256,8 +256,13 @@ fn every_model_in_every_state() {
         let stays = |(line, _): &(Line, u64)| line.event != Event::Quit;
         let again: Vec<_> = lines.iter().copied().filter(stays).collect();
         let again = &again[..again.len().div_ceil(AGAIN)];
-        let grown = heap::check(&bench.world.board, again.len(), || live(again));
+        let left = heap::check(&bench.world.board, again.len(), || live(again));
+        let left = left.unwrap_or_else(|left| {
+            eprintln!("again: cargo xtask matrix --cycles {cycles} --seed {seed}");
+            let cycles = again.len();
+            panic!("{model}: {cycles} cycles leave {left:?} bytes on the heap, each time")
+        });
         let time = began.elapsed();
-        println!("{model}: {cycles} cycles in {time:.2?}, heap grown by {grown:?}");
+        println!("{model}: {cycles} cycles in {time:.2?}, left on the heap: {left:?}");
     }
 }
