@@ -66,7 +66,7 @@ pub fn cycles(ground: &Ground) -> Result<()> {
         }
     }
     for disk in disks {
-        disk.stop(&mut vmm)?;
+        disk.stop(&mut vmm, GUEST)?;
     }
     finish(vmm)
 }
