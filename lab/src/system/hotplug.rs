@@ -156,7 +156,7 @@ fn removals(vmm: &mut Vmm) -> String {
 }
 
 /// The end of the guest's kernel log, for errors.
-fn kernel_log(vmm: &mut Vmm) -> Result<String> {
+pub(super) fn kernel_log(vmm: &mut Vmm) -> Result<String> {
     let log: KernelLog = vmm.guest().call(
         Command::Dmesg {
             deny: Vec::new(),

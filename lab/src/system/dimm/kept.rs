@@ -116,6 +116,7 @@ pub fn withdrawn(ground: &Ground) -> Result<()> {
     deleted(&mut vmm, "dimm0")?;
     vmm.qmp().execute("object-del", json!({"id": "m0"}))?;
     wait_total(&mut vmm, before, false)?;
+    no_acpi_error(&mut vmm)?;
     finish(vmm)
 }
 
