@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::hotplug::{Residue, deleted};
+use super::hotplug::{Residue, deleted, kernel_log};
 use super::{BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, finish};
 use crate::vmm::{Machine, Vmm};
 use held::WorkingDisk;
@@ -66,7 +66,7 @@ pub fn cycles(ground: &Ground) -> Result<()> {
         }
     }
     for disk in disks {
-        disk.stop(&mut vmm)?;
+        disk.stop(&mut vmm, GUEST)?;
     }
     finish(vmm)
 }
@@ -115,7 +115,12 @@ fn wait_total(vmm: &mut Vmm, bytes: u64, grows: bool) -> Result<()> {
             return Ok(());
         }
         if begun.elapsed() > GUEST {
-            bail!("the guest has {} MiB, not {}", total / MIB, bytes / MIB);
+            let log = kernel_log(vmm)?;
+            bail!(
+                "the guest has {} MiB, not {}\n{log}",
+                total / MIB,
+                bytes / MIB
+            );
         }
         std::thread::sleep(LOOK);
     }

@@ -15,7 +15,7 @@ use crate::system::{BOOT, GIB, Ground, STEP_LIMIT, finish, no_acpi_error};
 use crate::vmm::Vmm;
 
 /// The guest's kernel is watched while it tries, in the long form and in the short one.
-const TRIES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(5));
+const TRIES: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(10));
 /// How much memory is in the way: what a pipe takes.
 pub(super) const PINNED: u64 = 64 << 10;
 /// The monitor answers within this, whatever the guest does.
@@ -59,7 +59,8 @@ pub fn no_answer(ground: &Ground) -> Result<()> {
         .context("the target that was set meanwhile")?;
     vmm.resize(BOOT, STEP_LIMIT)?;
     wait_total(&mut vmm, before, false)?;
-    disk.stop(&mut vmm)?;
+    // Had it been held up, then for as long.
+    disk.stop(&mut vmm, tries / 2)?;
     no_acpi_error(&mut vmm)?;
     finish(vmm)
 }
@@ -115,6 +116,7 @@ pub fn withdrawn(ground: &Ground) -> Result<()> {
     deleted(&mut vmm, "dimm0")?;
     vmm.qmp().execute("object-del", json!({"id": "m0"}))?;
     wait_total(&mut vmm, before, false)?;
+    no_acpi_error(&mut vmm)?;
     finish(vmm)
 }
 

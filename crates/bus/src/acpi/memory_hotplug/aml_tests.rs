@@ -161,13 +161,18 @@ fn a_refusal_arrives_with_source_and_status() {
     guest.slot(5, "_OST", &[3, 0x82, 0]);
     assert_eq!(board.sink.take(), [Told::Ost(5, 3, 0x82), Told::Refused(5)]);
     assert_eq!(guest.status(5), 0x0f);
-    // Uninvited now.
+    // Uninvited now: it does not go, but the guest is to believe so until it is done, and then finds it again.
     guest.slot(5, "_EJ0", &[1]);
     assert_eq!(board.sink.take(), []);
-    assert_eq!(guest.status(5), 0x0f);
-    // It is told that what it has given up is there.
-    assert_eq!(guest.interrupt(), [(device(5), 1)]);
+    assert_eq!(guest.status(5), 0x0d);
     assert_eq!(guest.interrupt(), []);
+    guest.slot(5, "_OST", &[3, 0, 0]);
+    assert_eq!(board.sink.take(), [Told::Ost(5, 3, 0)]);
+    assert_eq!(guest.status(5), 0x0f);
+    assert_eq!(guest.interrupt(), [(device(5), 1)]);
+    guest.slot(5, "_OST", &[3, 0, 0]);
+    assert_eq!(guest.interrupt(), []);
+    assert_eq!(board.registers.state(5), Ok(SlotState::Plugged));
 }
 
 #[test]

@@ -13,8 +13,8 @@
 //! | 0x10 | proximity domain | – |
 //! | 0x14 | bit 0 enabled, 1 insert event, 2 remove event | 1, 2 acknowledge an event; 3 ejects |
 //!
-//! An eject that is refused is followed by an insert event: a guest has given a module up before it ejects it, and finds
-//! it again. An ejected module is no longer enabled but keeps its length until it is detached: the guest reads a `_STA` of 0x0d and
+//! A guest has given a module up before it ejects it. When the eject is refused, the module is shown as no longer enabled
+//! until the guest reports by `_OST` that it is done, and is then announced by an insert event. An ejected module is no longer enabled but keeps its length until it is detached: the guest reads a `_STA` of 0x0d and
 //! knows that it is let go but still there.
 //!
 //! The host's calls and the guest's accesses meet under one lock, which is held for a few instructions and never while
@@ -284,17 +284,18 @@ impl Mmio for MemoryHotplug {
         match effect {
             None => {}
             Some(Effect::Eject { slot }) => self.sink.eject(slot),
-            Some(Effect::Uninvited { slot }) => {
-                self.report_uninvited(slot);
-                self.events.raise(Event::Memory);
-            }
+            Some(Effect::Uninvited { slot }) => self.report_uninvited(slot),
             Some(Effect::Ost {
                 slot,
                 source,
                 status,
                 refused,
+                announced,
             }) => {
                 self.sink.ost(slot, source, status);
+                if announced {
+                    self.events.raise(Event::Memory);
+                }
                 if refused {
                     self.sink.refused(slot);
                 }

@@ -41,14 +41,16 @@ const OST_IN_PROGRESS: u32 = 0x84;
 pub(super) enum Effect {
     /// The guest has let go of the memory.
     Eject { slot: u16 },
-    /// It tried to, unasked, and may not: there is an event that tells it so.
+    /// It tried to, unasked, and may not.
     Uninvited { slot: u16 },
-    /// It reported by `_OST`; `refused` if that was its last word on a requested removal.
+    /// It reported by `_OST`; `refused` if that was its last word on a requested removal, `announced` if what it had
+    /// ejected and might not is to be found again.
     Ost {
         slot: u16,
         source: u32,
         status: u32,
         refused: bool,
+        announced: bool,
     },
 }
 
@@ -65,6 +67,9 @@ struct Occupant {
     stage: Stage,
     insert_event: bool,
     remove_event: bool,
+    /// The guest has ejected it, which was refused. It had given the memory up before, and looks for a module that is not
+    /// enabled any more: it is shown that, and told of a new module when it is done with the old one.
+    given_up: bool,
     /// Removal requests the guest has taken note of and not answered for good: an answer to the first of two must not
     /// take back the second.
     asked: u8,
@@ -133,6 +138,7 @@ impl Slots {
             stage: Stage::Plugged,
             insert_event: arrival == Arrival::Hot,
             remove_event: false,
+            given_up: false,
             asked: 0,
         });
         Ok(())
@@ -146,6 +152,7 @@ impl Slots {
         }
         occupant.stage = Stage::Removing;
         occupant.remove_event = true;
+        occupant.given_up = false;
         Ok(())
     }
 
@@ -187,6 +194,7 @@ impl Slots {
             slot.ost_event = 0;
             if let Some(occupant) = &mut slot.occupant {
                 occupant.insert_event = false;
+                occupant.given_up = false;
                 if occupant.stage == Stage::Removing {
                     occupant.plugged_again();
                 }
@@ -256,15 +264,15 @@ impl Slots {
         let slot = self.selected_number()?;
         let selected = self.selected_mut()?;
         let source = selected.ost_event;
-        let refused = selected
-            .occupant
-            .as_mut()
-            .is_some_and(|occupant| occupant.answered(source, status));
+        let (refused, announced) = selected.occupant.as_mut().map_or((false, false), |it| {
+            (it.answered(source, status), it.found_again(source, status))
+        });
         Some(Effect::Ost {
             slot,
             source,
             status,
             refused,
+            announced,
         })
     }
 
@@ -287,8 +295,7 @@ impl Slots {
             GuestEject::Off => false,
         };
         if !allowed {
-            // The guest has given the memory up before it ejects: what is still there is new to it.
-            occupant.insert_event = true;
+            occupant.given_up = true;
             return Some(Effect::Uninvited { slot });
         }
         occupant.ejected();
@@ -326,7 +333,7 @@ impl Slots {
 impl Occupant {
     fn flags(&self) -> u8 {
         let bit = |set: bool, bit: u8| if set { bit } else { 0 };
-        bit(self.stage != Stage::Ejected, ENABLED)
+        bit(self.stage != Stage::Ejected && !self.given_up, ENABLED)
             | bit(self.insert_event, INSERTED)
             | bit(self.remove_event, REMOVE)
     }
@@ -341,6 +348,7 @@ impl Occupant {
         self.stage = Stage::Ejected;
         self.insert_event = false;
         self.remove_event = false;
+        self.given_up = false;
         self.asked = 0;
     }
 
@@ -356,6 +364,18 @@ impl Occupant {
             return false;
         }
         self.plugged_again();
+        true
+    }
+
+    /// Takes note of a report; true when the guest is done with the module that it has given up, and may find it again.
+    fn found_again(&mut self, source: u32, status: u32) -> bool {
+        let ended =
+            matches!(source, OST_EJECT_REQUEST | OST_GUEST_EJECT) && status != OST_IN_PROGRESS;
+        if !self.given_up || !ended {
+            return false;
+        }
+        self.given_up = false;
+        self.insert_event = true;
         true
     }
 }
