@@ -3,7 +3,7 @@
 
 mod force;
 mod models;
-mod peer;
+pub(super) mod peer;
 mod residue;
 
 use std::time::{Duration, Instant};
@@ -16,12 +16,13 @@ use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 pub(super) use force::{forced, quarantined};
 use models::Model;
+pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
 pub(super) use residue::Residue;
 
 /// A guest notices a device, or lets go of it, within this.
-const GUEST: Duration = Duration::from_secs(30);
+pub(super) const GUEST: Duration = Duration::from_secs(30);
 /// How often the guest is looked at meanwhile.
-const LOOK: Duration = Duration::from_millis(20);
+pub(super) const LOOK: Duration = Duration::from_millis(20);
 /// Cycles of the short form and of the long one.
 const CYCLES: (u32, u32) = (3, 200);
 /// What is left behind is looked for from here on: the first cycles fill caches.
@@ -148,7 +149,7 @@ pub(super) fn deleted(vmm: &mut Vmm, id: &str) -> Result<()> {
 }
 
 /// What is known of the removals under way, for errors.
-fn removals(vmm: &mut Vmm) -> String {
+pub(super) fn removals(vmm: &mut Vmm) -> String {
     match vmm.qmp().execute("x-ebbtide-query-removals", Value::Null) {
         Ok(removals) => format!("removals: {removals}"),
         Err(e) => format!("removals: {e:#}"),
@@ -156,7 +157,7 @@ fn removals(vmm: &mut Vmm) -> String {
 }
 
 /// The end of the guest's kernel log, for errors.
-fn kernel_log(vmm: &mut Vmm) -> Result<String> {
+pub(super) fn kernel_log(vmm: &mut Vmm) -> Result<String> {
     let log: KernelLog = vmm.guest().call(
         Command::Dmesg {
             deny: Vec::new(),

@@ -10,6 +10,7 @@ mod mistakes;
 mod monitor;
 mod reset;
 mod resize;
+mod topology;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -95,6 +96,15 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a disk goes by force while it works", hotplug::forced),
     scenario("a dead disk goes by force", hotplug::quarantined),
     scenario("mistakes with devices", hotplug::mistakes),
+    scenario("a switch goes with all that is below", topology::whole),
+    scenario("a switch is put together out of sight", topology::built),
+    scenario("a switch goes while its child drains", topology::nested),
+    scenario("an adapter goes amid a long read", topology::adapter),
+    scenario("devices come while the guest boots", topology::at_boot),
+    scenario(
+        "what there is, by guest and by monitor",
+        topology::inventory,
+    ),
     scenario("dimms come and go", dimm::cycles),
     scenario("a guest keeps a dimm", dimm::refusal),
     scenario("a reset amid the removal of a dimm", dimm::reset),

@@ -244,7 +244,7 @@ fn grows(file: &File, than: u64) -> Result<()> {
 }
 
 /// Runs a shell command that must succeed.
-fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
+pub fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
     let done = vmm
         .guest()
         .exec(&["/bin/busybox", "sh", "-c", script], GUEST)?;
@@ -253,7 +253,7 @@ fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
 }
 
 /// Runs `command` again and again until it fails. It has gone well when this returns.
-fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
+pub fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
     let script = format!(
         "rm -f /done; touch /going; ([ -c /port ] && exec 3<> /port; rm -f /port; while {command}; do echo >> /done; done; \
          rm /going) < /dev/null > /dev/null 2>&1 &"
@@ -263,7 +263,7 @@ fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
 }
 
 /// What was kept on ends, now that the device has gone: nothing hangs.
-fn has_ended(vmm: &mut Vmm) -> Result<()> {
+pub fn has_ended(vmm: &mut Vmm) -> Result<()> {
     let begun = Instant::now();
     while shell(vmm, "[ ! -e /going ]").is_err() {
         ensure!(
@@ -307,7 +307,7 @@ fn node_gone(vmm: &mut Vmm, name: &str) -> Result<()> {
 }
 
 /// Writes and verifies, and goes on with that.
-fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
+pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
     let guest = vmm.guest();
     guest.disk_start(DiskStart {
         path: path.into(),
@@ -322,7 +322,7 @@ fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
 }
 
 /// What was under way has ended, well or with an error; nothing that was completed was wrong.
-fn disk_is_gone(vmm: &mut Vmm, path: &str) -> Result<()> {
+pub fn disk_is_gone(vmm: &mut Vmm, path: &str) -> Result<()> {
     let status: DiskStatus = vmm.guest().call(
         Command::DiskStop {
             path: path.into(),

@@ -8,6 +8,11 @@ use serde_json::json;
 
 use crate::vmm::Vmm;
 
+/// Workers of rings are the kernel's: they end when they have been idle for a while.
+const RING_WORKER: &str = "iou-wrk";
+/// The one thread that starts when it is first needed, whenever that is, and stays.
+const SWEEPER: &str = "memory-sweeper";
+
 /// What can be counted from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Residue {
@@ -103,7 +108,10 @@ fn names(directory: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory).context("task")? {
         let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
-        names.push(name.trim().to_owned());
+        let name = name.trim();
+        if !name.starts_with(RING_WORKER) && name != SWEEPER {
+            names.push(name.to_owned());
+        }
     }
     names.sort();
     Ok(names)
