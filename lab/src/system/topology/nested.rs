@@ -20,7 +20,7 @@ use crate::system::{Ground, MIB, STEP_LIMIT, clean_kernel_log};
 use crate::vmm::Vmm;
 
 /// How long one read takes: longer than all that is looked at meanwhile.
-const LATENCY: Duration = Duration::from_secs(20);
+const LATENCY: Duration = Duration::from_secs(25);
 /// Reads before that one: those of a kernel that looks at a new disk among them.
 const QUICK_READS: u32 = 200;
 /// In which the guest has seen that a button was pressed; it waits for five seconds then.
@@ -118,6 +118,8 @@ fn work(vmm: &mut Vmm) -> Result<()> {
 /// The guest turns the root port off without a word to its drivers.
 fn while_the_child_drains(vmm: &mut Vmm) -> Result<()> {
     let path = disk_path(vmm, "d0")?;
+    // All that takes an emulated guest long is done before the read begins.
+    let power_off = power_off(vmm)?;
     let begun = read_until_it_waits(vmm, &path)?;
     remove(vmm, "d0")?;
     vmm.qmp()
@@ -128,7 +130,7 @@ fn while_the_child_drains(vmm: &mut Vmm) -> Result<()> {
     // Requested, and then gone with what it is below.
     remove(vmm, "d1")?;
     remove(vmm, "sw")?;
-    power_off(vmm, "0x1b36", "0x000c")?;
+    shell(vmm, &power_off)?;
     let removals = in_phase(vmm, "sw", "draining")?;
     let since = |id| drains_since(&removals, id);
     let (all, child) = (since("sw")?, since("d0")?);
@@ -176,15 +178,12 @@ fn nothing_else_begins(vmm: &mut Vmm) -> Result<()> {
     refused(vmm, "x-ebbtide-device-announce", switch, "unplug")
 }
 
-/// Turns a port's slot off by its registers, as a driver does at the end of a removal.
-fn power_off(vmm: &mut Vmm, vendor: &str, device: &str) -> Result<()> {
+/// The command that turns the root port's slot off by its registers, as a driver does at the end of a removal.
+fn power_off(vmm: &mut Vmm) -> Result<String> {
+    const CONFIG: &str = "/sys/bus/pci/devices/0000:00:03.0/config";
     const SLOT_CONTROL: usize = 0x18;
     const OFF: u16 = 1 << 10 | 3 << 8;
-    let find = format!(
-        "for f in /sys/bus/pci/devices/*; do [ $(cat $f/vendor) = {vendor} ] && [ $(cat $f/device) = {device} ] && echo $f/config && exit; done; exit 1"
-    );
-    let config = output(vmm, &find)?.trim().to_owned();
-    let bytes = output(vmm, &format!("od -An -v -tx1 {config}"))?;
+    let bytes = output(vmm, &format!("od -An -v -tx1 {CONFIG}"))?;
     let bytes: Vec<u8> = bytes
         .split_whitespace()
         .map(|byte| u8::from_str_radix(byte, 16))
@@ -192,11 +191,10 @@ fn power_off(vmm: &mut Vmm, vendor: &str, device: &str) -> Result<()> {
     let at = express(&bytes).context("no PCI Express capability")? + SLOT_CONTROL;
     let word = bytes.get(at..at + 2).context("config space is short")?;
     let [low, high] = (u16::from_le_bytes([word[0], word[1]]) | OFF).to_le_bytes();
-    let write = format!(
-        "printf '\\x{low:02x}\\x{high:02x}' | dd of={config} bs=2 seek={} conv=notrunc",
+    Ok(format!(
+        "printf '\\x{low:02x}\\x{high:02x}' | dd of={CONFIG} bs=2 seek={} conv=notrunc",
         at / 2
-    );
-    shell(vmm, &write)
+    ))
 }
 
 /// Where the PCI Express capability is in a configuration space.
