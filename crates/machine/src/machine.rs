@@ -394,10 +394,11 @@ impl Machine {
         self.cpus.park().await;
         self.devices.finish_requested().await;
         for device in self.devices.quiesce().await {
-            // Its requests may still write to what the old guest gave them: the new guest must
-            // not meet the device. It stays allocated until they end.
+            // The new guest must not meet the device, which stays allocated until its requests end. Those that have not
+            // reached the host yet never will: they would write to what the old guest gave them.
+            self.devices.give_up(device.node);
             tracing::error!(
-                "{}: requests did not end within {:?}; the device is kept out of the new guest",
+                "{}: requests did not end within {:?}; the device is kept out of the new guest, and what the host has of it may still write to the memory that it was given",
                 device.name,
                 self.config.drain_timeout
             );

@@ -77,6 +77,14 @@ impl Devices {
         stuck
     }
 
+    /// Has a device begin nothing more at its backend, if it has one that can be given up.
+    pub(crate) fn give_up(&self, node: NodeId) {
+        let tree = self.tree.borrow();
+        if let Some(function) = tree.get(node).and_then(|n| n.info.site.function()) {
+            function.force();
+        }
+    }
+
     /// The end of all devices: their names that did not drain.
     pub(crate) async fn end(&self) -> Vec<String> {
         let deadline = self.local.now() + self.drain_timeout;

@@ -13,7 +13,7 @@ use crate::qmp::QmpError;
 use crate::vmm::Vmm;
 
 /// In which every command is answered, whatever the guest does, also where its processors are emulated on one core.
-const ANSWER: Duration = Duration::from_secs(5);
+const ANSWER: Duration = Duration::from_secs(10);
 /// How long all devices may take to go, by force.
 const CLEARED: Duration = Duration::from_secs(60);
 /// Between two steps.
@@ -198,6 +198,7 @@ pub struct Management {
     refused: u64,
     gone: u64,
     slowest: (String, Duration),
+    longest_exit: Duration,
 }
 
 impl Management {
@@ -211,6 +212,7 @@ impl Management {
             refused: 0,
             gone: 0,
             slowest: (String::new(), Duration::ZERO),
+            longest_exit: Duration::ZERO,
         }
     }
 
@@ -470,6 +472,21 @@ impl Management {
         Ok(())
     }
 
+    /// No access of the guest's has kept its processor for long.
+    pub fn check_stays(&mut self, vmm: &mut Vmm) -> Result<()> {
+        let stays = self.ask(vmm, "x-ebbtide-query-vcpus", Value::Null)??;
+        let stays = stays.as_array().context("x-ebbtide-query-vcpus")?;
+        for stay in stays {
+            let longest = stay["longest-exit-us"]
+                .as_u64()
+                .context("longest-exit-us")?;
+            let longest = Duration::from_micros(longest);
+            ensure!(longest < ANSWER, "an exit took {longest:.2?}: {stay}");
+            self.longest_exit = self.longest_exit.max(longest);
+        }
+        Ok(())
+    }
+
     /// Takes everything away.
     pub fn clear(&mut self, vmm: &mut Vmm) -> Result<()> {
         let begun = Instant::now();
@@ -500,8 +517,8 @@ impl fmt::Display for Management {
         let (command, took) = &self.slowest;
         write!(
             f,
-            "{} commands, {} of them refused, the slowest {command} in {took:.1?}; {} devices went",
-            self.asked, self.refused, self.gone
+            "{} commands, {} of them refused, the slowest {command} in {took:.1?}; the longest exit {:.1?}; {} devices went",
+            self.asked, self.refused, self.longest_exit, self.gone
         )
     }
 }
