@@ -225,11 +225,14 @@ impl Model {
     }
 }
 
-/// Where the one character device writes to.
+/// Where the one character device that has a file writes to.
 fn file_of_chardev(vmm: &mut Vmm) -> Result<File> {
     let chardevs = vmm.qmp().execute("query-chardev", Value::Null)?;
-    let name = chardevs[0]["filename"].as_str().context("filename")?;
-    let path = name.strip_prefix("file:").context("no file")?;
+    let names = chardevs.as_array().context("query-chardev")?.iter();
+    let path = names
+        .filter_map(|chardev| chardev["filename"].as_str()?.strip_prefix("file:"))
+        .next()
+        .with_context(|| format!("no file: {chardevs}"))?;
     File::open(path).with_context(|| path.to_owned())
 }
 
