@@ -2,6 +2,7 @@
 //! Devices come and go while the guest uses them. Nothing hangs, nothing is lost, nothing is left behind.
 
 mod force;
+mod held;
 mod models;
 pub(super) mod peer;
 mod residue;
@@ -15,6 +16,7 @@ use serde_json::{Value, json};
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 pub(super) use force::{forced, quarantined, until};
+pub(super) use held::{outlasted, waited_for};
 use models::Model;
 pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
 pub(super) use residue::Residue;

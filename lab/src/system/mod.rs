@@ -141,6 +141,16 @@ const SCENARIOS: &[Scenario] = &[
     scenario("an id, a slot and a node are used again", hotplug::reuse),
     scenario("a disk goes by force while it works", hotplug::forced),
     scenario("a dead disk goes by force", hotplug::quarantined),
+    one(
+        Series::V6_12,
+        "a removal is waited for",
+        hotplug::waited_for,
+    ),
+    one(
+        Series::V6_12,
+        "a reset that a read outlasts",
+        hotplug::outlasted,
+    ),
     one(Series::V6_1, "mistakes with devices", hotplug::mistakes),
     one(
         Series::V6_12,

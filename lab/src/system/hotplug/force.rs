@@ -90,7 +90,7 @@ fn names_the_request(removal: &Value) -> Result<()> {
 }
 
 /// A guest that writes to a disk behind a port, on the node n0 of `nodes`; one request is in flight.
-fn writing(ground: &Ground, nodes: impl IntoIterator<Item = Value>) -> Result<Vmm> {
+pub(super) fn writing(ground: &Ground, nodes: impl IntoIterator<Item = Value>) -> Result<Vmm> {
     let mut machine = ground.machine(USUAL_CPUS, BOOT);
     let more = ["--device", "pcie-root-port,id=rp1", "--drain-timeout", "5"];
     machine.more.extend(more.map(Into::into));
@@ -110,14 +110,14 @@ fn writing(ground: &Ground, nodes: impl IntoIterator<Item = Value>) -> Result<Vm
     Ok(vmm)
 }
 
-fn force(vmm: &mut Vmm) -> Result<()> {
+pub(super) fn force(vmm: &mut Vmm) -> Result<()> {
     vmm.qmp()
         .execute("x-ebbtide-device-force", json!({"id": "d0"}))?;
     Ok(())
 }
 
 /// The removal, once it has come so far.
-fn in_phase(vmm: &mut Vmm, phase: &str) -> Result<Value> {
+pub(super) fn in_phase(vmm: &mut Vmm, phase: &str) -> Result<Value> {
     let begun = Instant::now();
     loop {
         let removals = vmm.qmp().execute("x-ebbtide-query-removals", Value::Null)?;
@@ -154,7 +154,7 @@ fn only_the_error_is_logged(vmm: &mut Vmm) -> Result<()> {
 
 /// By `quit`: a Linux guest's driver waits for the status of a device that is gone to read 0, and that thread would wait
 /// at the end of the guest, too.
-fn end(mut vmm: Vmm) -> Result<()> {
+pub(super) fn end(mut vmm: Vmm) -> Result<()> {
     vmm.qmp().execute("quit", Value::Null)?;
     let status = vmm.wait_exit(STEP_LIMIT)?;
     ensure!(status.success(), "the VMM ended with {status}");

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! Requests that a backend holds until it is told to let go: what waits for them, and what does not.
+
+use std::path::Path;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+use super::force::{end, force, in_phase, until, writing};
+use super::{GUEST, LOOK, deleted, shell, wait_for};
+use crate::qmp::{Qmp, QmpError};
+use crate::system::{BOOT, BOOT_LIMIT, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
+use crate::vmm::Vmm;
+
+/// How long a wait is that is to be in vain.
+const IN_VAIN: Duration = Duration::from_secs(1);
+/// In which everything else is answered meanwhile, by an emulated machine.
+const MEANWHILE: Duration = Duration::from_millis(500);
+/// What the guest's memory is filled with, so that a write to it would be found.
+const FILLED: u64 = 320 * MIB;
+/// Reads of several processes at once, a part of the guest's memory for each.
+const READERS: &str = "for i in 0 1 2 3 4 5 6 7; do \
+                       dd if=/dev/vda of=/dev/null bs=1M iflag=direct skip=$i count=16 < /dev/null > /dev/null 2>&1 & \
+                       done";
+
+/// A wait on a connection of its own, by which others are not held up; its answer.
+struct Waiting(mpsc::Receiver<Result<Value, String>>);
+
+impl Waiting {
+    fn begin(socket: &Path, arguments: Value) -> Result<Waiting> {
+        let mut qmp = Qmp::connect(socket)?;
+        let (tell, told) = mpsc::channel();
+        std::thread::spawn(move || {
+            let answer = qmp.execute("x-ebbtide-wait", arguments);
+            // Who asked may have given up.
+            let _ = tell.send(answer.map_err(|e| format!("{e:#}")));
+        });
+        Ok(Waiting(told))
+    }
+
+    fn is_over(&self) -> bool {
+        !matches!(self.0.try_recv(), Err(mpsc::TryRecvError::Empty))
+    }
+
+    fn answer(self) -> Result<Result<Value, String>> {
+        self.0.recv_timeout(GUEST).context("x-ebbtide-wait")
+    }
+}
+
+/// Whoever waits for a removal hears of its end, of its withdrawal and of the end of his time, and holds up nobody.
+pub fn waited_for(ground: &Ground) -> Result<()> {
+    let medium = json!({"driver": "null-co", "node-name": "m0", "size": 64 << 20});
+    let rules = ["fault=hold,op=write"];
+    let held =
+        json!({"driver": "x-ebbtide-fault", "node-name": "n0", "file": "m0", "rules": rules});
+    let mut vmm = writing(ground, [medium, held])?;
+    let socket = vmm.qmp_path();
+    withdrawn(&mut vmm, &socket)?;
+    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+    force(&mut vmm)?;
+    in_phase(&mut vmm, "draining")?;
+
+    let limited = json!({"id": "d0", "phase": "drained", "timeout": IN_VAIN.as_secs_f64()});
+    let begun = Instant::now();
+    let late = Waiting::begin(&socket, limited)?.answer()?;
+    let said = late.err().context("a drain that does not end has ended")?;
+    ensure!(said.contains("draining"), "{said}");
+    ensure!(begun.elapsed() >= IN_VAIN, "after {:?}", begun.elapsed());
+
+    let waiting = Waiting::begin(&socket, json!({"id": "d0", "phase": "deleted"}))?;
+    for _ in 0..20 {
+        let begun = Instant::now();
+        vmm.qmp().execute("query-status", Value::Null)?;
+        ensure!(
+            begun.elapsed() < MEANWHILE,
+            "query-status took {:?}",
+            begun.elapsed()
+        );
+    }
+    ensure!(!waiting.is_over(), "the wait is over before the drain");
+    refused(&mut vmm, "x-ebbtide-fault-release", "m0", "holds nothing")?;
+    refused(&mut vmm, "x-ebbtide-fault-release", "none", "none")?;
+    let release = json!({"node-name": "n0", "forget": true});
+    let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+    ensure!(
+        released == json!({"released": 1, "held": 0}),
+        "released: {released}"
+    );
+    let answer = waiting.answer()?.map_err(anyhow::Error::msg)?;
+    ensure!(answer["phase"] == "deleted", "it waited for {answer}");
+    deleted(&mut vmm, "d0")?;
+
+    let gone = vmm
+        .qmp()
+        .execute("x-ebbtide-wait", json!({"id": "d0", "phase": "deleted"}));
+    let error = gone.err().context("there is a device that has gone")?;
+    ensure!(
+        error
+            .downcast_ref::<QmpError>()
+            .is_some_and(|e| e.class == "DeviceNotFound"),
+        "{error:#}"
+    );
+    until(&mut vmm, "the writer ends", "[ -s /ended ]")?;
+    for node in ["n0", "m0"] {
+        vmm.qmp()
+            .execute("blockdev-del", json!({"node-name": node}))?;
+    }
+    end(vmm)
+}
+
+/// The guest takes five seconds to let go, in which the removal is withdrawn.
+fn withdrawn(vmm: &mut Vmm, socket: &Path) -> Result<()> {
+    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+    let waiting = Waiting::begin(socket, json!({"id": "d0", "phase": "isolated"}))?;
+    vmm.qmp()
+        .execute("x-ebbtide-device-cancel", json!({"id": "d0"}))?;
+    let said = waiting.answer()?.err().context("it has not gone")?;
+    ensure!(said.contains("stays plugged in"), "{said}");
+    Ok(())
+}
+
+fn refused(vmm: &mut Vmm, command: &str, node: &str, part: &str) -> Result<()> {
+    let Err(error) = vmm.qmp().execute(command, json!({"node-name": node})) else {
+        bail!("{command} of {node} is not refused");
+    };
+    ensure!(format!("{error:#}").contains(part), "{error:#}");
+    Ok(())
+}
+
+/// How many operations a node holds; none is let go.
+fn held_by(vmm: &mut Vmm, node: &str) -> Result<u64> {
+    let none = json!({"node-name": node, "count": 0});
+    let answer = vmm.qmp().execute("x-ebbtide-fault-release", none)?;
+    answer["held"].as_u64().context("held")
+}
+
+/// Reads that have not begun when the machine is reset, and would after that: the next guest meets neither the disk nor
+/// a byte of what they read.
+pub fn outlasted(ground: &Ground) -> Result<()> {
+    let mut machine = ground.machine(USUAL_CPUS, BOOT);
+    machine
+        .more
+        .extend(["--drain-timeout", "2"].map(Into::into));
+    let mut vmm = ground.start(&machine)?;
+    let medium =
+        json!({"driver": "null-co", "node-name": "m0", "size": 64 << 20, "read-zeroes": true});
+    vmm.qmp().execute("blockdev-add", medium)?;
+    // The kernel's own look at a new disk is let through.
+    let rules = ["fault=hold,op=read,skip=40"];
+    let held =
+        json!({"driver": "x-ebbtide-fault", "node-name": "n0", "file": "m0", "rules": rules});
+    vmm.qmp().execute("blockdev-add", held)?;
+    let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0"});
+    vmm.qmp().execute("device_add", disk)?;
+    wait_for(&mut vmm, "/dev/vda", true)?;
+    shell(&mut vmm, READERS)?;
+    let begun = Instant::now();
+    while held_by(&mut vmm, "n0")? == 0 {
+        ensure!(begun.elapsed() < GUEST, "no read is held");
+        std::thread::sleep(LOOK);
+    }
+    vmm.qmp().execute("system_reset", Value::Null)?;
+    vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
+    vmm.wait_ready(BOOT_LIMIT).context("the next guest")?;
+    ensure!(
+        vmm.log().contains("d0: requests did not end"),
+        "the disk is not named:{}",
+        vmm.log()
+    );
+    wait_for(&mut vmm, "/sys/block/vda", false)?;
+    vmm.guest().fill(FILLED, 3, STEP_LIMIT)?;
+    let removal = in_phase(&mut vmm, "draining")?;
+    ensure!(removal["id"] == "d0", "{removal}");
+    let release = json!({"node-name": "n0", "forget": true});
+    let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+    ensure!(
+        released["released"].as_u64() > Some(0),
+        "nothing was held: {released}"
+    );
+    deleted(&mut vmm, "d0")?;
+    vmm.guest()
+        .check(STEP_LIMIT)
+        .context("a read of the last guest")?;
+    vmm.guest().free()?;
+    end(vmm)
+}
