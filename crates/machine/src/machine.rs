@@ -393,7 +393,9 @@ impl Machine {
     async fn reset(&self) -> Result<(), Error> {
         self.cpus.park().await;
         self.devices.finish_requested().await;
-        for device in self.devices.quiesce().await {
+        let stuck = self.devices.quiesce().await;
+        self.devices.silence(&stuck).await;
+        for device in stuck {
             // The new guest must not meet the device, which stays allocated until its requests end. Those that have not
             // reached the host yet never will: they would write to what the old guest gave them.
             self.devices.give_up(device.node);

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ebbtide_gate::{Entry, Gate, Lease};
 use ebbtide_models::seeded;
 
 use crate::interrupt::Interrupts;
@@ -17,6 +18,8 @@ pub struct Link {
     config: Mutex<Config>,
     /// The driver puts nothing into its queues any more. For good, as a function that was ejected does not come back.
     let_go: AtomicBool,
+    /// Entered to write to the guest's memory that a request has ended. Closed when another guest gets that memory.
+    answers: Arc<Gate>,
 }
 
 /// State of the configuration space's change protocol (2.5.1, 4.1.4.3.1).
@@ -49,6 +52,7 @@ impl Link {
             interrupts,
             config: Mutex::new(Config::default()),
             let_go: AtomicBool::new(false),
+            answers: Gate::new("answers"),
         })
     }
 
@@ -60,6 +64,18 @@ impl Link {
     /// Whether it has: what its driver put into the queues before can be seen now, and is all.
     pub(crate) fn has_let_go(&self) -> bool {
         self.let_go.load(Ordering::Acquire)
+    }
+
+    /// The right to write an answer to the guest's memory, for as long as the lease is held; none once that memory is
+    /// another guest's.
+    pub(crate) fn answer(&self) -> Option<Lease> {
+        self.answers.enter(Entry::Io)
+    }
+
+    /// No answer is written from now on, for good; ready when none is being written.
+    pub(crate) fn end_answers(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.answers.close();
+        self.answers.drained()
     }
 
     /// The status register.

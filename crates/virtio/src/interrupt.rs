@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use ebbtide_gate::Lease;
+
 use crate::control::Link;
 use crate::status::Session;
 
@@ -42,6 +44,12 @@ impl QueueInterrupt {
     /// Whether the driver puts nothing into the queue any more.
     pub(crate) fn driver_has_let_go(&self) -> bool {
         self.link.has_let_go()
+    }
+
+    /// The right to write to the driver's memory that a request has ended, however long that took; none if the machine was
+    /// reset meanwhile without waiting for the request.
+    pub(crate) fn answer(&self) -> Option<Lease> {
+        self.link.answer()
     }
 
     /// Interrupts the driver.

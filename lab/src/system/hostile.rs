@@ -19,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use ebbtide_hostile::Random;
 use serde_json::Value;
 
-use super::hotplug::Residue;
+use super::hotplug::{LOOK, Residue};
 use super::{Ground, MIB, STEP_LIMIT};
 use crate::image::Image;
 use crate::vmm::{Machine, Program, Vmm};
@@ -32,6 +32,8 @@ const SHORT: (u32, Duration) = (2, Duration::from_secs(5));
 const LONG: (u32, Duration) = (20, Duration::from_secs(30));
 /// A guest that has not come further within this is reset: it may have halted its own processors.
 const STALLED: Duration = Duration::from_secs(3);
+/// What goes after the devices is gone by then.
+const SWEPT: Duration = Duration::from_secs(10);
 /// Words of the guest that a round waits for, and how long at most, where the machine is busy with other things.
 const FEW: u64 = 3;
 const SLOW: Duration = Duration::from_secs(60);
@@ -81,12 +83,19 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
         let during = one_round(&mut vmm, &mut management, length);
         seen.add(&during.with_context(|| format!("round {round}"))?);
         within(ground, &vmm, logged).with_context(|| format!("round {round}"))?;
-        let after = Residue::of(&mut vmm)?;
-        if let Some(before) = &before {
-            before
-                .compare(&after)
-                .with_context(|| format!("left of round {round}"))?;
-        }
+        let begun = Instant::now();
+        let after = loop {
+            let after = Residue::of(&mut vmm)?;
+            let left = before
+                .as_ref()
+                .map_or(Ok(()), |before| before.compare(&after));
+            match left {
+                Ok(()) => break after,
+                // What only old views of the map knew closes when they are gone, on a thread of its own.
+                Err(_) if begun.elapsed() < SWEPT => std::thread::sleep(LOOK),
+                Err(left) => return Err(left.context(format!("left of round {round}"))),
+            }
+        };
         before = Some(after);
     }
     println!(

@@ -187,7 +187,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a dimm stays until its reason ends", dimm::refusal_undone),
     scenario("a dimm that can't be let go of", dimm::no_answer),
     scenario("the removal of a dimm is withdrawn", dimm::withdrawn),
-    scenario("a dimm goes under a request", dimm::in_flight),
+    one(
+        Series::V6_12,
+        "a dimm goes under a request",
+        dimm::in_flight,
+    ),
     one(Series::V6_12, "many dimms", dimm::many),
     one(Series::V6_12, "a dimm on a full file system", dimm::full),
     one(

@@ -20,10 +20,10 @@
 //! and not with the process by exit_group: a reset parks them, the control thread joins them before it drops what they
 //! use, and a thread that returns needs no call beyond those that all have.
 
-mod allocator;
 mod calls;
 mod filter;
 mod paths;
+mod settle;
 mod violation;
 
 #[cfg(test)]
@@ -104,11 +104,10 @@ impl Confinement {
         } = &config.confinement;
         let compile = |kind| Filters::new(kind, *seccomp).map_err(|e| Error::part("seccomp", e));
         if *seccomp != Seccomp::Off {
-            allocator::settle();
+            settle::all();
         }
         if *seccomp == Seccomp::On {
             violation::receive().map_err(|e| Error::part("seccomp", e))?;
-            settle_allocator();
         }
         let paths = match (landlock, paths::version()) {
             (false, _) => None,
@@ -263,19 +262,6 @@ impl Confinement {
     /// [`seal`](Self::seal).
     pub(crate) fn limits_programs(&self) -> bool {
         self.seccomp == Seccomp::On || self.paths.is_some()
-    }
-}
-
-/// Tells the allocator how many arenas it may have. It would look the number of processors up in a file otherwise, on
-/// whatever thread makes the ninth.
-fn settle_allocator() {
-    const ARENAS_PER_PROCESSOR: usize = 8;
-    let processors = std::thread::available_parallelism().map_or(1, usize::from);
-    let arenas = processors.saturating_mul(ARENAS_PER_PROCESSOR);
-    let arenas = libc::c_int::try_from(arenas).unwrap_or(libc::c_int::MAX);
-    // SAFETY: sets a number; it may be called at any time.
-    if unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) } == 0 {
-        tracing::warn!("the allocator takes no limit of its arenas");
     }
 }
 

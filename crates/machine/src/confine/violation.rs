@@ -42,7 +42,7 @@ struct Violation {
 /// `SYS_SECCOMP`: the reason in `si_code` is a filter.
 const BY_FILTER: c_int = 1;
 
-extern "C" fn on_violation(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void) {
+extern "C" fn on_violation(_: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
     // SAFETY: the kernel hands over a siginfo_t, which is larger than its part for this signal.
     let violation = unsafe { info.cast::<Violation>().read() };
     let mut line = Line::new();
@@ -54,8 +54,16 @@ extern "C" fn on_violation(_: c_int, info: *mut libc::siginfo_t, _: *mut c_void)
     if violation.code == BY_FILTER {
         line.put(b"` made system call ");
         line.number(violation.call.unsigned_abs());
+        // SAFETY: the kernel hands over a ucontext_t; the signal is raised at the call, so that the registers are those
+        // of its arguments.
+        let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+        line.put(b" (");
+        // Commands, flags and descriptors have 32 bits.
+        line.number(registers[libc::REG_RDI as usize] as u32);
+        line.put(b", ");
+        line.number(registers[libc::REG_RSI as usize] as u32);
         line.put(
-            b", which its seccomp filter forbids: ended (--seccomp log lets such calls pass)\n",
+            b"), which its seccomp filter forbids: ended (--seccomp log lets such calls pass)\n",
         );
     } else {
         line.put(b"` was sent SIGSYS: ended\n");

@@ -85,6 +85,23 @@ impl Devices {
         }
     }
 
+    /// Has `stuck`, and what is on its way out, answer nothing any more: the memory is the next guest's. Waits for those
+    /// that are writing an answer at this moment.
+    pub(crate) async fn silence(&self, stuck: &[Stuck]) {
+        let silenced: Vec<_> = {
+            let tree = self.tree.borrow();
+            let is_stuck = |node| stuck.iter().any(|device| device.node == node);
+            let old = tree
+                .iter()
+                .filter(|(node, n)| n.phase() >= Phase::Draining || is_stuck(*node));
+            old.filter_map(|(_, n)| Some(n.info.site.function()?.silence()))
+                .collect()
+        };
+        for silent in silenced {
+            silent.await;
+        }
+    }
+
     /// The end of all devices: their names that did not drain.
     pub(crate) async fn end(&self) -> Vec<String> {
         let deadline = self.local.now() + self.drain_timeout;

@@ -33,6 +33,12 @@ pub(crate) trait Removable: Function {
     /// The guest has ejected it: its driver asks for nothing more.
     fn guest_let_go(&self) {}
 
+    /// The guest is another one, whatever is still in flight: no answer is written to its memory. Ready when none is being
+    /// written.
+    fn silence(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(std::future::ready(()))
+    }
+
     /// Gives up what its requests wait for. False: there is nothing to give up.
     fn force(&self) -> bool {
         false
@@ -66,6 +72,10 @@ impl Removable for VirtioPci {
 
     fn guest_let_go(&self) {
         VirtioPci::guest_let_go(self);
+    }
+
+    fn silence(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(VirtioPci::silence(self))
     }
 
     fn force(&self) -> bool {

@@ -221,7 +221,7 @@ impl VirtioDevice for VirtioBlk {
         for queue in queues {
             let remote = self.remote_of(queue.index)?;
             queue.removed.listen();
-            let index = queue.index;
+            let (index, interrupt) = (queue.index, queue.interrupt.clone());
             let setup = Setup {
                 name: Arc::clone(&self.name),
                 queue,
@@ -244,6 +244,7 @@ impl VirtioDevice for VirtioBlk {
                         counters,
                         flights,
                         queue: index,
+                        interrupt,
                         gate: Arc::clone(&setup.gate),
                         writeback,
                         flushes,

@@ -16,6 +16,7 @@ use super::metrics::Counters;
 use super::prepare::{AnswerPlace, Job, Preparation, Work};
 use super::request::{ID_BYTES, Kind, Segments, Status, Terms};
 use crate::flights::Flights;
+use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::Chain;
 
@@ -29,6 +30,8 @@ pub(super) struct Requests {
     pub flights: Arc<Flights>,
     /// Which queue it is.
     pub queue: u16,
+    /// Gives the right to answer.
+    pub interrupt: QueueInterrupt,
     /// The activation's: once it is closed nobody waits for data.
     pub gate: Arc<Gate>,
     /// How the driver set the cache, if it can.
@@ -124,7 +127,8 @@ impl Service for Requests {
         } else {
             0
         };
-        let written = answer.give(status, data_written);
+        let right = self.interrupt.answer();
+        let written = right.map_or(0, |_right| answer.give(status, data_written));
         self.flights.end(self.queue, head);
         let moved = result.is_ok().then_some(u64::from(data_bytes));
         self.count(kind, moved, began);

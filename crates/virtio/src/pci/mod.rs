@@ -195,6 +195,12 @@ impl VirtioPci {
         self.transport.get().link.set_let_go();
     }
 
+    /// Has the requests in flight write no answer to the guest's memory any more, for good: a reset of the machine does not
+    /// wait for them. Ready when none is being written. What the host was asked to read may still come.
+    pub fn silence(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.transport.get().link.end_answers()
+    }
+
     /// Gives up what the requests in flight wait for; see [`VirtioDevice::abandon`].
     pub fn abandon(&self) -> bool {
         self.transport.get().device.abandon()

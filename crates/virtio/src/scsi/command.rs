@@ -21,6 +21,7 @@ use super::request::{
 use super::shared::Shared;
 use super::targets::{Unit, luns_of};
 use super::tasks::{Fate, Task};
+use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::{Buffers, Chain};
 
@@ -32,6 +33,8 @@ pub(super) struct Commands {
     pub gate: Arc<Gate>,
     /// Which of the device's queues it is.
     pub index: u16,
+    /// Gives the right to answer.
+    pub interrupt: QueueInterrupt,
     /// Its list of tasks.
     pub queue: usize,
 }
@@ -258,7 +261,8 @@ impl Service for Commands {
             (Fate::Running, Err(sense)) => Outcome::check(sense),
             (Fate::Running, Ok(())) => Outcome::good(bytes, if reads { bytes } else { 0 }),
         };
-        let written = self.answer(&answer, outcome, room, sizes);
+        let right = self.interrupt.answer();
+        let written = right.map_or(0, |_right| self.answer(&answer, outcome, room, sizes));
         self.shared.flights.end(self.index, head);
         self.shared.counters.end();
         Answered {

@@ -14,12 +14,15 @@ use super::request::{
 use super::shared::Shared;
 use super::targets::{Units, luns_of};
 use super::tasks::{Entry, Fate};
+use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::Chain;
 
 /// The requests of the control queue.
 pub(super) struct Controls {
     pub shared: Arc<Shared>,
+    /// Gives the right to answer.
+    pub interrupt: QueueInterrupt,
 }
 
 /// A function that may have to wait for commands.
@@ -70,9 +73,10 @@ impl Service for Controls {
             tag,
         } = job;
         let response = self.manage(function, address, tag).await;
+        let right = self.interrupt.answer();
         Answered {
             head,
-            written: answer.give(&[response as u8], 0),
+            written: right.map_or(0, |_right| answer.give(&[response as u8], 0)),
             kept: answer,
         }
     }

@@ -298,14 +298,13 @@ impl VirtioScsi {
     fn start(&self, setup: Setup) -> Result<(), ActivateError> {
         let index = setup.queue.index;
         let remote = self.remote_of(index)?;
-        let shared = Arc::clone(&self.shared);
+        let (shared, interrupt) = (Arc::clone(&self.shared), setup.queue.interrupt.clone());
         if index != EVENT_QUEUE {
             setup.queue.removed.listen();
         }
         let spawned = match index {
-            CONTROL_QUEUE => {
-                remote.spawn(move |local| service::serve(local, setup, Controls { shared }))
-            }
+            CONTROL_QUEUE => remote
+                .spawn(move |local| service::serve(local, setup, Controls { shared, interrupt })),
             EVENT_QUEUE => {
                 let events = Arc::clone(&shared.events);
                 remote.spawn(move |local| events::serve(local, setup, events))
@@ -316,6 +315,7 @@ impl VirtioScsi {
                     local: local.clone(),
                     gate: Arc::clone(&setup.gate),
                     index,
+                    interrupt,
                     queue: usize::from(index - REQUEST_QUEUES),
                 };
                 service::serve(local, setup, commands)
