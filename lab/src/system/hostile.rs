@@ -32,8 +32,9 @@ const SHORT: (u32, Duration) = (2, Duration::from_secs(5));
 const LONG: (u32, Duration) = (20, Duration::from_secs(30));
 /// A guest that has not come further within this is reset: it may have halted its own processors.
 const STALLED: Duration = Duration::from_secs(3);
-/// What goes after the devices is gone by then.
-const SWEPT: Duration = Duration::from_secs(10);
+/// What goes after the devices is gone when nothing has changed for so long, or by then.
+const QUIET: Duration = Duration::from_secs(1);
+const SWEPT: Duration = Duration::from_secs(20);
 /// Words of the guest that a round waits for, and how long at most, where the machine is busy with other things.
 const FEW: u64 = 3;
 const SLOW: Duration = Duration::from_secs(60);
@@ -83,19 +84,12 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
         let during = one_round(&mut vmm, &mut management, length);
         seen.add(&during.with_context(|| format!("round {round}"))?);
         within(ground, &vmm, logged).with_context(|| format!("round {round}"))?;
-        let begun = Instant::now();
-        let after = loop {
-            let after = Residue::of(&mut vmm)?;
-            let left = before
-                .as_ref()
-                .map_or(Ok(()), |before| before.compare(&after));
-            match left {
-                Ok(()) => break after,
-                // What only old views of the map knew closes when they are gone, on a thread of its own.
-                Err(_) if begun.elapsed() < SWEPT => std::thread::sleep(LOOK),
-                Err(left) => return Err(left.context(format!("left of round {round}"))),
-            }
-        };
+        let after = settled(&mut vmm)?;
+        if let Some(before) = &before {
+            before
+                .compare(&after)
+                .with_context(|| format!("left of round {round}"))?;
+        }
         before = Some(after);
     }
     println!(
@@ -108,6 +102,21 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
     ensure!(status.success(), "it ended with {status}");
     ensure!(!vmm.qmp_path().exists(), "its socket is left behind");
     Ok(())
+}
+
+/// What is left when it has been the same for a while. What only old views of the memory map knew of a device is closed
+/// when those are gone, on a thread of its own.
+fn settled(vmm: &mut Vmm) -> Result<Residue> {
+    let (begun, mut since) = (Instant::now(), Instant::now());
+    let mut left = Residue::of(vmm)?;
+    while since.elapsed() < QUIET && begun.elapsed() < SWEPT {
+        std::thread::sleep(LOOK);
+        let now = Residue::of(vmm)?;
+        if now != left {
+            (left, since) = (now, Instant::now());
+        }
+    }
+    Ok(left)
 }
 
 /// What must not grow without bound, when all devices are gone.
