@@ -60,7 +60,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Makes an empty memory and starts its grace worker. The first one in a process also begins
+    /// Makes an empty memory and starts its grace worker and its sweeper. The first one in a process also begins
     /// to receive SIGSEGV and SIGBUS, so that memory the host does not provide is an error: what
     /// did not come from a copy here goes to whoever received the signals before. Receivers that
     /// come later must hand on what is not theirs.
@@ -72,7 +72,7 @@ impl Memory {
     }
 
     fn with_barrier(config: MemoryConfig, barrier: Barrier) -> Result<Arc<Memory>, Error> {
-        Memory::with_worker(config, barrier, |worker, arena| {
+        let memory = Memory::with_worker(config, barrier, |worker, arena| {
             let run = move || {
                 worker.run();
                 // Until here pins may have pointed into it.
@@ -82,7 +82,11 @@ impl Memory {
             let thread = thread::Builder::new().name(name.to_owned()).spawn(run);
             let source = |source| Error::Thread { name, source };
             thread.map(Some).map_err(source)
-        })
+        })?;
+        let name = Sweeper::NAME;
+        let source = |source| Error::Thread { name, source };
+        memory.sweeper.start().map_err(source)?;
+        Ok(memory)
     }
 
     /// With the worker handed to `start`, which has it run as long as there may be pins, with the

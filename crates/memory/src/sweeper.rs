@@ -3,10 +3,11 @@
 //!
 //! A view can be the last to know a device's registers; dropping those runs the device's
 //! destructor, which may close files; an old set of RAM blocks the last to know a file. The thread
-//! starts when that first happens.
+//! starts with the memory: who has old views back may be a thread that must not start others.
 
+use std::io;
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
 use crate::RamBlocks;
@@ -24,6 +25,18 @@ struct Running {
 }
 
 impl Sweeper {
+    /// The name of the thread.
+    pub(crate) const NAME: &str = "memory-sweeper";
+
+    /// Starts the thread.
+    pub(crate) fn start(&self) -> io::Result<()> {
+        let (things, received) = channel::<Box<dyn Send>>();
+        let spawned = thread::Builder::new().name(Self::NAME.to_owned());
+        let handle = spawned.spawn(move || received.into_iter().for_each(drop))?;
+        *self.lock() = Some(Running { things, handle });
+        Ok(())
+    }
+
     /// Drops a section of an old view.
     pub(crate) fn drop_section(&self, flat: Arc<Flat>) {
         let Some(flat) = Arc::into_inner(flat) else {
@@ -54,25 +67,19 @@ impl Sweeper {
         }
     }
 
+    /// Without the thread, as in models, things are dropped where they are.
     fn drop_elsewhere(&self, thing: Box<dyn Send>) {
-        let mut thread = self
-            .thread
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
-        if thread.is_none() {
-            let (things, received) = channel::<Box<dyn Send>>();
-            let spawned = thread::Builder::new().name("memory-sweeper".to_owned());
-            match spawned.spawn(move || received.into_iter().for_each(drop)) {
-                Ok(handle) => *thread = Some(Running { things, handle }),
-                Err(error) => {
-                    tracing::error!(%error, "no sweeper thread: a device's end may hold up unplugs")
-                }
-            }
-        }
+        let thread = self.lock();
         if let Some(running) = &*thread {
             // The thread ends only with the sender.
             let _ = running.things.send(thing);
         }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Running>> {
+        self.thread
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 

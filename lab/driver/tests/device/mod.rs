@@ -140,7 +140,7 @@ fn count(directory: impl AsRef<Path>) -> usize {
     std::fs::read_dir(directory).expect("proc").count()
 }
 
-/// The names of the threads, but for two that stay once they were needed: the memory's sweeper, the kernel's workers.
+/// The names of the threads, but for two that may outlive a board by a moment: the memory's sweeper, the kernel's workers.
 fn threads() -> Vec<String> {
     let tasks = std::fs::read_dir("/proc/self/task").expect("proc");
     let name = |task: std::io::Result<std::fs::DirEntry>| {

@@ -10,8 +10,6 @@ use crate::vmm::Vmm;
 
 /// Workers of rings are the kernel's: they end when they have been idle for a while.
 const RING_WORKER: &str = "iou-wrk";
-/// The one thread that starts when it is first needed, whenever that is, and stays.
-const SWEEPER: &str = "memory-sweeper";
 
 /// What can be counted from outside.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +113,7 @@ fn names(directory: &str) -> Result<Vec<String>> {
     for entry in fs::read_dir(directory).context("task")? {
         let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
         let name = name.trim();
-        if !name.starts_with(RING_WORKER) && name != SWEEPER {
+        if !name.starts_with(RING_WORKER) {
             names.push(name.to_owned());
         }
     }
