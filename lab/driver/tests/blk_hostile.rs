@@ -5,30 +5,9 @@ mod disk;
 
 use disk::{ALL, Options, Rig, SECTOR, SERIAL, pattern};
 use ebbtide_lab_driver::blk::{Request, status};
-use ebbtide_lab_driver::{Layout, Part, poll};
+use ebbtide_lab_driver::{Layout, Part, Random, poll};
 use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
 use ebbtide_virtio::status as device_status;
-
-/// splitmix64
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
-
-    fn one_of<T: Copy>(&mut self, list: &[T]) -> T {
-        list[self.below(list.len() as u64) as usize]
-    }
-}
 
 fn random_part(random: &mut Random, ram: Gpa, writable: bool) -> Part {
     let gpa = match random.below(10) {

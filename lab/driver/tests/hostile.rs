@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ebbtide_block::{Disk, DiskSpec};
 use ebbtide_iothread::{Blocking, Receiver, channel};
-use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part, VirtioDriver, blk, mem};
+use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part, Random, VirtioDriver, blk, mem};
 use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::mem::{MemEvent, MemSpec, VirtioMem};
@@ -29,31 +29,15 @@ const NEXT: u16 = Descriptor::NEXT;
 const WRITE: u16 = Descriptor::WRITE;
 const INDIRECT: u16 = Descriptor::INDIRECT;
 
-/// splitmix64: what goes wrong goes wrong again with the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ mixed >> 31
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-
-    /// Numbers at which things change, and any.
-    fn number(&mut self) -> u64 {
-        match self.below(6) {
-            0 => 0,
-            1 => u64::MAX,
-            2 => u64::MAX << self.below(64),
-            3 => 1 << self.below(64),
-            4 => self.below(0x100),
-            _ => self.next(),
-        }
+/// Numbers at which things change, and any.
+fn number(random: &mut Random) -> u64 {
+    match random.below(6) {
+        0 => 0,
+        1 => u64::MAX,
+        2 => u64::MAX << random.below(64),
+        3 => 1 << random.below(64),
+        4 => random.below(0x100),
+        _ => random.next(),
     }
 }
 
@@ -224,7 +208,7 @@ fn registers_take_every_width_at_every_offset() {
                     victim
                         .driver
                         .pci()
-                        .store(bar + offset, size, random.number());
+                        .store(bar + offset, size, number(&mut random));
                 }
                 victim.driver.pci().load(bar + offset, size);
             });
@@ -248,7 +232,7 @@ fn msix_takes_every_width_at_every_offset() {
         victim
             .driver
             .pci()
-            .store(bar + offset, size, random.number());
+            .store(bar + offset, size, number(&mut random));
         victim.driver.pci().load(bar + offset, size);
     });
     // Vectors go nowhere now, chains still do.
@@ -271,7 +255,7 @@ fn configuration_space_takes_every_width_at_every_offset() {
                     victim
                         .driver
                         .pci()
-                        .write_config(offset, size, random.number() as u32);
+                        .write_config(offset, size, number(&mut random) as u32);
                     victim.driver.pci().read_config(offset, size);
                 },
             );
@@ -305,7 +289,7 @@ fn several_cpus_write_everywhere_while_the_device_works() {
                         let value = if offset == STATUS && random.below(3) > 0 {
                             0xf
                         } else {
-                            random.number()
+                            number(&mut random)
                         };
                         pci.store(bar + offset, u8::try_from(size).expect("a width"), value);
                         pci.load(bar + offset, 4);
@@ -449,12 +433,12 @@ fn a_head_outside_the_table_makes_every_device_ask_for_a_reset() {
 fn scribble(random: &mut Random, victim: &Victim, queue: &mut DriverQueue, area: Gpa) {
     for at in 0..QUEUE_SIZE {
         let address = match random.below(4) {
-            0 => random.number(),
+            0 => number(random),
             1 => MEM_ADDR + random.below(BLOCK_BYTES * 20),
             _ => area.0 + random.below(0x4000),
         };
         let length = match random.below(3) {
-            0 => random.number() as u32,
+            0 => number(random) as u32,
             1 => 16 * random.below(40) as u32,
             _ => [0, 1, 10, 16, 24, 512, 513][random.below(7) as usize],
         };
@@ -471,7 +455,7 @@ fn scribble(random: &mut Random, victim: &Victim, queue: &mut DriverQueue, area:
         queue.set_descriptor(at, &Descriptor::new(address, length, flags, next));
     }
     let bytes: Vec<u8> = (0..0x4000 / 8)
-        .flat_map(|_| random.number().to_le_bytes())
+        .flat_map(|_| number(random).to_le_bytes())
         .collect();
     victim.board.ram().write(area, &bytes);
     for _ in 0..1 + random.below(4) {
@@ -525,7 +509,7 @@ fn features_no_device_has_are_never_negotiated() {
         let mut random = Random(11);
         let offered = victim.driver.offered();
         for _ in 0..100 {
-            let wanted = random.number() | features::VERSION_1;
+            let wanted = number(&mut random) | features::VERSION_1;
             victim.driver.reset().expect("a reset");
             victim
                 .driver

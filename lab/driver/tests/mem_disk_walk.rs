@@ -16,11 +16,11 @@ use ebbtide_block::fault::{Fault, Rule};
 use ebbtide_block::{Disk, DiskSpec, Faults};
 use ebbtide_lab_driver::blk::{Request, status};
 use ebbtide_lab_driver::mem::Answer;
-use ebbtide_lab_driver::{Board, DriverQueue, GuestRam, Layout, VirtioDriver};
+use ebbtide_lab_driver::{Board, DriverQueue, GuestRam, Layout, Random, VirtioDriver};
 use ebbtide_memory::{AddressSpace, Gpa};
 use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
-use plugging::{BASE, BLOCK, Random, Rig};
+use plugging::{BASE, BLOCK, Rig};
 
 const BLOCKS: u64 = 48;
 const PAGE: usize = 4096;

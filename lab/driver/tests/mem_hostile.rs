@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use ebbtide_iothread::Local;
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State};
-use ebbtide_lab_driver::{DriverQueue, GuestRam, Layout, block_on, common, poll};
+use ebbtide_lab_driver::{DriverQueue, GuestRam, Layout, Random, block_on, common, poll};
 use ebbtide_virtio::status;
-use plugging::{BASE, BLOCK, GIB, LATER, MIB, Random, Rig};
+use plugging::{BASE, BLOCK, GIB, LATER, MIB, Rig};
 
 /// A driver fills its queues before DRIVER_OK (3.1.1) and may not kick before it.
 #[test]

@@ -8,10 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use ebbtide_lab_driver::Random;
 use ebbtide_lab_driver::mem::{Answer, Kind, State};
 use ebbtide_memory::{Access, AddressSpace, Gpa};
 use ebbtide_virtio::mem::{MemEvent, Progress, VirtioMem};
-use plugging::{BASE, BLOCK, GIB, Random, Rig};
+use plugging::{BASE, BLOCK, GIB, Rig};
 
 const REGION_BLOCKS: usize = 1024;
 

@@ -17,19 +17,18 @@ mod device;
 mod cycle;
 mod heap;
 mod plain;
-mod random;
 mod storage;
 mod streams;
 mod virtio;
 mod world;
 
+use ebbtide_lab_driver::Random;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use cycle::{Behaviour, Event, Line, Step, Subject};
 use device::Residue;
-use random::Random;
 use storage::Image;
 use virtio::{Made, Virtio};
 use world::World;

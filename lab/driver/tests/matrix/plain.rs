@@ -271,12 +271,8 @@ struct Shared {
 pub fn shared_memory(world: &Rc<World>, behaviour: Behaviour) -> Box<dyn Subject> {
     let size_bytes = 1 << 16;
     let spec = RamSpec {
-        name: "shm0".into(),
-        size_bytes,
-        max_size_bytes: size_bytes,
         backing: Backing::Memfd { thp: false },
-        prefault: false,
-        block_size_bytes: None,
+        ..RamSpec::anon("shm0", size_bytes)
     };
     let memory = world.board.memory();
     let block = memory.ram().add(spec).expect("memory");

@@ -9,7 +9,7 @@ use ebbtide_block::fault::{Fault, Faults, Order, Rule};
 use ebbtide_block::{Disk, DiskSpec};
 use ebbtide_iothread::{Receiver, channel};
 use ebbtide_lab_driver::scsi::{self, Command, Control, Data, response};
-use ebbtide_lab_driver::{GuestRam, Layout, Part, blk};
+use ebbtide_lab_driver::{GuestRam, Layout, Part, Random, blk};
 use ebbtide_scsi::Identity;
 use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::balloon::{BalloonEvent, BalloonSpec, VirtioBalloon};
@@ -17,7 +17,6 @@ use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::scsi::{ScsiSpec, VirtioScsi};
 
 use crate::cycle::{Behaviour, DELAY};
-use crate::random::Random;
 use crate::virtio::{Backend, Guest, Made, Request};
 use crate::world::World;
 

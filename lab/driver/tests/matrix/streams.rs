@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_devices::chardev::Wire;
 use ebbtide_iothread::Local;
-use ebbtide_lab_driver::GuestRam;
+use ebbtide_lab_driver::{GuestRam, Random};
 use ebbtide_net::{MacAddress, Netdev};
 use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::console::{ConsoleSpec, PortKind, PortSpec, VirtioConsole};
@@ -19,7 +19,6 @@ use ebbtide_virtio::net::{NetSpec, VirtioNet};
 use ebbtide_virtio::rng::{EntropySource, Reading, RngBackend, RngSpec, VirtioRng};
 
 use crate::cycle::{Behaviour, DELAY};
-use crate::random::Random;
 use crate::storage::{Image, Room};
 use crate::virtio::{Backend, Made, Request};
 use crate::world::World;

@@ -7,13 +7,12 @@ use std::sync::Arc;
 
 use ebbtide_device::Draining;
 use ebbtide_lab_driver::{
-    DriverQueue, GuestRam, Layout, Part, PciDevice, VirtioDriver, common, poll,
+    DriverQueue, GuestRam, Layout, Part, PciDevice, Random, VirtioDriver, common, poll,
 };
 use ebbtide_memory::Gpa;
 use ebbtide_virtio::{VirtioDevice, VirtioPci, status};
 
 use crate::cycle::{Step, Subject};
-use crate::random::Random;
 use crate::world::{ID, RAM_BYTES, Removable, World};
 
 /// What memory is filled with that is the guest's to use for something else.
