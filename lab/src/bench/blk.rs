@@ -7,11 +7,11 @@
 //! take for each request.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, DiskLoad, DiskLoaded};
 
 use super::scheduled::Scheduled;
@@ -203,8 +203,12 @@ impl Spent {
         for task in fs::read_dir(format!("/proc/{pid}/task"))? {
             let task = task?.path();
             let file = task.join("comm");
-            let name = fs::read_to_string(&file);
-            if !is_vcpu(&name.with_context(|| format!("read {}", file.display()))?) {
+            let name = match fs::read_to_string(&file) {
+                Ok(name) => name,
+                Err(error) if has_ended(&error) => continue,
+                Err(error) => bail!("read {}: {error}", file.display()),
+            };
+            if !is_vcpu(&name) {
                 continue;
             }
             vcpus_ns += nanos(Scheduled::of_thread(&task)?.ran);
@@ -219,6 +223,12 @@ impl Spent {
             vcpus_ns,
         })
     }
+}
+
+/// Whether a thread's file cannot be read because the thread ended after it was listed: before
+/// the file was opened or after.
+fn has_ended(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 fn nanos(time: Duration) -> u64 {
