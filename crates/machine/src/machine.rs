@@ -363,13 +363,24 @@ impl Machine {
     /// The guest runs.
     fn set_running(&self) {
         self.state.set(RunState::Running);
-        self.devices.stand_still(false);
+        self.stand_still(false);
         self.cpus.run();
+    }
+
+    /// Time that devices measure for the guest, or of it, stands still, or goes on.
+    fn stand_still(&self, still: bool) {
+        self.devices.stand_still(still);
+        for slot in &self.slots {
+            match still {
+                true => slot.device.guest_stopped(),
+                false => slot.device.guest_runs(),
+            }
+        }
     }
 
     /// The vCPUs are parked and stay so, because of `state`.
     fn halted(&self, state: RunState, events: &EventSink) {
-        self.devices.stand_still(true);
+        self.stand_still(true);
         let before = self.state.replace(state);
         if lifecycle::halt_is_news(before) {
             events.emit(events::STOP.with(Empty {}));

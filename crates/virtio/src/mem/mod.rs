@@ -279,6 +279,16 @@ impl VirtioMem {
         self.shared.retry(Instant::now());
     }
 
+    /// The guest is stopped: that its driver does nothing is no stall, and it is not told again until [`guest_runs`](Self::guest_runs).
+    pub fn guest_stopped(&self) {
+        self.shared.guest_stopped(Instant::now());
+    }
+
+    /// The guest runs, again or still. The time it was stopped for does not count.
+    pub fn guest_runs(&self) {
+        self.shared.guest_runs(Instant::now());
+    }
+
     /// How it is doing.
     pub fn status(&self) -> MemStatus {
         let Region {

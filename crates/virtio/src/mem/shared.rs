@@ -154,6 +154,16 @@ impl Shared {
         self.news();
     }
 
+    pub(super) fn guest_stopped(&self, now: Instant) {
+        self.lock().resize.guest_stopped(now);
+        self.news();
+    }
+
+    pub(super) fn guest_runs(&self, now: Instant) {
+        self.lock().resize.guest_runs(now);
+        self.news();
+    }
+
     /// A driver has started the device; returns what [`driver_gone`](Self::driver_gone) and
     /// [`driver_broke`](Self::driver_broke) name it by.
     pub(super) fn driver_ready(&self, now: Instant) -> u64 {

@@ -61,7 +61,7 @@ impl Default for Pacing {
             pause_max: Duration::from_secs(30),
             kicks_max: 12,
             patience: Duration::from_secs(10),
-            absent_patience: Duration::from_secs(15),
+            absent_patience: Duration::from_secs(60),
         }
     }
 }
@@ -207,6 +207,8 @@ pub(crate) struct Resize {
     reported: Option<Progress>,
     /// When the driver last sent a request.
     last_request: Option<Instant>,
+    /// The guest does not run since: nothing can be expected of its driver.
+    stopped: Option<Instant>,
 }
 
 impl Resize {
@@ -234,7 +236,26 @@ impl Resize {
                 Progress::Working
             }),
             last_request: None,
+            stopped: None,
         }
+    }
+
+    /// The guest does not run any more: no time passes until it does.
+    pub(crate) fn guest_stopped(&mut self, now: Instant) {
+        self.stopped.get_or_insert(now);
+    }
+
+    /// The guest runs again.
+    pub(crate) fn guest_runs(&mut self, now: Instant) {
+        let Some(stopped) = self.stopped.take() else {
+            return;
+        };
+        let stood = now.saturating_duration_since(stopped);
+        // What happened meanwhile happened at this moment, by the guest's time.
+        let later = |at: Instant| (at + stood).min(now);
+        self.quiet_from = later(self.quiet_from);
+        self.hope = later(self.hope);
+        self.begun = self.begun.map(later);
     }
 
     pub(crate) fn driver(&self) -> DriverState {
@@ -383,7 +404,8 @@ impl Resize {
     }
 
     fn kick_at(&self) -> Option<Instant> {
-        let idle = self.driver() == DriverState::Ready && self.begun.is_none();
+        let idle =
+            self.stopped.is_none() && self.driver() == DriverState::Ready && self.begun.is_none();
         if !idle || self.distance() == 0 || self.fruitless >= self.pacing.kicks_max {
             return None;
         }
@@ -404,7 +426,8 @@ impl Resize {
 
     /// When the wait is to be called a stall; `None` when that has been said, or there is nothing to wait for.
     fn stall_at(&self) -> Option<Instant> {
-        if self.distance() == 0
+        if self.stopped.is_some()
+            || self.distance() == 0
             || matches!(
                 self.reported,
                 Some(Progress::Partial(_) | Progress::Stalled(_))

@@ -249,6 +249,41 @@ fn nothing_moved_is_a_stall() {
 }
 
 #[test]
+fn a_guest_that_is_stopped_has_no_time_to_lose() {
+    let mut scene = Scene::settled(4 * GIB);
+    scene.target(GIB);
+    assert_eq!(Scene::kicks(&scene.pass(S * 3)), [2]);
+    scene.resize.guest_stopped(scene.now);
+    assert_eq!(scene.resize.wake_at(), None);
+    assert_eq!(scene.pass(S * 3600), []);
+    scene.resize.guest_stopped(scene.now);
+    scene.resize.guest_runs(scene.now);
+    // It had been silent for 1 s since it was told, and for 3 s in all.
+    let happened = scene.pass(S * 8);
+    assert_eq!(Scene::kicks(&happened), [3]);
+    assert_eq!(
+        Scene::reports(&happened),
+        [(7, Progress::Stalled(Reason::Unmovable))]
+    );
+    scene.resize.guest_runs(scene.now);
+    assert_eq!(scene.resize.hope + S * 11, scene.now);
+}
+
+#[test]
+fn what_is_wanted_of_a_stopped_guest_is_wanted_from_when_it_runs() {
+    let mut scene = Scene::settled(4 * GIB);
+    scene.resize.guest_stopped(scene.now);
+    scene.pass(S * 3600);
+    scene.target(GIB);
+    scene.pass(S * 3600);
+    scene.resize.guest_runs(scene.now);
+    assert_eq!(
+        Scene::reports(&scene.pass(S * 60)),
+        [(10, Progress::Stalled(Reason::Unmovable))]
+    );
+}
+
+#[test]
 fn moving_on_after_a_stall_is_work_again_and_may_stall_again() {
     let mut scene = Scene::settled(4 * GIB);
     scene.target(GIB);
@@ -360,7 +395,7 @@ fn no_driver() {
     let happened = scene.pass(S * 100);
     assert_eq!(
         happened,
-        [(S * 15, Action::Report(Progress::Stalled(Reason::NoDriver)))]
+        [(S * 60, Action::Report(Progress::Stalled(Reason::NoDriver)))]
     );
     scene.resize.driver_ready(scene.now);
     assert_eq!(scene.resize.progress(), Progress::Working);
@@ -381,7 +416,7 @@ fn nothing_requested_and_no_driver_is_fine() {
     scene.target_without_driver(GIB);
     assert_eq!(
         scene.pass(S * 100),
-        [(S * 15, Action::Report(Progress::Stalled(Reason::NoDriver)))]
+        [(S * 60, Action::Report(Progress::Stalled(Reason::NoDriver)))]
     );
 }
 
