@@ -221,6 +221,7 @@ impl ColdFunction {
             bus,
             at,
             parent: None,
+            instance: None,
         };
         let mut uses: Vec<Box<dyn AnyUse>> = Vec::new();
         let mut face = Face::Plain;

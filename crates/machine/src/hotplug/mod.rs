@@ -15,6 +15,7 @@ pub(crate) mod dimm;
 pub(crate) mod drivers;
 mod ejector;
 mod ending;
+mod instance;
 pub(crate) mod netdevs;
 mod news;
 mod objects;
@@ -512,6 +513,7 @@ impl Devices {
         if let (Some(key), Some(eject)) = (key, eject) {
             self.ejector.occupy(key, &eject, node);
         }
+        self.set_instance(&place);
         if let Some(slot) = place.slot.filter(|_| announced == Announced::Now) {
             slot.plugged();
         }

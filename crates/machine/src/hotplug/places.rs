@@ -27,6 +27,8 @@ pub(crate) struct Place {
     pub(crate) parent: Option<NodeId>,
     /// Its slot, where what is in it can come and go.
     pub(crate) slot: Option<Arc<dyn HotplugSlot>>,
+    /// The instance number of what comes there.
+    pub(crate) instance: Option<u32>,
 }
 
 impl Devices {
@@ -72,6 +74,7 @@ impl Devices {
             at,
             parent,
             slot,
+            instance: None,
         })
     }
 

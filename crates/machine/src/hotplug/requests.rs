@@ -91,8 +91,9 @@ impl Devices {
         match driver.make {
             Make::Pci(make) => {
                 let announced = announcing::take(&mut properties, cold)?;
-                let place = self.place(driver, bus, &mut properties, cold)?;
+                let mut place = self.place(driver, bus, &mut properties, cold)?;
                 announced.check(&place)?;
+                self.take_instance(&mut place, &mut properties)?;
                 let made = make(self, &name, &mut properties)?;
                 properties.finish_device(driver.name)?;
                 self.plug(id, driver.name, made, place, policy, announced)

@@ -220,7 +220,7 @@ fn bus_below(
     let _ = write!(text, "{indent}bus: {name}\r\n{indent}  type {kind}\r\n");
     let tree = devices.tree().borrow();
     for (id, node) in tree.iter().filter(|(_, node)| node.parent() == parent) {
-        device(text, node, depth + 1);
+        device(text, devices, node, depth + 1);
         if let Some(port) = node.info.site.port() {
             bus_below(
                 text,
@@ -237,13 +237,16 @@ fn bus_below(
     }
 }
 
-fn device(text: &mut String, node: &Node<Info>, depth: usize) {
+fn device(text: &mut String, devices: &Devices, node: &Node<Info>, depth: usize) {
     let indent = "  ".repeat(depth);
     let id = node.identity.id.as_deref().unwrap_or_default();
     let _ = write!(text, "{indent}dev: {}, id \"{id}\"\r\n", node.info.driver);
     if let Site::Pci { at, .. } = &node.info.site {
         let (slot, function) = (at.slot(), at.function());
         let _ = write!(text, "{indent}  addr = {slot:02x}.{function:x}\r\n");
+        if let Some(number) = devices.instance(node) {
+            let _ = write!(text, "{indent}  acpi-index = {number}\r\n");
+        }
     }
     if let Face::Disk { node } = &node.info.face {
         let _ = write!(text, "{indent}  drive = \"{node}\"\r\n");

@@ -309,7 +309,7 @@ fn node_gone(vmm: &mut Vmm, name: &str) -> Result<()> {
     Ok(())
 }
 
-/// Writes and verifies, and goes on with that.
+/// Writes and verifies, and goes on with that. Something has been written when this returns.
 pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
     let guest = vmm.guest();
     guest.disk_start(DiskStart {
@@ -319,9 +319,16 @@ pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
         pause_us: 0,
         span_bytes: 0,
     })?;
-    let verified: DiskStatus = guest.call(Command::DiskVerify { path: path.into() }, STEP_LIMIT)?;
-    ensure!(verified.ok, "{verified:?}");
-    Ok(())
+    let begun = Instant::now();
+    loop {
+        let verify = Command::DiskVerify { path: path.into() };
+        let status: DiskStatus = guest.call(verify, STEP_LIMIT)?;
+        ensure!(status.ok, "{status:?}");
+        if status.bytes_verified > 0 {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < GUEST, "nothing is written: {status:?}");
+    }
 }
 
 /// What was under way has ended, well or with an error; nothing that was completed was wrong.

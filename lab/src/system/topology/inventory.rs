@@ -20,12 +20,13 @@ use crate::vmm::Vmm;
 pub fn inventory(ground: &Ground) -> Result<()> {
     let directory = tempfile::tempdir()?;
     let mut machine = machine(ground, 12);
-    machine
-        .more
-        .extend(["--device".into(), "ioh3420,id=rp2,addr=4".into()]);
+    for port in ["ioh3420,id=rp2,addr=4", "pcie-root-port,id=empty"] {
+        machine.more.extend(["--device".into(), port.into()]);
+    }
     let mut vmm = ground.start(&machine)?;
     populate(&mut vmm, &directory.path().join("net"))?;
     same_on_both_sides(&mut vmm).context("all of it")?;
+    numbers(&mut vmm, "7 9").context("acpi-index")?;
     blocks(&mut vmm)?;
     cable(&mut vmm)?;
     failure(&mut vmm)?;
@@ -33,6 +34,11 @@ pub fn inventory(ground: &Ground) -> Result<()> {
     deleted(&mut vmm, "d0")?;
     wait_for(&mut vmm, "/sys/bus/pci/devices/*/virtio*/block/vda", false)?;
     same_on_both_sides(&mut vmm).context("without a disk")?;
+    // It is free again with its device.
+    let again = json!({"driver": "pci-testdev", "id": "again", "acpi-index": 9});
+    add(&mut vmm, &again)?;
+    let found = "[ \"$(cat /sys/bus/pci/devices/*/acpi_index | sort -n | xargs)\" = '7 9' ]";
+    until(&mut vmm, "the next device has the number", found)?;
     only_that_failure(&mut vmm)?;
     vmm.power_off(STEP_LIMIT)
 }
@@ -60,18 +66,46 @@ fn populate(vmm: &mut Vmm, socket: &std::path::Path) -> Result<()> {
     )?;
     add(vmm, &disk("d1", "br", "n1"))?;
     announce(vmm, "sw")?;
-    add(vmm, &disk("d0", "pcie.0", "n0"))?;
+    let mut root_disk = disk("d0", "pcie.0", "n0");
+    root_disk["acpi-index"] = json!(9);
+    add(vmm, &root_disk)?;
     add(vmm, &disk("d2", "dp1", "n2"))?;
     let card = json!({"driver": "virtio-net-pci", "id": "nic", "netdev": "net0", "bus": "rp2"});
     add(vmm, &card)?;
     add(
         vmm,
-        &json!({"driver": "pci-testdev", "id": "test", "membar": "64K"}),
+        &json!({"driver": "pci-testdev", "id": "test", "membar": "64K", "acpi-index": 7}),
     )?;
     for id in ["d0", "d1", "d2"] {
         read(vmm, id)?;
     }
     wait_for(vmm, "/sys/class/net/eth0", true)
+}
+
+/// The guest finds these instance numbers, and the monitor tells them; no other device may have one of them.
+fn numbers(vmm: &mut Vmm, expected: &str) -> Result<()> {
+    let found = output(vmm, "cat /sys/bus/pci/devices/*/acpi_index | sort -n")?;
+    let found = found.split_whitespace().collect::<Vec<_>>().join(" ");
+    ensure!(found == expected, "the guest has {found}");
+    let line = json!({"command-line": "info qtree"});
+    let text = vmm.qmp().execute("human-monitor-command", line)?;
+    let text = text.as_str().unwrap_or_default();
+    for number in expected.split(' ') {
+        let number = number.parse()?;
+        let shown = text.contains(&format!("acpi-index = {number}"));
+        ensure!(shown, "info qtree: {text}");
+        refused(vmm, number, "pcie.0", "has it")?;
+    }
+    refused(vmm, 8, "empty", "no slots of ACPI")?;
+    refused(vmm, 16384, "pcie.0", "the largest is 16383")
+}
+
+fn refused(vmm: &mut Vmm, number: u64, bus: &str, why: &str) -> Result<()> {
+    let device = json!({"driver": "pci-testdev", "id": "more", "bus": bus, "acpi-index": number});
+    let answer = vmm.qmp().execute("device_add", device);
+    let error = answer.err().context("it was taken")?.to_string();
+    ensure!(error.contains(why), "{error}");
+    Ok(())
 }
 
 /// A function, as either side describes it: attributes by name.

@@ -123,6 +123,18 @@ impl PciHotplug {
         };
     }
 
+    /// The instance number of what is in `slot`.
+    pub fn index(&self, slot: u8) -> Option<u32> {
+        self.state().indices.get(&slot).copied()
+    }
+
+    /// The slot of the function that has instance number `index`.
+    pub fn slot_of_index(&self, index: u32) -> Option<u8> {
+        let state = self.state();
+        let mut indices = state.indices.iter();
+        indices.find_map(|(slot, has)| (*has == index).then_some(*slot))
+    }
+
     /// Power-on state, after the event device's: the next guest scans the bus by itself and is asked again for what the last
     /// one was asked for.
     pub fn reset(&self) {

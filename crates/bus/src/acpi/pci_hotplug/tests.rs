@@ -260,8 +260,10 @@ fn an_instance_number_belongs_to_what_is_in_the_slot() {
     assert_eq!((index(3), index(31)), (0x1234_5678, 0));
     rig.registers.write(INDEX, 4, 0);
     assert_eq!(rig.read(INDEX), 0, "of no slot");
+    assert_eq!(rig.registers.slot_of_index(0x1234_5678), Some(3));
     rig.detach(3);
     assert_eq!(index(3), 0);
+    assert_eq!(rig.registers.slot_of_index(0x1234_5678), None);
 }
 
 #[test]

@@ -116,6 +116,7 @@ const PCI_PROPERTIES: &[(&str, &str)] = &[
     ("addr", "str"),
     ("guest-eject", "str"),
     (super::announcing::PROPERTY, "bool"),
+    (super::instance::PROPERTY, "uint32"),
 ];
 /// The thread of all devices that move little and name no thread.
 const COMMON_THREAD: &str = "io-devices";
