@@ -62,6 +62,18 @@ pub enum CorrectableError {
     AdvisoryNonFatal = 13,
 }
 
+impl CorrectableError {
+    /// All of them.
+    pub const ALL: [Self; 6] = [
+        Self::Receiver,
+        Self::BadTlp,
+        Self::BadDllp,
+        Self::ReplayRollover,
+        Self::ReplayTimeout,
+        Self::AdvisoryNonFatal,
+    ];
+}
+
 /// Errors that cost something; the values are their bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
@@ -80,6 +92,24 @@ pub enum UncorrectableError {
     AcsViolation = 21,
 }
 
+impl UncorrectableError {
+    /// All of them.
+    pub const ALL: [Self; 12] = [
+        Self::DataLinkProtocol,
+        Self::SurpriseDown,
+        Self::PoisonedTlp,
+        Self::FlowControlProtocol,
+        Self::CompletionTimeout,
+        Self::CompleterAbort,
+        Self::UnexpectedCompletion,
+        Self::ReceiverOverflow,
+        Self::MalformedTlp,
+        Self::Ecrc,
+        Self::UnsupportedRequest,
+        Self::AcsViolation,
+    ];
+}
+
 /// An error to inject.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InjectedError {
@@ -87,6 +117,21 @@ pub enum InjectedError {
     Correctable(CorrectableError),
     /// Another one, with the header of the packet it is about.
     Uncorrectable(UncorrectableError, [u32; 4]),
+}
+
+impl InjectedError {
+    /// The error that has bit `bit` of the correctable or the uncorrectable status, if it can be injected.
+    pub fn of_bit(correctable: bool, bit: u8, header: [u32; 4]) -> Option<Self> {
+        if correctable {
+            let mut all = CorrectableError::ALL.into_iter();
+            return all
+                .find(|error| *error as u8 == bit)
+                .map(InjectedError::Correctable);
+        }
+        let mut all = UncorrectableError::ALL.into_iter();
+        let error = all.find(|error| *error as u8 == bit)?;
+        Some(InjectedError::Uncorrectable(error, header))
+    }
 }
 
 /// How bad a message to the root port says an error is.

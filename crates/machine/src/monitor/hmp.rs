@@ -4,8 +4,9 @@
 //!
 //! An error is an answer like any other here: text for a person.
 
+use ebbtide_bus::pci::InjectedError;
 use ebbtide_qmp::QmpError;
-use ebbtide_qmp::hmp::{self, Command, Info};
+use ebbtide_qmp::hmp::{self, Command, Info, PcieError};
 use ebbtide_qmp::types::monitor::VersionInfo;
 use ebbtide_qmp::types::run_state::{ShutdownCause, StatusInfo};
 
@@ -39,6 +40,7 @@ async fn carry_out(machine: &Machine, command: Command) -> Result<String, QmpErr
             property,
             value,
         } => qom::set_typed(machine, &path, &property, &value).map(|_| ())?,
+        Command::InjectError { id, error } => return inject_error(machine, &id, error),
         Command::Stop => stop(machine).await.map(|_| ())?,
         Command::Cont => go(machine).await.map(|_| ())?,
         Command::SystemReset => machine.requests().reset(ShutdownCause::HostQmpSystemReset),
@@ -46,6 +48,27 @@ async fn carry_out(machine: &Machine, command: Command) -> Result<String, QmpErr
         Command::Quit => machine.requests().shutdown(ShutdownCause::HostQmpQuit),
     }
     Ok(String::new())
+}
+
+/// Has an error happen in a device and says where that was.
+fn inject_error(machine: &Machine, id: &str, error: PcieError) -> Result<String, QmpError> {
+    let (bus, at) = inventory::place_of(machine, id)?;
+    let PcieError {
+        correctable,
+        bit,
+        header,
+    } = error;
+    let injected = InjectedError::of_bit(correctable, bit, header)
+        .ok_or_else(|| QmpError::generic(format!("error status bit {bit} can not be injected")))?;
+    let bridge = machine.devices.bridge();
+    let done = bridge.inject_error(bus, at, injected);
+    done.map_err(|e| QmpError::generic(format!("Device '{id}': {e}")))?;
+    let root = bridge.bus().name();
+    Ok(format!(
+        "OK id: {id} root bus: {root}, bus: {bus:x} devfn: {:x}.{:x}\r\n",
+        at.slot(),
+        at.function()
+    ))
 }
 
 fn info(machine: &Machine, about: &Info) -> String {

@@ -5,6 +5,7 @@ use std::fmt::Write;
 
 use ebbtide_bus::pci::{BarInfo, BarKind, Bridge, Bus, Config, Devfn};
 use ebbtide_device::{Node, NodeId};
+use ebbtide_qmp::QmpError;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::block::BlockInfo;
 use ebbtide_qmp::types::pci::{
@@ -74,6 +75,35 @@ pub(super) fn disks(machine: &Machine) -> Vec<BlockInfo> {
 pub(super) fn pci(machine: &Machine) -> Vec<PciInfo> {
     let devices = functions(&machine.devices, machine.devices.bridge().bus(), 0);
     vec![PciInfo { bus: 0, devices }]
+}
+
+/// Where the guest has a device with this id: the number of the bus and the place on it.
+///
+/// # Errors
+/// There is none on PCI, or the guest has not numbered its bus.
+pub(super) fn place_of(machine: &Machine, id: &str) -> Result<(u8, Devfn), QmpError> {
+    fn search(devices: &[PciDeviceInfo], id: &str) -> Option<(u8, Devfn)> {
+        devices.iter().find_map(|device| {
+            if device.qdev_id == id {
+                let (slot, function) = (device.slot.try_into(), device.function.try_into());
+                let at = Devfn::new(slot.ok()?, function.ok()?)?;
+                return Some((device.bus.try_into().ok()?, at));
+            }
+            search(device.pci_bridge.as_ref()?.devices.as_ref()?, id)
+        })
+    }
+    let known = machine.devices.tree().borrow().by_id(id).is_some();
+    if !known {
+        return Err(QmpError::device_not_found(id));
+    }
+    let mut buses = pci(machine).into_iter();
+    buses
+        .find_map(|bus| search(&bus.devices, id))
+        .ok_or_else(|| {
+            QmpError::generic(format!(
+                "Device '{id}' is not on a PCI bus that the guest has a number for"
+            ))
+        })
 }
 
 fn functions(devices: &Devices, bus: &Bus, number: u8) -> Vec<PciDeviceInfo> {

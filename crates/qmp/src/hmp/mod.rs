@@ -9,6 +9,7 @@
 //! assert_eq!(hmp::parse("info nope"), Err("unknown command: 'info nope'\r\n".to_owned()));
 //! ```
 
+mod aer;
 mod devices;
 mod line;
 mod text;
@@ -17,6 +18,7 @@ use serde_json::Value;
 
 use crate::error::QmpError;
 use crate::sizes;
+pub use aer::PcieError;
 pub use devices::{balloon, block, iothreads, pci};
 pub use text::{error, memory_devices, memory_size_summary, properties, status, version};
 
@@ -59,6 +61,13 @@ pub enum Command {
         property: String,
         /// Its new value.
         value: QomValue,
+    },
+    /// Have an error happen in a PCI Express device.
+    InjectError {
+        /// The device's id.
+        id: String,
+        /// What is to happen.
+        error: PcieError,
     },
 }
 
@@ -126,6 +135,11 @@ const JSON: Flag = Flag {
     help: "the value is JSON",
 };
 
+const CORRECTABLE: Flag = Flag {
+    letter: 'c',
+    help: "the status is one of correctable errors",
+};
+
 const COMMANDS: &[Spec] = &[
     Spec {
         names: &["help", "?"],
@@ -186,6 +200,12 @@ const COMMANDS: &[Spec] = &[
         options: &[JSON],
         words: Words::ThenRest(&["path", "property"], "value"),
         help: "change a property; sizes may carry a suffix",
+    },
+    Spec {
+        names: &["pcie_aer_inject_error"],
+        options: &[CORRECTABLE],
+        words: Words::ThenRest(&["id"], "error_status [header]..."),
+        help: "have an error happen in a PCI Express device, and reported",
     },
 ];
 
@@ -295,6 +315,10 @@ pub fn parse(input: &str) -> Result<Command, String> {
                 value: qom_value(next(), !found.options.is_empty())?,
             }
         }
+        "pcie_aer_inject_error" => Command::InjectError {
+            id: next(),
+            error: aer::read(&next(), !found.options.is_empty())?,
+        },
         _ => return Err(line::unknown(name)),
     })
 }

@@ -14,6 +14,41 @@ fn try_help(what: &str) -> String {
 }
 
 #[test]
+fn errors_to_inject() {
+    let error = |line: &str| match parse(&format!("pcie_aer_inject_error {line}")) {
+        Ok(Command::InjectError { id, error }) => {
+            Ok((id, error.correctable, error.bit, error.header))
+        }
+        Ok(other) => panic!("{other:?}"),
+        Err(answer) => Err(answer),
+    };
+    let of = |correctable, bit, header| Ok(("rp1".to_owned(), correctable, bit, header));
+    assert_eq!(error("rp1 DLP"), of(false, 4, [0; 4]));
+    assert_eq!(error("rp1 RCVR"), of(true, 0, [0; 4]));
+    assert_eq!(error("-c rp1 0x1000"), of(true, 12, [0; 4]));
+    assert_eq!(error("rp1 4096 1 0x2 3"), of(false, 12, [1, 2, 3, 0]));
+    for (line, why) in [
+        ("rp1", "string expected"),
+        (
+            "rp1 NOPE",
+            "invalid error status value 'NOPE': one of DLP, SDN",
+        ),
+        ("rp1 0", "invalid error status value '0'"),
+        ("rp1 0x30", "or a number with one bit"),
+        ("-c rp1 DLP", "DLP is no correctable error"),
+        ("rp1 DLP 1 2 3 4 5", "four words at most"),
+        ("rp1 DLP x", "invalid header word 'x'"),
+        ("-a rp1 DLP", "unsupported option -a"),
+    ] {
+        let answer = error(line).unwrap_err();
+        assert!(
+            answer.contains(why) && answer.ends_with("\r\n"),
+            "{line}: {answer}"
+        );
+    }
+}
+
+#[test]
 fn commands_are_understood() {
     for (line, command) in [
         ("", Command::Text(String::new())),

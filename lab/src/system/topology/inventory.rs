@@ -30,6 +30,7 @@ pub fn inventory(ground: &Ground) -> Result<()> {
     blocks(&mut vmm)?;
     cable(&mut vmm)?;
     failure(&mut vmm)?;
+    reported_error(&mut vmm).context("pcie_aer_inject_error")?;
     remove(&mut vmm, "d0")?;
     deleted(&mut vmm, "d0")?;
     wait_for(&mut vmm, "/sys/bus/pci/devices/*/virtio*/block/vda", false)?;
@@ -342,6 +343,32 @@ fn failure(vmm: &mut Vmm) -> Result<()> {
 }
 
 /// The guest's kernel says so, too, and complains of nothing else.
+/// A port's corrected error is counted by the guest's driver; what can't be injected is refused.
+fn reported_error(vmm: &mut Vmm) -> Result<()> {
+    let inject = |vmm: &mut Vmm, words: &str| -> Result<String> {
+        let line = json!({"command-line": format!("pcie_aer_inject_error {words}")});
+        let answer = vmm.qmp().execute("human-monitor-command", line)?;
+        Ok(answer.as_str().unwrap_or_default().to_owned())
+    };
+    let answer = inject(vmm, "dp1 REP_TIMER")?;
+    ensure!(
+        answer.starts_with("OK id: dp1 root bus: pcie.0, bus: "),
+        "{answer}"
+    );
+    let counted = "[ $(cat /sys/bus/pci/devices/*/aer_dev_correctable | grep -c 'Timeout 1') = 1 ]";
+    until(vmm, "the guest counts the error", counted)?;
+    for (words, why) in [
+        ("d2 REP_TIMER", "Device 'd2'"),
+        ("dp1 0x3", "invalid error status value '0x3'"),
+        ("dp1 0x2", "bit 1 can not be injected"),
+        ("nobody DLP", "Device 'nobody' not found"),
+    ] {
+        let answer = inject(vmm, words)?;
+        ensure!(answer.contains(why), "{words}: {answer}");
+    }
+    Ok(())
+}
+
 fn only_that_failure(vmm: &mut Vmm) -> Result<()> {
     let denied = vmm.guest().denied_kernel_messages(&deny::patterns())?;
     let others: Vec<_> = denied

@@ -7,7 +7,8 @@ use ebbtide_qmp::{Properties, QmpError};
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::virtq::MAX_SIZE;
 
-use super::{Driver, Face, Made, Make, Serving, on_pci, queue_count, queue_size, serving};
+use super::threads::{MAPPING, Serving, serving_queues};
+use super::{Driver, Face, Made, Make, on_pci, queue_count, queue_size};
 use crate::hotplug::Devices;
 
 /// The thread of all disks that name none.
@@ -25,6 +26,7 @@ pub(super) const DRIVER: Driver = Driver {
         ("num-queues", "uint16"),
         ("queue-size", "uint16"),
         ("iothread", "link<iothread>"),
+        (MAPPING, "IOThreadVirtQueueMappingList"),
     ],
     make: Make::Pci(make),
 };
@@ -44,7 +46,7 @@ fn make(devices: &Devices, name: &str, properties: &mut Properties) -> Result<Ma
         first,
         more,
         mut uses,
-    } = serving(devices, DRIVER.name, name, THREAD, properties)?;
+    } = serving_queues(devices, DRIVER.name, name, THREAD, queues, properties)?;
     let spec = BlkSpec {
         serial,
         queues,

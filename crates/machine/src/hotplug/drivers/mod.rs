@@ -12,6 +12,7 @@ mod rng;
 mod scsi;
 mod serial;
 mod testdev;
+mod threads;
 mod watchdog;
 
 use std::sync::{Arc, Weak};
@@ -26,7 +27,8 @@ use ebbtide_virtio::net::VirtioNet;
 use ebbtide_virtio::scsi::VirtioScsi;
 use ebbtide_virtio::{VirtioDevice, VirtioPci};
 
-use super::{AnyUse, Devices, Object, Removable};
+use super::{AnyUse, Devices, Removable};
+use threads::{Serving, serving};
 
 /// A model.
 pub(crate) struct Driver {
@@ -199,47 +201,6 @@ fn on_pci(
     let function = VirtioPci::new(name, device, devices.system(), devices.msi(), remote)
         .map_err(|e| QmpError::generic(e.to_string()))?;
     Ok(Made::new(function))
-}
-
-/// The threads that serve a device's queues: at least one.
-struct Serving {
-    first: Remote,
-    more: Vec<Remote>,
-    uses: Vec<Box<dyn AnyUse>>,
-}
-
-/// Takes the property `iothread`: the id of an iothread, or a list of ids over which queues are spread. Without it the
-/// thread called `default` serves all.
-fn serving(
-    devices: &Devices,
-    driver: &str,
-    name: &str,
-    default: &str,
-    properties: &mut Properties,
-) -> Result<Serving, QmpError> {
-    let ids = properties.take_strings("iothread")?.unwrap_or_default();
-    let (mut remotes, mut uses) = (Vec::new(), Vec::<Box<dyn AnyUse>>::new());
-    for id in ids {
-        let object = devices
-            .objects()
-            .share(&id, name)
-            .map_err(|_| QmpError::no_such_backend(driver, "iothread", &id))?;
-        let Object::Iothread(iothread) = &**object.value() else {
-            return Err(QmpError::property_value(driver, "iothread", &id));
-        };
-        remotes.push(iothread.remote());
-        uses.push(Box::new(object));
-    }
-    let mut remotes = remotes.into_iter();
-    let first = match remotes.next() {
-        Some(first) => first,
-        None => devices.thread(default)?,
-    };
-    Ok(Serving {
-        first,
-        more: remotes.collect(),
-        uses,
-    })
 }
 
 /// Takes the size of a queue, a power of two from `least` to `most`.

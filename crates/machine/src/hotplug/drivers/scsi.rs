@@ -9,9 +9,8 @@ use ebbtide_gate::Gate;
 use ebbtide_qmp::{Properties, QmpError};
 use ebbtide_virtio::scsi::{Identity, ScsiSpec, VirtioScsi};
 
-use super::{
-    Below, Driver, Face, Made, Make, Serving, blk, on_pci, queue_count, queue_size, serving,
-};
+use super::threads::{MAPPING, Serving, serving_queues};
+use super::{Below, Driver, Face, Made, Make, blk, on_pci, queue_count, queue_size};
 use crate::hotplug::Devices;
 
 pub(super) const ADAPTER: Driver = Driver {
@@ -26,6 +25,7 @@ pub(super) const ADAPTER: Driver = Driver {
         ("hotplug", "bool"),
         ("param_change", "bool"),
         ("iothread", "link<iothread>"),
+        (MAPPING, "IOThreadVirtQueueMappingList"),
     ],
     make: Make::Pci(adapter),
 };
@@ -56,7 +56,7 @@ fn adapter(devices: &Devices, name: &str, properties: &mut Properties) -> Result
     let sizes = (4, 1024);
     let queue_size = queue_size(ADAPTER.name, "virtqueue_size", 256, sizes, properties)?;
     let Serving { first, more, uses } =
-        serving(devices, ADAPTER.name, name, blk::THREAD, properties)?;
+        serving_queues(devices, ADAPTER.name, name, blk::THREAD, queues, properties)?;
     let mut spec = ScsiSpec {
         queues,
         queue_size,
