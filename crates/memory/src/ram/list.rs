@@ -117,13 +117,25 @@ impl RamList {
     /// figures, `BackingTooShort`, `BackingUnwritable`, `ArenaFull`, `TooManyBlocks`, `Host`.
     /// Nothing has changed then, and a file that was made is gone.
     pub fn add_with(&self, spec: RamSpec, policy: &RamPolicy) -> Result<Arc<RamBlock>, Error> {
+        let adding = lock(&self.shared.adding);
+        self.add_locked(&adding, spec, policy, None)
+    }
+
+    /// As [`add_with`](Self::add_with); the new block gets its name from the one it takes the place of, if any.
+    pub(super) fn add_locked(
+        &self,
+        _adding: &MutexGuard<'_, ()>,
+        spec: RamSpec,
+        policy: &RamPolicy,
+        of: Option<&RamBlock>,
+    ) -> Result<Arc<RamBlock>, Error> {
         spec.check(policy)?;
         if let Some(numa) = &policy.numa {
             numa.check(&spec.name)?;
         }
-        let _adding = lock(&self.shared.adding);
         let now = self.snapshot();
-        if now.by_name(&spec.name).is_some() {
+        let named = now.by_name(&spec.name);
+        if named.is_some_and(|named| of.is_none_or(|of| !ptr::eq(&**named, of))) {
             return Err(Error::DuplicateName(spec.name));
         }
         self.arena.check_room(&spec.name, spec.max_size_bytes)?;
@@ -152,6 +164,9 @@ impl RamList {
                 return Err(error);
             }
         };
+        if let Some(of) = of {
+            of.set_renewed(true);
+        }
         self.shared.change(
             |blocks| Some(blocks.with(&block)),
             |notifier| {
@@ -159,6 +174,16 @@ impl RamList {
             },
         );
         Ok(block)
+    }
+
+    /// Held by whoever adds or grows blocks.
+    pub(super) fn adding(&self) -> MutexGuard<'_, ()> {
+        lock(&self.shared.adding)
+    }
+
+    /// Whether there is address space for `block` once more.
+    pub(super) fn check_room_for(&self, block: &RamBlock) -> Result<(), Error> {
+        self.arena.check_room(block.name(), block.max_size_bytes())
     }
 
     /// Grows `block` to `new_bytes`, at most its maximum. The regions that show it keep their

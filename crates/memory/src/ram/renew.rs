@@ -1,0 +1,133 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! New memory in the place of memory that is still in use: for a guest that is not to meet what devices have in flight
+//! for the one before it.
+//!
+//! ```text
+//!   unplug ─► ticket ─► [Draining] ─► free_but(what is pinned) ─► renew: a block like it ─► shown where the old one was
+//!                             │
+//!                             └─ last unpin ─► [Drained] ─► destroy
+//! ```
+//!
+//! The two never share a page, nor an address (README, M8): whatever still comes for the old one, by a page that the
+//! kernel has pinned or by an address, comes there. Two blocks have the same name meanwhile; it finds the new one.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::{RamBlock, RamList};
+use crate::{Error, Phase, Ticket};
+
+impl RamList {
+    /// Whether [`renew`](Self::renew) could make a block like `block` now, the host's memory left aside. Asked before
+    /// the unplug, which is not taken back.
+    ///
+    /// # Errors
+    /// `BadSpec` for one that is sparse, whose parts have a protocol of their own, or made from a file, which means
+    /// something to others; `ArenaFull`; `Unplugged`.
+    pub fn check_renewable(&self, block: &RamBlock) -> Result<(), Error> {
+        let reason = if block.block_size_bytes().is_some() {
+            "it is sparse"
+        } else if block.mapping().is_file() {
+            "its memory is a file's"
+        } else if !block.is_live() {
+            return Err(Error::Unplugged(block.name().to_owned()));
+        } else {
+            return self.check_room_for(block);
+        };
+        block
+            .spec()
+            .refuse(format!("it can't be renewed: {reason}"))
+    }
+
+    /// Makes a block as the one behind `ticket` was: of its name, sizes, backing and policy, and with nothing in it. The old
+    /// one keeps its memory until its ticket is destroyed, and is found by its name no more.
+    ///
+    /// # Errors
+    /// As [`RamList::add_with`], and for one that is sparse or made from a file as
+    /// [`check_renewable`](Self::check_renewable); `NotDrained` while the old one is not unpublished. Nothing has changed then.
+    pub fn renew(&self, ticket: &Ticket) -> Result<Arc<RamBlock>, Error> {
+        let old = ticket.block();
+        if ticket.phase() < Phase::Unpublished {
+            return Err(Error::NotDrained {
+                what: format!("RAM block {}", old.name()),
+                holders: "the map".to_owned(),
+            });
+        }
+        if old.block_size_bytes().is_some() || old.mapping().is_file() {
+            return old
+                .spec()
+                .refuse("it can't be renewed: it is sparse, or a file's".to_owned());
+        }
+        let mut spec = old.spec().clone();
+        spec.size_bytes = old.size_bytes();
+        self.add_locked(&self.adding(), spec, old.policy(), Some(old))
+    }
+}
+
+impl RamBlock {
+    /// How many pins there are on it: never too few, and exactly as many once nobody can take or let go of any.
+    pub fn pins(&self) -> u64 {
+        self.grace().hub().outstanding(self.slot(), &[0, 1])
+    }
+
+    /// Gives all pages back but those that `kept` (bytes of the block) touches; returns how many bytes it has kept. May
+    /// block.
+    pub(crate) fn free_but(&self, kept: &[Range<u64>]) -> Result<u64, Error> {
+        let size = self.size_bytes();
+        let kept = whole_pages(kept, self.page_size_bytes(), size);
+        let free = || {
+            let mut next = 0;
+            for range in kept.iter().chain([&(size..size)]) {
+                if next < range.start {
+                    self.mapping().free_pages(next..range.start)?;
+                }
+                next = range.end;
+            }
+            Ok(kept.iter().map(|range| range.end - range.start).sum())
+        };
+        // Disabled: somebody has mapped them who would not be told. They go with the block.
+        self.discards().uncoordinated(free).unwrap_or(Ok(size))
+    }
+}
+
+/// The pages that `ranges` touch below `size`, in order, none twice.
+fn whole_pages(ranges: &[Range<u64>], page: u64, size: u64) -> Vec<Range<u64>> {
+    let whole = |range: &Range<u64>| {
+        let end = range.end.min(size).next_multiple_of(page).min(size);
+        (range.start / page * page).min(end)..end
+    };
+    let mut pages: Vec<_> = ranges.iter().map(whole).collect();
+    pages.retain(|range| !range.is_empty());
+    pages.sort_unstable_by_key(|range| range.start);
+    let mut merged: Vec<Range<u64>> = Vec::new();
+    for range in pages {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
+        }
+    }
+    merged
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_whole_and_merged() {
+        const PAGE: u64 = 4096;
+        let size = 10 * PAGE;
+        let pages = |ranges: &[Range<u64>]| whole_pages(ranges, PAGE, size);
+        assert!(pages(&[]).is_empty());
+        assert_eq!(pages(&[1..2]), [0..PAGE]);
+        assert_eq!(pages(&[PAGE - 1..PAGE + 1]), [0..2 * PAGE]);
+        let out_of_order = [5 * PAGE..5 * PAGE + 1, 0..10, 4 * PAGE..5 * PAGE, 7..8];
+        assert_eq!(pages(&out_of_order), [0..PAGE, 4 * PAGE..6 * PAGE]);
+        // What is not in the block is nobody's.
+        assert_eq!(
+            pages(&[9 * PAGE + 1..20 * PAGE, 30 * PAGE..31 * PAGE]),
+            [9 * PAGE..size]
+        );
+        assert!(pages(&[PAGE..PAGE]).is_empty());
+    }
+}
