@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ebbtide_memory::{
-    Access, AddressSpace, Backing, Error, Gpa, Memory, MemoryConfig, Phase, Pin, RamBlock, RamSpec,
-    Region, Ticket,
+    Access, AddressSpace, Backing, DiscardListener, Error, Gpa, ListenerError, Memory,
+    MemoryConfig, Phase, Pin, RamBlock, RamSpec, Region, Ticket,
 };
 
 const LONG: Duration = Duration::from_secs(10);
@@ -78,25 +78,24 @@ impl Machine {
             .unwrap()
     }
 
-    fn unplug(&self) -> Ticket {
-        let ticket = self.memory.update(|t| t.unplug(&self.shown)).unwrap();
-        assert!(ticket.wait(Phase::Draining, LONG));
-        ticket
-    }
-
-    fn renew(&mut self, ticket: &Ticket) -> Arc<RamBlock> {
-        let block = self.memory.ram().renew(ticket).unwrap();
-        self.shown = Region::ram("ram", &block);
-        self.memory
-            .update(|t| t.add(&self.root, &self.shown, 0, 0))
+    /// What a reset does: other memory at the same place.
+    fn renew(&mut self) -> (Ticket, Arc<RamBlock>) {
+        let block = self
+            .memory
+            .ram()
+            .renew(self.shown.ram_block().unwrap())
             .unwrap();
-        block
+        let region = Region::ram("ram", &block);
+        let ticket = self.memory.update(|t| {
+            let ticket = t.unplug(&self.shown)?;
+            t.add(&self.root, &region, 0, 0)?;
+            Ok(ticket)
+        });
+        let ticket = ticket.unwrap();
+        self.shown = region;
+        assert!(ticket.wait(Phase::Draining, LONG));
+        (ticket, block)
     }
-}
-
-fn host(pin: &Pin) -> Range<u64> {
-    let start = pin.as_ptr() as u64;
-    start..start + pin.len() as u64
 }
 
 fn resident_kib(block: &RamBlock) -> u64 {
@@ -124,12 +123,10 @@ fn what_comes_late_is_not_in_the_memory_of_the_next_guest() {
         let disk_write = machine.pin(writes, Access::Read);
         let old = Arc::clone(machine.shown.ram_block().unwrap());
         assert_eq!(old.pins(), 2);
-        let ticket = machine.unplug();
-        let pinned = [host(&disk_read), host(&disk_write)];
+        let (ticket, new) = machine.renew();
+        let pinned = [disk_read.host_range(), disk_write.host_range()];
         assert_eq!(ticket.free_but(&pinned).unwrap(), 4 * PAGE);
         assert_eq!(resident_kib(&old), 4 * PAGE / 1024);
-
-        let new = machine.renew(&ticket);
         assert_eq!((new.name(), new.size_bytes(), new.pins()), ("ram", SIZE, 0));
         assert!(
             machine.contents().iter().all(|byte| *byte == 0),
@@ -174,9 +171,8 @@ fn resets_in_a_row_keep_what_is_in_use_and_no_more() {
         let at = reset * 3 * PAGE;
         machine.write(at, &[reset as u8 + 1; PAGE as usize]);
         let stuck = machine.pin(at..at + PAGE, Access::Write);
-        let ticket = machine.unplug();
-        assert_eq!(ticket.free_but(&[host(&stuck)]).unwrap(), PAGE);
-        machine.renew(&ticket);
+        let (ticket, _) = machine.renew();
+        assert_eq!(ticket.free_but(&[stuck.host_range()]).unwrap(), PAGE);
         kept.push((ticket, stuck));
         machine.write(at, &[9; PAGE as usize]);
     }
@@ -198,21 +194,42 @@ fn resets_in_a_row_keep_what_is_in_use_and_no_more() {
     assert_eq!(machine.memory.ram().blocks().len(), 1);
 }
 
+struct Follower;
+
+impl DiscardListener for Follower {
+    fn name(&self) -> &str {
+        "follower"
+    }
+
+    fn populate(&mut self, _range: Range<u64>) -> Result<(), ListenerError> {
+        Ok(())
+    }
+
+    fn discard(&mut self, _range: Range<u64>) {}
+}
+
 #[test]
 fn what_cannot_be_renewed_is_refused() {
-    let machine = Machine::new(Backing::Anon { thp: false });
-    let memory = &machine.memory;
+    let mut machine = Machine::new(Backing::Anon { thp: false });
+    let memory = Arc::clone(&machine.memory);
     let ram = memory.ram();
-    let block = machine.shown.ram_block().unwrap();
-    ram.check_renewable(block).unwrap();
+    let refusal = |block: &Arc<RamBlock>| ram.renew(block).unwrap_err().to_string();
     let sparse = RamSpec {
         block_size_bytes: Some(2 << 20),
         ..RamSpec::anon("sparse", SIZE)
     };
     let sparse = ram.add(sparse).unwrap();
-    let error = ram.check_renewable(&sparse).unwrap_err().to_string();
-    assert!(error.contains("sparse"), "{error}");
-
+    sparse.plug(0..2 << 20, false).unwrap();
+    let follower = sparse.subscribe(0..SIZE, Box::new(Follower)).unwrap();
+    let error = refusal(&sparse);
+    assert!(error.contains("followed"), "{error}");
+    drop(follower);
+    let fresh = ram.renew(&sparse).unwrap();
+    assert_eq!(
+        (fresh.block_size_bytes(), fresh.plugged_bytes()),
+        (Some(2 << 20), 0)
+    );
+    fresh.plug(2 << 20..4 << 20, false).unwrap();
     let directory = tempfile::tempdir().unwrap();
     let file = RamSpec {
         backing: Backing::File {
@@ -222,33 +239,62 @@ fn what_cannot_be_renewed_is_refused() {
         },
         ..RamSpec::anon("of-file", SIZE)
     };
-    let file = ram.add(file).unwrap();
-    let error = ram.check_renewable(&file).unwrap_err().to_string();
+    let error = refusal(&ram.add(file).unwrap());
     assert!(error.contains("a file's"), "{error}");
-    let region = Region::ram("of-file", &file);
-    memory
-        .update(|t| t.add(&machine.root, &region, 1 << 30, 0))
-        .unwrap();
-    let ticket = memory.update(|t| t.unplug(&region)).unwrap();
-    assert!(matches!(ram.renew(&ticket), Err(Error::BadSpec { .. })));
-    assert!(ticket.wait(Phase::Drained, LONG));
-    ticket.destroy().map_err(|(_, error)| error).unwrap();
-
     let large = ram.add(RamSpec::anon("large", 600 << 20)).unwrap();
-    assert!(matches!(
-        ram.check_renewable(&large),
-        Err(Error::ArenaFull { .. })
-    ));
+    assert!(matches!(ram.renew(&large), Err(Error::ArenaFull { .. })));
+    assert!(Arc::ptr_eq(&ram.by_name("large").unwrap(), &large));
 
-    let ticket = machine.unplug();
-    assert!(matches!(
-        ram.check_renewable(block),
-        Err(Error::Unplugged(_))
-    ));
-    // Another has the name before.
-    let new = ram.renew(&ticket).unwrap();
-    assert!(matches!(ram.renew(&ticket), Err(Error::DuplicateName(_))));
-    drop(new);
+    let old = Arc::clone(machine.shown.ram_block().unwrap());
+    let (ticket, _) = machine.renew();
+    assert!(matches!(ram.renew(&old), Err(Error::Unplugged(_))));
     assert!(ticket.wait(Phase::Drained, LONG));
     ticket.destroy().map_err(|(_, error)| error).unwrap();
+    let other = Machine::new(Backing::Anon { thp: false });
+    let foreign = other.shown.ram_block().unwrap();
+    assert!(matches!(ram.renew(foreign), Err(Error::Foreign(_))));
+}
+
+#[test]
+fn a_change_that_fails_leaves_the_old_memory_in_its_place() {
+    let machine = Machine::new(Backing::Anon { thp: false });
+    let memory = &machine.memory;
+    let new = memory
+        .ram()
+        .renew(machine.shown.ram_block().unwrap())
+        .unwrap();
+    let region = Region::ram("ram", &new);
+    let failed = memory.update(|t| {
+        let _ticket = t.unplug(&machine.shown)?;
+        t.add(&machine.root, &region, 1, 0)
+    });
+    failed.unwrap_err();
+    assert_eq!(machine.contents()[..4], [1; 4]);
+    let ticket = memory.update(|t| t.retire(&new)).unwrap();
+    assert!(ticket.wait(Phase::Drained, LONG));
+    drop((region, new));
+    ticket.destroy().map_err(|(_, error)| error).unwrap();
+    // It can be tried again.
+    let again = memory.ram().renew(machine.shown.ram_block().unwrap());
+    assert_eq!(again.unwrap().name(), "ram");
+}
+
+#[test]
+fn what_is_to_be_allocated_is_so_when_asked_for() {
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 1 << 30,
+    })
+    .unwrap();
+    let spec = RamSpec {
+        prefault: true,
+        backing: Backing::Anon { thp: false },
+        ..RamSpec::anon("ram", SIZE)
+    };
+    let mut block = memory.ram().add(spec).unwrap();
+    for _ in 0..2 {
+        assert_eq!(resident_kib(&block), SIZE / 1024);
+        block = memory.ram().renew(&block).unwrap();
+        assert_eq!(resident_kib(&block), 0);
+        block.prefault().unwrap();
+    }
 }

@@ -34,6 +34,8 @@ pub struct RamBlock {
     spec: RamSpec,
     /// Another block has its name.
     renewed: AtomicBool,
+    /// All of it is to be allocated, whenever it was made.
+    prefault: AtomicBool,
     ram_offset: u64,
     host: NonNull<u8>,
     size: AtomicU64,
@@ -107,6 +109,7 @@ impl RamBlock {
         let block = RamBlock {
             spec: spec.clone(),
             renewed: AtomicBool::new(false),
+            prefault: AtomicBool::new(spec.prefault),
             ram_offset,
             host,
             size: AtomicU64::new(spec.size_bytes),
@@ -174,6 +177,11 @@ impl RamBlock {
     /// shared.
     pub fn is_shared(&self) -> bool {
         self.mapping.is_shared()
+    }
+
+    /// Whether it is not on its way out, nor gone.
+    pub fn is_live(&self) -> bool {
+        self.life.load(Acquire) == LIVE
     }
 
     /// How the host treats its memory.
@@ -423,10 +431,6 @@ impl RamBlock {
         self.grace.hub().bank(self.slot)
     }
 
-    pub(crate) fn is_live(&self) -> bool {
-        self.life.load(Acquire) == LIVE
-    }
-
     /// What it was made from.
     pub(super) fn spec(&self) -> &RamSpec {
         &self.spec
@@ -437,9 +441,15 @@ impl RamBlock {
         self.renewed.load(Relaxed)
     }
 
-    /// Gives its name away, or has it back. Under the lock of whoever adds blocks.
-    pub(super) fn set_renewed(&self, renewed: bool) {
-        self.renewed.store(renewed, Relaxed);
+    /// Takes the place of `old`. Under the lock of whoever adds blocks.
+    pub(super) fn inherit(&self, old: &RamBlock) {
+        self.prefault.store(old.wants_prefault(), Relaxed);
+        old.renewed.store(true, Relaxed);
+    }
+
+    /// Whether all of it is to be allocated.
+    pub(super) fn wants_prefault(&self) -> bool {
+        self.prefault.load(Relaxed)
     }
 
     /// Marks the block as unplugged, or takes that back with the rest of a failed change.

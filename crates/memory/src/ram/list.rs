@@ -117,14 +117,20 @@ impl RamList {
     /// figures, `BackingTooShort`, `BackingUnwritable`, `ArenaFull`, `TooManyBlocks`, `Host`.
     /// Nothing has changed then, and a file that was made is gone.
     pub fn add_with(&self, spec: RamSpec, policy: &RamPolicy) -> Result<Arc<RamBlock>, Error> {
-        let adding = lock(&self.shared.adding);
-        self.add_locked(&adding, spec, policy, None)
+        self.add_as(spec, policy, None)
     }
 
-    /// As [`add_with`](Self::add_with); the new block gets its name from the one it takes the place of, if any.
-    pub(super) fn add_locked(
+    /// Makes a block of `spec`, with the policy of `old`, that has its name from it.
+    pub(super) fn add_in_place_of(
         &self,
-        _adding: &MutexGuard<'_, ()>,
+        old: &RamBlock,
+        spec: RamSpec,
+    ) -> Result<Arc<RamBlock>, Error> {
+        self.add_as(spec, old.policy(), Some(old))
+    }
+
+    fn add_as(
+        &self,
         spec: RamSpec,
         policy: &RamPolicy,
         of: Option<&RamBlock>,
@@ -133,6 +139,7 @@ impl RamList {
         if let Some(numa) = &policy.numa {
             numa.check(&spec.name)?;
         }
+        let _adding = lock(&self.shared.adding);
         let now = self.snapshot();
         let named = now.by_name(&spec.name);
         if named.is_some_and(|named| of.is_none_or(|of| !ptr::eq(&**named, of))) {
@@ -165,7 +172,7 @@ impl RamList {
             }
         };
         if let Some(of) = of {
-            of.set_renewed(true);
+            block.inherit(of);
         }
         self.shared.change(
             |blocks| Some(blocks.with(&block)),
@@ -174,16 +181,6 @@ impl RamList {
             },
         );
         Ok(block)
-    }
-
-    /// Held by whoever adds or grows blocks.
-    pub(super) fn adding(&self) -> MutexGuard<'_, ()> {
-        lock(&self.shared.adding)
-    }
-
-    /// Whether there is address space for `block` once more.
-    pub(super) fn check_room_for(&self, block: &RamBlock) -> Result<(), Error> {
-        self.arena.check_room(block.name(), block.max_size_bytes())
     }
 
     /// Grows `block` to `new_bytes`, at most its maximum. The regions that show it keep their
@@ -320,6 +317,10 @@ impl RamList {
 }
 
 impl ListShared {
+    pub(super) fn grace(&self) -> &Arc<Grace> {
+        &self.grace
+    }
+
     /// Publishes what `change` makes of the blocks, if anything, and tells the notifiers.
     fn change(
         &self,

@@ -3,9 +3,9 @@
 //! for the one before it.
 //!
 //! ```text
-//!   unplug ─► ticket ─► [Draining] ─► free_but(what is pinned) ─► renew: a block like it ─► shown where the old one was
-//!                             │
-//!                             └─ last unpin ─► [Drained] ─► destroy
+//!   renew: a block like it ─► one change: unplug the old one, show the new one there ─► ticket of the old one
+//!                                                        [Draining] ─► free_but(what is pinned)
+//!                                                            └─ last unpin ─► [Drained] ─► destroy
 //! ```
 //!
 //! The two never share a page, nor an address (README, M8): whatever still comes for the old one, by a page that the
@@ -15,52 +15,34 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{RamBlock, RamList};
-use crate::{Error, Phase, Ticket};
+use crate::Error;
 
 impl RamList {
-    /// Whether [`renew`](Self::renew) could make a block like `block` now, the host's memory left aside. Asked before
-    /// the unplug, which is not taken back.
+    /// Makes a block as `old` was made: of its name, size, backing and policy, with nothing in it, or plugged. It is for the same
+    /// place in the map; `old`, which goes, is found by the name no more. Memory is allocated as it is touched, or by
+    /// [`RamBlock::prefault`] once `old` has given back what it can; huge pages of the host's pool are taken now.
     ///
     /// # Errors
-    /// `BadSpec` for one that is sparse, whose parts have a protocol of their own, or made from a file, which means
-    /// something to others; `ArenaFull`; `Unplugged`.
-    pub fn check_renewable(&self, block: &RamBlock) -> Result<(), Error> {
-        let reason = if block.block_size_bytes().is_some() {
-            "it is sparse"
-        } else if block.mapping().is_file() {
+    /// As [`RamList::add_with`]; `BadSpec` for one that is made from a file, which means something to others, or whose
+    /// discards somebody follows; `Unplugged`, `Foreign`. Nothing has changed then.
+    pub fn renew(&self, old: &Arc<RamBlock>) -> Result<Arc<RamBlock>, Error> {
+        if !Arc::ptr_eq(old.grace(), self.shared().grace()) {
+            return Err(Error::Foreign(format!("RAM block {}", old.name())));
+        }
+        if !old.is_live() {
+            return Err(Error::Unplugged(old.name().to_owned()));
+        }
+        let reason = if old.has_discard_listeners() {
+            "its discards are followed"
+        } else if old.mapping().is_file() {
             "its memory is a file's"
-        } else if !block.is_live() {
-            return Err(Error::Unplugged(block.name().to_owned()));
         } else {
-            return self.check_room_for(block);
+            let mut spec = old.spec().clone();
+            spec.size_bytes = old.size_bytes();
+            spec.prefault = false;
+            return self.add_in_place_of(old, spec);
         };
-        block
-            .spec()
-            .refuse(format!("it can't be renewed: {reason}"))
-    }
-
-    /// Makes a block as the one behind `ticket` was: of its name, sizes, backing and policy, and with nothing in it. The old
-    /// one keeps its memory until its ticket is destroyed, and is found by its name no more.
-    ///
-    /// # Errors
-    /// As [`RamList::add_with`], and for one that is sparse or made from a file as
-    /// [`check_renewable`](Self::check_renewable); `NotDrained` while the old one is not unpublished. Nothing has changed then.
-    pub fn renew(&self, ticket: &Ticket) -> Result<Arc<RamBlock>, Error> {
-        let old = ticket.block();
-        if ticket.phase() < Phase::Unpublished {
-            return Err(Error::NotDrained {
-                what: format!("RAM block {}", old.name()),
-                holders: "the map".to_owned(),
-            });
-        }
-        if old.block_size_bytes().is_some() || old.mapping().is_file() {
-            return old
-                .spec()
-                .refuse("it can't be renewed: it is sparse, or a file's".to_owned());
-        }
-        let mut spec = old.spec().clone();
-        spec.size_bytes = old.size_bytes();
-        self.add_locked(&self.adding(), spec, old.policy(), Some(old))
+        old.spec().refuse(format!("it can't be renewed: {reason}"))
     }
 }
 
@@ -68,6 +50,18 @@ impl RamBlock {
     /// How many pins there are on it: never too few, and exactly as many once nobody can take or let go of any.
     pub fn pins(&self) -> u64 {
         self.grace().hub().outstanding(self.slot(), &[0, 1])
+    }
+
+    /// Allocates all of it, if it was made to have that: for one that was [renewed](RamList::renew). Takes as long as the
+    /// host takes to find and clear the pages.
+    ///
+    /// # Errors
+    /// `NoHostMemory`, `NoHugePages`, `Host`; some of it may be allocated then.
+    pub fn prefault(&self) -> Result<(), Error> {
+        match self.wants_prefault() {
+            true => self.mapping().populate(0..self.size_bytes()),
+            false => Ok(()),
+        }
     }
 
     /// Gives all pages back but those that `kept` (bytes of the block) touches; returns how many bytes it has kept. May
