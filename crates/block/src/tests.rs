@@ -466,7 +466,7 @@ fn held_before_touches_nothing_yet_and_after_has_done_all() {
             file.as_file().read_exact_at(&mut byte, 0).unwrap();
             byte[0]
         };
-        for (point, seen_while_held) in [(Point::Before, 0), (Point::After, 2)] {
+        for (point, seen_while_held) in [(Point::Before, 0), (Point::Begun, 0), (Point::After, 2)] {
             faults.inject(Rule::once(Fault::Hold).at(point));
             let task = local.spawn({
                 let disk = disk.clone();

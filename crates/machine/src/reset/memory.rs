@@ -21,8 +21,10 @@ use crate::machine::{Machine, MemorySlot};
 
 /// What was given up lets go of its memory in this time, if it does so at all; new memory for it would be for nothing.
 const SETTLE: Duration = Duration::from_millis(100);
-/// How often it is looked whether memory is still in use.
+/// How often it is looked meanwhile whether memory is still in use.
 const LOOK: Duration = Duration::from_millis(5);
+/// The same for a reset that waits: what takes so long may take a little longer.
+const LATE_LOOK: Duration = Duration::from_millis(50);
 /// How often it is told at most that a reset waits.
 const NAME_AT_LEAST: Duration = Duration::from_secs(1);
 
@@ -158,7 +160,7 @@ impl Parting<'_> {
                 );
                 next = now + self.patience;
             }
-            self.local.sleep(LOOK).await;
+            self.local.sleep(LATE_LOOK).await;
         }
     }
 

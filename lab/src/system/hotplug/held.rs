@@ -136,53 +136,89 @@ fn held_by(vmm: &mut Vmm, node: &str) -> Result<u64> {
     answer["held"].as_u64().context("held")
 }
 
-/// Reads that have not begun when the machine is reset, and would after that: the next guest meets neither the disk nor
-/// a byte of what they read.
+/// Reads that outlast a reset of the machine: of one disk they have not begun, the other's medium has them and gives its data
+/// when the next guest is at work. That guest meets neither disk and not a byte of what they read.
 pub fn outlasted(ground: &Ground) -> Result<()> {
     let mut machine = ground.machine(USUAL_CPUS, BOOT);
     machine
         .more
         .extend(["--drain-timeout", "2"].map(Into::into));
     let mut vmm = ground.start(&machine)?;
-    let medium =
-        json!({"driver": "null-co", "node-name": "m0", "size": 64 << 20, "read-zeroes": true});
-    vmm.qmp().execute("blockdev-add", medium)?;
-    // The kernel's own look at a new disk is let through.
-    let rules = ["fault=hold,op=read,skip=40"];
-    let held =
-        json!({"driver": "x-ebbtide-fault", "node-name": "n0", "file": "m0", "rules": rules});
-    vmm.qmp().execute("blockdev-add", held)?;
-    let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0"});
-    vmm.qmp().execute("device_add", disk)?;
-    wait_for(&mut vmm, "/dev/vda", true)?;
-    shell(&mut vmm, READERS)?;
-    let begun = Instant::now();
-    while held_by(&mut vmm, "n0")? == 0 {
-        ensure!(begun.elapsed() < GUEST, "no read is held");
-        std::thread::sleep(LOOK);
+    for (number, (drive, point)) in [("vda", "before"), ("vdb", "begun")].iter().enumerate() {
+        reading(&mut vmm, number, drive, point)?;
     }
+    let before = ram_blocks(&mut vmm)?;
     vmm.qmp().execute("system_reset", Value::Null)?;
     vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
     vmm.wait_ready(BOOT_LIMIT).context("the next guest")?;
+    for said in [
+        "d0: requests did not end",
+        "d1: requests did not end",
+        "memory ram is still in use for the last guest: the next one gets new memory",
+    ] {
+        ensure!(vmm.log().contains(said), "no '{said}' in:{}", vmm.log());
+    }
     ensure!(
-        vmm.log().contains("d0: requests did not end"),
-        "the disk is not named:{}",
-        vmm.log()
+        (before, ram_blocks(&mut vmm)?) == (1, 2),
+        "the next guest has the memory of the last one"
     );
     wait_for(&mut vmm, "/sys/block/vda", false)?;
+    wait_for(&mut vmm, "/sys/block/vdb", false)?;
     vmm.guest().fill(FILLED, 3, STEP_LIMIT)?;
-    let removal = in_phase(&mut vmm, "draining")?;
-    ensure!(removal["id"] == "d0", "{removal}");
-    let release = json!({"node-name": "n0", "forget": true});
-    let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
-    ensure!(
-        released["released"].as_u64() > Some(0),
-        "nothing was held: {released}"
-    );
+    in_phase(&mut vmm, "draining")?;
+    for (node, forget) in [("n0", true), ("n1", false)] {
+        let release = json!({"node-name": node, "forget": forget});
+        let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+        ensure!(
+            released["released"].as_u64() > Some(0),
+            "{node} held nothing: {released}"
+        );
+    }
     deleted(&mut vmm, "d0")?;
+    deleted(&mut vmm, "d1")?;
     vmm.guest()
         .check(STEP_LIMIT)
         .context("a read of the last guest")?;
     vmm.guest().free()?;
+    let begun = Instant::now();
+    while ram_blocks(&mut vmm)? > 1 {
+        ensure!(begun.elapsed() < GUEST, "the old memory is kept");
+        std::thread::sleep(LOOK);
+    }
     end(vmm)
+}
+
+/// A disk of which a guest reads, by several processes, what it does not get.
+fn reading(vmm: &mut Vmm, number: usize, drive: &str, point: &str) -> Result<()> {
+    let (medium, node) = (format!("m{number}"), format!("n{number}"));
+    let null =
+        json!({"driver": "null-co", "node-name": medium, "size": 64 << 20, "read-zeroes": true});
+    vmm.qmp().execute("blockdev-add", null)?;
+    // The kernel's own look at a new disk is let through.
+    let rules = [format!("fault=hold,op=read,skip=40,point={point}")];
+    let held =
+        json!({"driver": "x-ebbtide-fault", "node-name": node, "file": medium, "rules": rules});
+    vmm.qmp().execute("blockdev-add", held)?;
+    let id = format!("d{number}");
+    let disk = json!({"driver": "virtio-blk-pci", "id": id, "drive": node});
+    vmm.qmp().execute("device_add", disk)?;
+    wait_for(vmm, &format!("/dev/{drive}"), true)?;
+    shell(vmm, &READERS.replace("vda", drive))?;
+    let begun = Instant::now();
+    while held_by(vmm, &node)? == 0 {
+        ensure!(begun.elapsed() < GUEST, "no read of {drive} is held");
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// How many blocks the memory that the guest boots with is, or was.
+fn ram_blocks(vmm: &mut Vmm) -> Result<usize> {
+    let command = json!({"command-line": "info ramblock"});
+    let table = vmm.qmp().execute("human-monitor-command", command)?;
+    let table = table.as_str().context("info ramblock")?;
+    let names = table
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    Ok(names.filter(|name| *name == "ram").count())
 }
