@@ -147,21 +147,24 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
     fn memory_is_known_by_list_until_the_request_ends() {
         let flights = Flights::new(&[4]);
         let now = Instant::now();
-        let ranges = |pins: &[(u8, Range<u64>)]| pins.to_vec().into_iter();
+        let begin = |head, pins: &[(u8, Range<u64>)]| {
+            flights.begin(0, head, now, pins.iter().cloned());
+        };
         assert!(flights.pinned().is_empty());
-        flights.begin(0, 1, now, ranges(&[(0, 1..2), (1, 10..20), (1, 30..40)]));
-        flights.begin(0, 2, now, ranges(&[(0, 5..6)]));
-        flights.begin(0, 3, now, ranges(&[]));
+        begin(1, &[(0, 1..2), (1, 10..20), (1, 30..40)]);
+        begin(2, &[(0, 5..6)]);
+        begin(3, &[]);
         assert_eq!(
             flights.pinned(),
             [vec![1..2], vec![10..20, 30..40], vec![5..6]]
         );
         flights.end(0, 1);
         assert_eq!(flights.pinned(), [vec![5..6]]);
-        flights.begin(0, 1, now, ranges(&[(0, 7..8)]));
+        begin(1, &[(0, 7..8)]);
         assert_eq!(flights.pinned(), [vec![7..8], vec![5..6]]);
     }
 }

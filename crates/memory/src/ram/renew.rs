@@ -104,6 +104,7 @@ fn whole_pages(ranges: &[Range<u64>], page: u64, size: u64) -> Vec<Range<u64>> {
 }
 
 #[cfg(all(test, not(loom)))]
+#[expect(clippy::single_range_in_vec_init, reason = "a list of one range")]
 mod tests {
     use super::*;
 
