@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::force::{end, force, in_phase, until, writing};
 use super::{GUEST, LOOK, deleted, shell, wait_for};
 use crate::qmp::{Qmp, QmpError};
-use crate::system::{BOOT_LIMIT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
+use crate::system::{BOOT, BOOT_LIMIT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
 use crate::vmm::Vmm;
 
 /// How long a wait is that is to be in vain.
@@ -190,6 +190,60 @@ pub fn outlasted(ground: &Ground) -> Result<()> {
         std::thread::sleep(LOOK);
     }
     end(vmm)
+}
+
+/// Memory that is a file has no other in its place. The reset waits: first for the medium, which lets go, then for one that
+/// does not until the VM is ended.
+pub fn awaited(ground: &Ground) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut machine = ground.machine(USUAL_CPUS, BOOT);
+    machine.max_bytes = None;
+    machine.memory_file = Some(folder.path().join("ram"));
+    machine
+        .more
+        .extend(["--drain-timeout", "2"].map(Into::into));
+    let mut vmm = ground.start(&machine)?;
+    reading(&mut vmm, 0, "vda", "begun")?;
+    vmm.qmp().execute("system_reset", Value::Null)?;
+    waits(&mut vmm, 1)?;
+    let release = json!({"node-name": "n0"});
+    vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+    vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
+    vmm.wait_ready(BOOT_LIMIT).context("the next guest")?;
+    deleted(&mut vmm, "d0")?;
+
+    reading(&mut vmm, 1, "vda", "begun")?;
+    vmm.qmp().execute("system_reset", Value::Null)?;
+    waits(&mut vmm, 2)?;
+    vmm.qmp().execute("quit", Value::Null)?;
+    let status = vmm.wait_exit(STEP_LIMIT)?;
+    ensure!(status.code() == Some(1), "the VMM ended with {status}");
+    Ok(())
+}
+
+/// The `count`-th reset does not end, and everything else is answered.
+fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
+    const SAID: &str = "the reset waits for requests of the last guest in memory ram, for 0 s";
+    let begun = Instant::now();
+    while vmm.log().matches(SAID).count() < count {
+        ensure!(begun.elapsed() < GUEST, "it does not wait:{}", vmm.log());
+        std::thread::sleep(LOOK);
+    }
+    for _ in 0..20 {
+        let begun = Instant::now();
+        vmm.qmp().execute("query-status", Value::Null)?;
+        ensure!(
+            begun.elapsed() < MEANWHILE,
+            "query-status took {:?}",
+            begun.elapsed()
+        );
+        std::thread::sleep(LOOK);
+    }
+    ensure!(
+        vmm.log().matches("new memory").count() == 0,
+        "memory in a file was replaced"
+    );
+    Ok(())
 }
 
 /// A disk of which a guest reads, by several processes, what it does not get.
