@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!                 stop                    reset (guest, monitor, triple fault)
-//!   Running ◀────────────▶ Paused        park · drain devices · unplug memory · power-on state
+//!   Running ◀────────────▶ Paused        park · drain devices · part memory · unplug it · power-on state
 //!      │          cont                    └─▶ as before: Running or Paused
 //!      │ watchdog: as what it does says, or as a stop into Watchdog
 //!      │ memory fault, KVM error
@@ -292,7 +292,10 @@ mod tests {
         requests.send(Request::Cpu(fault.clone()));
         requests.shutdown(ShutdownCause::GuestShutdown);
         requests.reset(ShutdownCause::HostQmpSystemReset);
+        assert_eq!(requests.ending(), None, "of a guest that may be no more");
         requests.shutdown(ShutdownCause::HostSignal);
+        requests.shutdown(ShutdownCause::HostQmpQuit);
+        assert_eq!(requests.ending(), Some(ShutdownCause::HostSignal));
         assert!(matches!(next(), Some(Request::Reset { .. })));
         requests.next_guest();
         requests.send(Request::Cpu(fault));
@@ -300,6 +303,7 @@ mod tests {
             assert!(next().is_none(), "of the guest before");
         }
         assert!(matches!(next(), Some(Request::Reset { .. })));
+        assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Cpu(_))), "of this guest");
     }
