@@ -63,6 +63,8 @@ pub struct Machine {
     pub max_bytes: Option<u64>,
     /// Slots for DIMMs.
     pub memory_slots: u16,
+    /// What the memory is in; by default the host's own. Of Ebbtide only.
+    pub memory_file: Option<PathBuf>,
     /// In order: /dev/vda, /dev/vdb, ...
     pub disks: Vec<Disk>,
     /// More arguments for the VMM.
@@ -83,6 +85,7 @@ impl Machine {
             boot_bytes: 512 << 20,
             max_bytes: None,
             memory_slots: 0,
+            memory_file: None,
             disks: Vec::new(),
             more: Vec::new(),
             log: None,
@@ -122,9 +125,13 @@ impl Machine {
             0 => String::new(),
             slots => format!(",slots={slots}"),
         };
+        let file = match &self.memory_file {
+            None => String::new(),
+            Some(path) => format!(",backend=file,path={}", text(path)?),
+        };
         command
             .arg("--memory")
-            .arg(format!("size={}M{max}{slots}", self.boot_bytes >> 20));
+            .arg(format!("size={}M{max}{slots}{file}", self.boot_bytes >> 20));
         for disk in &self.disks {
             let readonly = if disk.readonly { ",readonly=on" } else { "" };
             command.arg("--disk").arg(format!(

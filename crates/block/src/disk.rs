@@ -282,10 +282,11 @@ impl Shared {
         op: Op,
         buf: B,
     ) -> (io::Result<()>, B) {
-        let mut after = Vec::new();
+        let (mut begun, mut after) = (Vec::new(), Vec::new());
         for faults in &self.faults {
             match faults.meet(&op) {
                 None => {}
+                Some((fault, Point::Begun)) => begun.push((faults, fault)),
                 Some((fault, Point::After)) => after.push((faults, fault)),
                 Some((fault, Point::Before)) => {
                     if let Err(error) = faults.suffer(local, fault).await {
@@ -297,6 +298,11 @@ impl Shared {
         // It may have waited for long.
         if let Err(error) = self.check_life() {
             return (Err(error), buf);
+        }
+        for (faults, fault) in begun {
+            if let Err(error) = faults.suffer(local, fault).await {
+                return (Err(error), buf);
+            }
         }
         let (mut result, buf) = self.perform(local, op, buf).await;
         for (faults, fault) in after.into_iter().rev() {

@@ -39,6 +39,9 @@ pub enum Point {
     /// Memory and image are touched after the wait: what a slow medium does, and what shows late DMA.
     #[default]
     Before,
+    /// The same, but the operation is the medium's already: giving the disk up does not take it back, and memory is touched
+    /// when the wait is over.
+    Begun,
     /// All is done and only the answer waits: the order of releases is the order of answers.
     After,
 }

@@ -466,11 +466,15 @@ fn held_before_touches_nothing_yet_and_after_has_done_all() {
             file.as_file().read_exact_at(&mut byte, 0).unwrap();
             byte[0]
         };
-        for (point, seen_while_held) in [(Point::Before, 0), (Point::After, 2)] {
+        let cases = [
+            (Point::Before, 1, 0),
+            (Point::Begun, 2, 1),
+            (Point::After, 3, 3),
+        ];
+        for (point, value, seen_while_held) in cases {
             faults.inject(Rule::once(Fault::Hold).at(point));
             let task = local.spawn({
                 let disk = disk.clone();
-                let value = seen_while_held.max(1);
                 async move { write(&disk, 0, vec![value; 512]).await }
             });
             while faults.held() == 0 {
@@ -480,8 +484,40 @@ fn held_before_touches_nothing_yet_and_after_has_done_all() {
             assert!(!task.is_finished());
             assert!(faults.release_one());
             task.await.unwrap();
-            assert_ne!(byte_on_file(), 0);
+            assert_eq!(byte_on_file(), value);
         }
+    });
+}
+
+/// What the medium has is carried out; what it has not is not any more.
+#[test]
+fn giving_up_takes_back_what_the_medium_has_not() {
+    let faults = Faults::new();
+    let file = image(MIB);
+    let disk = Disk::open(&DiskSpec::new(file.path())).unwrap();
+    let disk = disk.with_faults(&faults).unwrap();
+    on_ring(async |local| {
+        let attached = disk.attach(&local);
+        let mut tasks = Vec::new();
+        for (sector, point) in [(0, Point::Before), (1, Point::Begun)] {
+            faults.inject(Rule::once(Fault::Hold).at(point));
+            let disk = attached.clone();
+            tasks.push(local.spawn(async move { write(&disk, sector * 512, vec![7; 512]).await }));
+            local.yield_now().await;
+        }
+        while faults.held() < 2 {
+            local.sleep(Duration::from_millis(1)).await;
+        }
+        let _ = disk.abandon();
+        assert_eq!(faults.release(Order::Arrival), 2);
+        let mut ended = Vec::new();
+        for task in tasks {
+            ended.push(task.await.is_ok());
+        }
+        assert_eq!(ended, [false, true]);
+        let mut bytes = [0; 1024];
+        file.as_file().read_exact_at(&mut bytes, 0).unwrap();
+        assert_eq!((bytes[0], bytes[512]), (0, 7));
     });
 }
 

@@ -12,7 +12,7 @@ use ebbtide_device::GuestEject;
 use ebbtide_devices::dimm::{DimmArea, DimmBank, SECTION_BYTES};
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
-use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
+use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamSpec, Region};
 use ebbtide_qmp::types::run_state::RunState;
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::mem::{MemEvent, MemSpec, VirtioMem};
@@ -22,6 +22,7 @@ use crate::boot::BootImage;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::confine::{Confinement, Kind};
 use crate::cpus::Cpus;
+use crate::guest_ram::{GuestRam, RAM_PRIORITY, Shown};
 use crate::hotplug::{Announced, AnyUse, BlockNode, Devices, Face, Made, Place, Surface};
 use crate::layout::{ACPI_TABLES, ECAM, Layout, PCI_IO, PCI_MMIO32, SPARE_BUSES};
 use crate::lifecycle::{Posted, Requests};
@@ -34,8 +35,6 @@ use crate::{Error, host};
 const ARENA_SPARE: u64 = 4 << 40;
 /// Threads for jobs that may block.
 pub(crate) const BLOCKING_THREADS: usize = 2;
-/// RAM wins over everything it overlaps; nothing should.
-const RAM_PRIORITY: i32 = 10;
 
 /// A machine with what must be served beside it.
 pub struct Built {
@@ -162,6 +161,7 @@ impl Prepared {
         let (cpus, power_on) = processors(&config, &vm, &parts, &sender)?;
         let Parts {
             memory,
+            ram,
             system,
             bridge,
             blocking,
@@ -178,6 +178,7 @@ impl Prepared {
             confinement,
             vm,
             system,
+            ram,
             memory,
             boot,
             tables,
@@ -259,6 +260,7 @@ impl ColdFunction {
 struct Parts {
     memory: Arc<Memory>,
     root: Arc<Region>,
+    ram: GuestRam,
     system: Arc<AddressSpace>,
     port_root: Arc<Region>,
     ports: Arc<AddressSpace>,
@@ -295,7 +297,7 @@ impl Parts {
             .add_listener(vm.memory_listener(), 0)
             .map_err(failed)?;
         ports.add_listener(vm.port_listener(), 0).map_err(failed)?;
-        add_ram(config, layout, &memory, &root)?;
+        let ram = add_ram(config, layout, &memory, &root)?;
         let windows = Windows {
             mmio32: PCI_MMIO32,
             mmio64: layout.mmio64.clone(),
@@ -317,6 +319,7 @@ impl Parts {
         Ok(Parts {
             memory,
             root,
+            ram,
             system,
             port_root,
             ports,
@@ -368,24 +371,24 @@ impl Parts {
     ) -> Result<Vec<MemorySlot>, Error> {
         let mut slots = Vec::new();
         for (device, range) in config.memory_devices.iter().zip(&layout.device_memory) {
-            let block = self.sparse_ram(device, range.start)?;
+            let ram = self.sparse_ram(device, range.start)?;
             let remote = self.iothread(&format!("io-{}", device.id))?;
             let spec = MemSpec {
                 node: Some(device.node),
                 requested_bytes: device.requested_bytes,
                 populate: device.prefault,
-                ..MemSpec::new(&device.id, &block, Gpa(range.start))
+                ..MemSpec::new(&device.id, &ram.block(), Gpa(range.start))
             };
             let blocking = Arc::clone(&self.blocking);
             let virtio = VirtioMem::new(spec, remote.clone(), blocking, events.clone())
                 .map_err(|e| Error::part(&device.id, e))?;
             self.plug(&device.id, MEM, Arc::clone(&virtio) as _, vm, &remote, None)?;
-            slots.push(MemorySlot::new(device.clone(), range.clone(), virtio));
+            slots.push(MemorySlot::new(device.clone(), range.clone(), virtio, ram));
         }
         Ok(slots)
     }
 
-    fn sparse_ram(&self, device: &MemoryDeviceConfig, at: u64) -> Result<Arc<RamBlock>, Error> {
+    fn sparse_ram(&self, device: &MemoryDeviceConfig, at: u64) -> Result<GuestRam, Error> {
         let failed = |e: ebbtide_memory::Error| Error::part(&device.id, e);
         let block = self
             .memory
@@ -399,11 +402,7 @@ impl Parts {
                 block_size_bytes: Some(device.block_size_bytes),
             })
             .map_err(failed)?;
-        let region = Region::ram(&device.memdev, &block);
-        self.memory
-            .update(|t| t.add(&self.root, &region, at, RAM_PRIORITY))
-            .map_err(failed)?;
-        Ok(block)
+        GuestRam::new(&self.memory, &self.root, block, Shown::At(at)).map_err(failed)
     }
 
     /// All disks, served by one thread.
@@ -448,9 +447,9 @@ fn open_disk(disk: &DiskConfig) -> Result<Arc<Disk>, Error> {
 fn add_ram(
     config: &MachineConfig,
     layout: &Layout,
-    memory: &Memory,
+    memory: &Arc<Memory>,
     root: &Arc<Region>,
-) -> Result<(), Error> {
+) -> Result<GuestRam, Error> {
     let failed = |e: ebbtide_memory::Error| Error::part("memory", e);
     let block = memory
         .ram()
@@ -463,18 +462,8 @@ fn add_ram(
             block_size_bytes: None,
         })
         .map_err(failed)?;
-    let ram = Region::ram(BOOT_RAM, &block);
-    memory
-        .update(|t| {
-            let mut offset = 0;
-            for (name, range) in ["ram-low", "ram-high"].iter().zip(layout.ram()) {
-                let part = Region::alias(*name, &ram, offset, range.end - range.start);
-                t.add(root, &part, range.start, RAM_PRIORITY)?;
-                offset += range.end - range.start;
-            }
-            Ok(())
-        })
-        .map_err(failed)
+    let parts = ["ram-low", "ram-high"].into_iter().zip(layout.ram());
+    GuestRam::new(memory, root, block, Shown::Parts(parts.collect())).map_err(failed)
 }
 
 /// Gives the interrupt pins of PCI functions their inputs of the interrupt controller.

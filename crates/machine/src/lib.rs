@@ -25,6 +25,7 @@ pub mod config;
 mod confine;
 mod cpus;
 mod error;
+mod guest_ram;
 pub mod host;
 mod hotplug;
 pub mod layout;
@@ -33,6 +34,7 @@ mod machine;
 pub mod monitor;
 mod platform;
 mod provision;
+mod reset;
 mod size_events;
 
 pub use build::{Built, Prepared};

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!                 stop                    reset (guest, monitor, triple fault)
-//!   Running ◀────────────▶ Paused        park · drain devices · unplug memory · power-on state
+//!   Running ◀────────────▶ Paused        park · drain devices · part memory · unplug it · power-on state
 //!      │          cont                    └─▶ as before: Running or Paused
 //!      │ watchdog: as what it does says, or as a stop into Watchdog
 //!      │ memory fault, KVM error
@@ -18,8 +18,8 @@
 //! pulls the reset line of the keyboard controller ten times, and the guest that comes after the
 //! first pull must not be reset by the second.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use ebbtide_iothread::{Sender, oneshot};
 use ebbtide_qmp::types::run_state::{RunState, ShutdownCause, WatchdogAction};
@@ -81,6 +81,8 @@ pub struct Posted {
 pub struct Requests {
     channel: Sender<Posted>,
     guest: Arc<AtomicU64>,
+    /// Who wants the VM to end, whatever the guest does.
+    ending: Arc<OnceLock<ShutdownCause>>,
 }
 
 impl Requests {
@@ -89,6 +91,7 @@ impl Requests {
         Requests {
             channel,
             guest: Arc::default(),
+            ending: Arc::default(),
         }
     }
 
@@ -97,6 +100,12 @@ impl Requests {
         // A vCPU that is parked has sent what it had to send, and parking synchronises: no vCPU
         // reads the number of the next guest while it runs the old one.
         let guest = self.guest.load(Ordering::Relaxed);
+        if let Request::Shutdown { cause } = request
+            && !request.is_of_guest()
+        {
+            // Set already: that comes first.
+            let _ = self.ending.set(cause);
+        }
         self.channel.send(Posted { request, guest });
     }
 
@@ -109,6 +118,12 @@ impl Requests {
     pub fn receive(&self, posted: Posted) -> Option<Request> {
         let current = posted.guest == self.guest.load(Ordering::Relaxed);
         (current || !posted.request.is_of_guest()).then_some(posted.request)
+    }
+
+    /// Who else than the guest has asked for the end of the VM, which will be done when its turn has come: whatever waits
+    /// without a limit meanwhile has to give up.
+    pub fn ending(&self) -> Option<ShutdownCause> {
+        self.ending.get().copied()
     }
 
     /// Asks for a reset without waiting for it.
@@ -277,7 +292,10 @@ mod tests {
         requests.send(Request::Cpu(fault.clone()));
         requests.shutdown(ShutdownCause::GuestShutdown);
         requests.reset(ShutdownCause::HostQmpSystemReset);
+        assert_eq!(requests.ending(), None, "of a guest that may be no more");
         requests.shutdown(ShutdownCause::HostSignal);
+        requests.shutdown(ShutdownCause::HostQmpQuit);
+        assert_eq!(requests.ending(), Some(ShutdownCause::HostSignal));
         assert!(matches!(next(), Some(Request::Reset { .. })));
         requests.next_guest();
         requests.send(Request::Cpu(fault));
@@ -285,6 +303,7 @@ mod tests {
             assert!(next().is_none(), "of the guest before");
         }
         assert!(matches!(next(), Some(Request::Reset { .. })));
+        assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Cpu(_))), "of this guest");
     }

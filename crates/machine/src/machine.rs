@@ -27,11 +27,13 @@ use crate::build::BLOCKING_THREADS;
 use crate::config::{DiskConfig, MachineConfig, MemoryDeviceConfig};
 use crate::confine::Confinement;
 use crate::cpus::{Cpus, Stay};
+use crate::guest_ram::GuestRam;
 use crate::hotplug::Devices;
 use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
 use crate::platform::Platform;
 use crate::provision::Provision;
+use crate::reset::Outcome;
 
 /// Name of the RAM block the machine boots with.
 pub(crate) const BOOT_RAM: &str = "ram";
@@ -42,7 +44,8 @@ pub struct MemorySlot {
     pub config: MemoryDeviceConfig,
     /// Where it lies in guest-physical memory.
     pub range: Range<u64>,
-    device: Arc<VirtioMem>,
+    pub(crate) device: Arc<VirtioMem>,
+    pub(crate) ram: GuestRam,
     /// When the last target was set.
     asked: Cell<Instant>,
 }
@@ -52,11 +55,13 @@ impl MemorySlot {
         config: MemoryDeviceConfig,
         range: Range<u64>,
         device: Arc<VirtioMem>,
+        ram: GuestRam,
     ) -> MemorySlot {
         MemorySlot {
             config,
             range,
             device,
+            ram,
             asked: Cell::new(Instant::now()),
         }
     }
@@ -111,6 +116,8 @@ pub struct Machine {
     pub(crate) confinement: Arc<Confinement>,
     pub(crate) vm: Arc<dyn Vm>,
     pub(crate) system: Arc<AddressSpace>,
+    /// What it boots with.
+    pub(crate) ram: GuestRam,
     pub(crate) memory: Arc<Memory>,
     pub(crate) boot: Arc<BootImage>,
     pub(crate) tables: Arc<acpi::Tables>,
@@ -201,7 +208,7 @@ impl Machine {
         let boot = Arc::clone(&self.boot);
         let layout = Arc::clone(&self.layout);
         let tables = Arc::clone(&self.tables);
-        let system = Arc::clone(&self.system);
+        let (system, ram) = (Arc::clone(&self.system), self.ram.block());
         self.blocking
             .run(move || {
                 let reader = system.memory().register();
@@ -210,11 +217,6 @@ impl Machine {
                     .write_bytes(ebbtide_memory::Gpa(tables.address), &tables.bytes)
                     .map_err(|e| Error::part("ACPI tables", e))?;
                 drop(guard);
-                let ram = system
-                    .memory()
-                    .ram()
-                    .by_name(BOOT_RAM)
-                    .ok_or_else(|| Error::part("boot", "there is no boot RAM"))?;
                 let view =
                     PinnedRam::new(&system, &reader).map_err(|e| Error::part("boot RAM", e))?;
                 let entry = boot.load(&view, &layout, tables.address);
@@ -339,10 +341,14 @@ impl Machine {
                 events.emit(events::RESUME.with(Empty {}));
             }
             Step::Reset { cause, then_run } => {
-                if let Err(e) = self.reset().await {
-                    tracing::error!("reset failed: {e}");
-                    self.halted(RunState::InternalError, events);
-                    return None;
+                match self.reset().await {
+                    Ok(Outcome::Fresh) => {}
+                    Ok(Outcome::Ended(cause)) => return Some(cause),
+                    Err(e) => {
+                        tracing::error!("reset failed: {e}");
+                        self.halted(RunState::InternalError, events);
+                        return None;
+                    }
                 }
                 events.emit(events::RESET.with(Cause::new(cause)));
                 if then_run {
@@ -395,54 +401,6 @@ impl Machine {
         for result in self.cpus.each(|_, vcpu| vcpu.mark_paused()).await {
             if let Err(e) = result {
                 tracing::debug!("the guest can't be told of the pause: {e}");
-            }
-        }
-    }
-
-    /// Puts everything back to power-on: vCPUs out, requests of the old guest drained, memory
-    /// devices empty, registers reset, kernel loaded.
-    async fn reset(&self) -> Result<(), Error> {
-        self.cpus.park().await;
-        self.devices.finish_requested().await;
-        let stuck = self.devices.quiesce().await;
-        self.devices.silence(&stuck).await;
-        for device in stuck {
-            // The new guest must not meet the device, which stays allocated until its requests end. Those that have not
-            // reached the host yet never will: they would write to what the old guest gave them.
-            self.devices.give_up(device.node);
-            tracing::error!(
-                "{}: requests did not end within {:?}; the device is kept out of the new guest, and what the host has of it may still write to the memory that it was given",
-                device.name,
-                self.config.drain_timeout
-            );
-            drop(self.devices.remove(device.node));
-        }
-        // Until its devices are quiet the old guest may still ask for something: a watchdog does.
-        self.requests.next_guest();
-        self.empty_memory_devices().await;
-        self.bridge.reset();
-        // What was plugged since the start may be too much for what the tables name: a guest goes on without it, as the
-        // last one did.
-        if let Err(e) = self.bridge.assign_bars() {
-            tracing::error!("PCI: {e}");
-        }
-        self.platform.reset();
-        self.vm
-            .restore_chips(&self.power_on.chips)
-            .map_err(|e| Error::part("interrupt controllers", e))?;
-        self.load().await
-    }
-
-    /// Unplugs all device memory. What can't be taken back in time stays plugged; the driver of the
-    /// next guest begins with unplugging it.
-    async fn empty_memory_devices(&self) {
-        for slot in &self.slots {
-            let emptied = slot.device.system_reset();
-            let id = &slot.config.id;
-            match self.local.timeout(self.config.drain_timeout, emptied).await {
-                Ok(Ok(())) => {}
-                Ok(Err(e)) => tracing::error!("{id}: its memory can't be taken back: {e}"),
-                Err(_) => tracing::error!("{id}: its memory is still in use"),
             }
         }
     }

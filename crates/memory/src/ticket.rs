@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::ops::Range;
 use std::sync::{self, Arc};
 use std::time::{Duration, Instant};
 
@@ -425,6 +426,28 @@ impl Ticket {
     /// Time since the memory was unpublished.
     pub fn age(&self) -> Duration {
         self.drain.age()
+    }
+
+    /// Gives back what nobody uses of memory that waits for who does: all pages but those of `pinned`, which are host
+    /// addresses. Returns how many bytes it has kept. May block as [`Ticket::destroy`] may.
+    ///
+    /// The core counts pins and does not know what they are on: it is the caller who has to name all of it. A page that
+    /// is missing from `pinned` is lost to whoever reads it, as a device that carries out a guest's write; what is written
+    /// to it goes nowhere. The addresses stay valid in any case.
+    ///
+    /// # Errors
+    /// `NotDrained` while sections that have found the memory may run; `Host` when the host refuses.
+    pub fn free_but(&self, pinned: &[Range<u64>]) -> Result<u64, Error> {
+        if self.phase() < Phase::Draining {
+            let what = format!("RAM block {}", self.block.name());
+            let holders = "read sections".to_owned();
+            return Err(Error::NotDrained { what, holders });
+        }
+        let host = self.block.host().as_ptr() as u64;
+        let inside =
+            |range: &Range<u64>| range.start.saturating_sub(host)..range.end.saturating_sub(host);
+        let kept: Vec<_> = pinned.iter().map(inside).collect();
+        self.block.free_but(&kept)
     }
 
     /// Gives the memory back to the host and forgets the block. May block for as long as the

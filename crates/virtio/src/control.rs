@@ -68,14 +68,21 @@ impl Link {
 
     /// The right to write an answer to the guest's memory, for as long as the lease is held; none once that memory is
     /// another guest's.
-    pub(crate) fn answer(&self) -> Option<Lease> {
+    pub fn answer(&self) -> Option<Lease> {
         self.answers.enter(Entry::Io)
     }
 
     /// No answer is written from now on, for good; ready when none is being written.
-    pub(crate) fn end_answers(&self) -> impl Future<Output = ()> + Send + 'static {
-        self.answers.close();
-        self.answers.drained()
+    pub fn end_answers(&self) -> impl Future<Output = ()> + Send + 'static {
+        if !seeded!("answers_stay_open") {
+            self.answers.close();
+        }
+        let drained = self.answers.drained();
+        async move {
+            if !seeded!("answer_not_waited_for") {
+                drained.await;
+            }
+        }
     }
 
     /// The status register.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The contract between a virtio device and the transport that carries it.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +63,16 @@ pub trait VirtioDevice: Send + Sync {
     fn in_flight(&self) -> Option<InFlight> {
         None
     }
+
+    /// The host addresses of guest memory that the requests counted by [`in_flight`](Self::in_flight) have pinned. A
+    /// device that has pinned anything longer than a read section lasts names all of it, and nothing it has let go of.
+    fn pinned(&self) -> Vec<PinnedList> {
+        Vec::new()
+    }
 }
+
+/// Host addresses that are pinned together, with one pin for each RAM block that they are in.
+pub type PinnedList = Vec<Range<u64>>;
 
 /// Requests a backend works on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -35,7 +35,7 @@ mod sync;
 pub mod virtq;
 
 pub use control::{Change, Link, TransportControl};
-pub use device::{ActivateError, Activation, ActiveQueue, InFlight, VirtioDevice};
+pub use device::{ActivateError, Activation, ActiveQueue, InFlight, PinnedList, VirtioDevice};
 pub use interrupt::{Interrupts, QueueInterrupt};
 pub use pci::{TransportError, VirtioPci};
 pub use removal::{Removal, Removed};

@@ -44,6 +44,8 @@ use jobs::Jobs;
 pub(crate) trait Service: 'static {
     /// A request that takes time. Owns the right to the guest memory it needs.
     type Job: 'static;
+    /// A request after the time it took. Owns what it needs to be answered.
+    type Carried: 'static;
     /// What an answered request keeps until it is given back.
     type Kept: 'static;
 
@@ -67,11 +69,15 @@ pub(crate) trait Service: 'static {
         chain: Chain,
     ) -> Result<Answered<Self::Kept>, Unanswerable>;
 
-    /// Carries a job out and answers it.
-    fn carry_out(
-        self: Rc<Self>,
-        job: Self::Job,
-    ) -> impl Future<Output = Answered<Self::Kept>> + 'static;
+    /// Carries a job out.
+    fn carry_out(self: Rc<Self>, job: Self::Job) -> impl Future<Output = Self::Carried> + 'static;
+
+    /// Writes the answer to what was carried out; returns how many bytes of the chain are written from its start. Not
+    /// called when the driver's memory is another guest's.
+    fn answer(&self, carried: &Self::Carried) -> u32;
+
+    /// The request has ended, answered or not: its chain, and what is kept until that is given back.
+    fn end(&self, carried: Self::Carried) -> (u16, Self::Kept);
 }
 
 /// A request after its first look.
@@ -131,7 +137,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         removed,
         ..
     } = queue;
-    let inbox = Inbox::new(Rc::new(service), kick.signals(&local));
+    let inbox = Inbox::new(Rc::new(service), interrupt.clone(), kick.signals(&local));
     // Its count is left alone from here on.
     drop(kick);
     let reader = space.memory().register();
@@ -366,9 +372,9 @@ struct Inbox<S: Service> {
 }
 
 impl<S: Service> Inbox<S> {
-    fn new(service: Rc<S>, kicks: Signals) -> Inbox<S> {
+    fn new(service: Rc<S>, interrupt: QueueInterrupt, kicks: Signals) -> Inbox<S> {
         Inbox {
-            underway: RefCell::new(Underway::of(&service)),
+            underway: RefCell::new(Underway::of(&service, interrupt)),
             service,
             kicked: Cell::new(false),
             kicks: RefCell::new(Some(kicks)),
@@ -433,13 +439,25 @@ impl<S: Service> Inbox<S> {
 struct Underway<S: Service>(Box<dyn Table<S>>);
 
 impl<S: Service> Underway<S> {
-    fn of(service: &Rc<S>) -> Underway<S> {
-        let service = Rc::clone(service);
+    fn of(service: &Rc<S>, interrupt: QueueInterrupt) -> Underway<S> {
+        let shared = Rc::new((Rc::clone(service), interrupt));
         let carry_out = move |job, lease| {
-            let running = Rc::clone(&service).carry_out(job);
+            let shared = Rc::clone(&shared);
+            let running = Rc::clone(&shared.0).carry_out(job);
             async move {
+                let carried = running.await;
+                let (service, interrupt) = &*shared;
+                // None: the machine was reset meanwhile and did not wait for this.
+                let right = interrupt.answer();
+                let written = right.as_ref().map_or(0, |_| service.answer(&carried));
+                drop(right);
+                let (head, kept) = service.end(carried);
                 Done {
-                    answered: running.await,
+                    answered: Answered {
+                        head,
+                        written,
+                        kept,
+                    },
                     lease: Some(lease),
                 }
             }

@@ -6,6 +6,8 @@
 //!
 //! seeded: reset_before_drain breaks model_reset
 //! seeded: needs_reset_any_session breaks model_reset
+//! seeded: answers_stay_open breaks model_late_answer
+//! seeded: answer_not_waited_for breaks model_late_answer
 //! seeded: removal_closes_first breaks model_removal
 //! seeded: removal_waits_for_gate_alone breaks model_removal
 //! seeded: removal_waits_for_ended_task breaks model_removal_of_broken_queue
@@ -100,6 +102,36 @@ fn model_reset() {
             status::ACKNOWLEDGE,
             "marked by an earlier session"
         );
+    });
+}
+
+/// Two requests that outlast a reset of the machine end while it happens.
+#[test]
+fn model_late_answer() {
+    const INVARIANT: &str = "once answers have ended, no request of the last guest writes to memory that the next one has";
+    explore("virtio/late_answer", INVARIANT, 3, || {
+        let link = Link::new(Arc::new(Announced::default()));
+        let memory = Arc::new([Ring::new(), Ring::new()]);
+        let requests = [0, 1].map(|at| {
+            let (link, memory) = (Arc::clone(&link), Arc::clone(&memory));
+            thread::spawn(move || {
+                if let Some(right) = link.answer() {
+                    memory[at].write(1);
+                    drop(right);
+                }
+            })
+        });
+
+        block_on(link.end_answers());
+        // The next guest's from here on.
+        memory.iter().for_each(|place| place.write(2));
+        assert!(
+            link.answer().is_none(),
+            "a request has the right to answer the last guest"
+        );
+        for request in requests {
+            request.join().expect("request");
+        }
     });
 }
 

@@ -8,7 +8,9 @@ use std::time::Duration;
 use anyhow::Context;
 use ebbtide_bus::pci::{Devfn, Function, HostBridge, IntxWires, Windows};
 use ebbtide_iothread::{Config, IoThread, ManualClock, Remote};
-use ebbtide_memory::{AddressSpace, Backing, Memory, MemoryConfig, RamSpec, Region};
+use ebbtide_memory::{
+    AddressSpace, Backing, Memory, MemoryConfig, RamBlock, RamSpec, Region, Ticket,
+};
 
 use crate::interrupts::{Interrupts, Level};
 use crate::pci::PciDevice;
@@ -38,6 +40,8 @@ pub struct Board {
     lines: Vec<Arc<Level>>,
     interrupts: Interrupts,
     ram: GuestRam,
+    /// Shows the block behind `ram`.
+    shown: Arc<Region>,
     iothread: IoThread,
     clock: Option<ManualClock>,
 }
@@ -81,8 +85,9 @@ impl Board {
         };
         let bridge = HostBridge::new(&memory, windows)?;
         let ecam = Region::mmio("ecam", HostBridge::ECAM_BYTES, bridge.ecam());
+        let shown = Region::ram("ram", &block);
         memory.update(|map| {
-            map.add(&root, &Region::ram("ram", &block), 0, 0)?;
+            map.add(&root, &shown, 0, 0)?;
             map.add(&root, &ecam, ECAM, 0)?;
             map.add(&root, bridge.container(), 0, -1)?;
             map.add(&io, bridge.io_container(), 0, -1)
@@ -108,6 +113,7 @@ impl Board {
             bridge,
             interrupts: Interrupts::default(),
             ram,
+            shown,
             iothread,
             clock,
         })
@@ -182,6 +188,31 @@ impl Board {
     /// RAM for the driver's rings and buffers.
     pub fn ram(&self) -> &GuestRam {
         &self.ram
+    }
+
+    /// The block behind it.
+    ///
+    /// # Panics
+    /// Never: it is RAM.
+    pub fn ram_block(&self) -> &Arc<RamBlock> {
+        self.shown.ram_block().expect("RAM has a block")
+    }
+
+    /// Another guest comes while devices use the RAM of the last one: it finds other RAM there. The ticket is that of the
+    /// old.
+    ///
+    /// # Errors
+    /// The host has no memory.
+    pub fn renew_ram(&mut self) -> anyhow::Result<Ticket> {
+        let block = self.memory.ram().renew(self.ram_block())?;
+        let new = Region::ram("ram", &block);
+        let ticket = self.memory.update(|map| {
+            let ticket = map.unplug(&self.shown)?;
+            map.add(&self.root, &new, 0, 0)?;
+            Ok(ticket)
+        })?;
+        self.shown = new;
+        Ok(ticket)
     }
 
     /// The thread devices serve their queues on.

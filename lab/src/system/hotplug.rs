@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 pub(super) use force::{forced, quarantined, until};
-pub(super) use held::{outlasted, waited_for};
+pub(super) use held::{awaited, outlasted, waited_for};
 use models::Model;
 pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
 pub(super) use residue::Residue;

@@ -151,6 +151,11 @@ const SCENARIOS: &[Scenario] = &[
         "a reset that a read outlasts",
         hotplug::outlasted,
     ),
+    one(
+        Series::V6_12,
+        "a reset that has to wait for a read",
+        hotplug::awaited,
+    ),
     one(Series::V6_1, "mistakes with devices", hotplug::mistakes),
     one(
         Series::V6_12,

@@ -27,7 +27,7 @@ impl FromStr for Rule {
 
     /// `fault=fail,errno=5`, `fault=delay,delay-ns=N`, `fault=jitter,delay-ns=N` or `fault=hold`; with `op=`(`read`,
     /// `write`, `flush`, `discard`, `write-zeroes`; all without it), `skip=N` (0), `count=N` (all from then on) and
-    /// `point=`(`before`, `after`).
+    /// `point=`(`before`, `begun`, `after`).
     fn from_str(text: &str) -> Result<Rule, Error> {
         let parsed = text
             .split(',')
@@ -123,8 +123,9 @@ fn kind(value: &str) -> Result<OpKind, String> {
 fn point(value: &str) -> Result<Point, String> {
     match value {
         "before" => Ok(Point::Before),
+        "begun" => Ok(Point::Begun),
         "after" => Ok(Point::After),
-        _ => Err(format!("point={value}: it is before or after")),
+        _ => Err(format!("point={value}: it is before, begun or after")),
     }
 }
 
@@ -148,6 +149,8 @@ mod tests {
         assert_eq!(rule.fault, Fault::Jitter(Duration::from_secs(20)));
         assert_eq!((rule.kind, rule.count), (None, u64::MAX));
         assert_eq!(rule.point, Point::After);
+        let rule: Rule = "fault=hold,point=begun".parse().unwrap();
+        assert_eq!(rule.point, Point::Begun);
         assert_eq!("fault=hold".parse::<Rule>().unwrap().fault, Fault::Hold);
     }
 

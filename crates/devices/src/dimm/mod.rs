@@ -165,6 +165,29 @@ impl Dimm {
             .unwrap_or(SlotState::Empty)
     }
 
+    /// Its memory.
+    pub fn block(&self) -> Option<&Arc<RamBlock>> {
+        self.region.ram_block()
+    }
+
+    /// For a system reset that the use of its memory outlasts: the next guest finds `block` in its place, which was
+    /// [renewed](ebbtide_memory::RamList::renew) from it. The ticket is that of the old memory.
+    ///
+    /// # Errors
+    /// [`DimmError::Memory`] when something else shows the memory; nothing has changed then.
+    pub fn renew(&mut self, block: &Arc<RamBlock>) -> Result<Ticket, DimmError> {
+        let region = Region::ram(&self.info.id, block);
+        let ticket = self.bank.memory.update(|t| {
+            let ticket = t.unplug(&self.region)?;
+            let (root, priority) = (&self.bank.root, self.bank.area.priority);
+            t.add(root, &region, self.info.addr, priority)?;
+            Ok(ticket)
+        });
+        let ticket = ticket.map_err(|source| self.memory_error(source))?;
+        self.region = region;
+        Ok(ticket)
+    }
+
     /// Asks the guest to let go of it, or asks again. The answer comes to the registers' sink: `eject`, `refused`, or none
     /// for as long as the guest tries (or does not listen).
     ///

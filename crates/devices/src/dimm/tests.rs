@@ -293,6 +293,38 @@ fn one_withdrawn_goes_without_the_guest() {
     isolated.detach().unwrap().destroy().unwrap();
 }
 
+/// A guest is reset while something is read into its DIMM: the next one has a DIMM of other memory in the same slot, which goes
+/// like any.
+#[test]
+fn the_next_guest_gets_other_memory_in_the_same_slot() {
+    let machine = Machine::new();
+    let mut dimm = machine.plug("dimm0", SECTION_BYTES).unwrap();
+    let (info, old) = (dimm.info().clone(), Arc::clone(dimm.block().unwrap()));
+    let guard = machine.space.read(&machine.reader);
+    let read = guard.pin(Gpa(info.addr), 8, Access::Write).unwrap();
+    drop(guard);
+    let new = machine.memory.ram().renew(&old).unwrap();
+    let ticket = dimm.renew(&new).unwrap();
+    read.write_at(0, &[0x66; 8]).unwrap();
+    let guard = machine.space.read(&machine.reader);
+    assert_eq!(guard.read::<u64>(Gpa(info.addr)).unwrap(), 0);
+    drop(guard);
+    assert_eq!((dimm.info(), dimm.state()), (&info, SlotState::Plugged));
+    drop(read);
+    assert!(ticket.wait(Phase::Drained, Duration::from_secs(10)));
+    drop(old);
+    ticket.destroy().map_err(|(_, error)| error).unwrap();
+
+    dimm.withdraw().unwrap();
+    let dimm = dimm.isolate().map_err(|(_, error)| error).unwrap();
+    assert!(Arc::ptr_eq(dimm.ticket().block(), &new));
+    assert!(dimm.ticket().wait(Phase::Drained, Duration::from_secs(10)));
+    let dimm = dimm.detach().map_err(|(_, error)| error).unwrap();
+    drop(new);
+    dimm.destroy().map_err(|(_, error)| error).unwrap();
+    assert!(machine.memory.ram().blocks().is_empty());
+}
+
 #[test]
 fn what_is_shown_elsewhere_stays() {
     let machine = Machine::new();

@@ -8,6 +8,7 @@ use ebbtide_bus::acpi::{Arrival, GuestEject as RegisterPolicy, SlotState};
 use ebbtide_device::{Draining, Eject, GuestEject, Holder, Identity, Model, NodeId};
 use ebbtide_devices::dimm::{DetachedDimm, Dimm, DimmInfo, DimmSpec, IsolatedDimm};
 use ebbtide_gate::Gate;
+use ebbtide_memory::{RamBlock, Ticket};
 use ebbtide_qmp::types::acpi::{AcpiDeviceOst, AcpiOstInfo, AcpiSlotType};
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::events;
@@ -88,6 +89,24 @@ impl DimmSite {
             },
             other => other,
         };
+    }
+
+    /// Its memory while it is the guest's.
+    pub(crate) fn block(&self) -> Option<Arc<RamBlock>> {
+        match &*self.lock() {
+            State::Plugged(dimm) => dimm.block().cloned(),
+            State::Isolated(_) | State::Detached(_) | State::None => None,
+        }
+    }
+
+    /// Gives the next guest `block` in its place.
+    pub(crate) fn renew(&self, block: &Arc<RamBlock>) -> Result<Ticket, String> {
+        match &mut *self.lock() {
+            State::Plugged(dimm) => dimm.renew(block).map_err(|e| e.to_string()),
+            State::Isolated(_) | State::Detached(_) | State::None => {
+                Err(format!("{} is on its way out", self.info.id))
+            }
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -227,6 +246,16 @@ impl Devices {
             // The id was free when this began, and nothing was awaited since.
             Err((error, _model)) => Err(super::plug_error(&error)),
         }
+    }
+
+    /// The DIMMs, with their memory.
+    pub(crate) fn dimm_sites(&self) -> Vec<Arc<DimmSite>> {
+        let tree = self.tree.borrow();
+        let site = |node: &ebbtide_device::Node<Info>| match &node.info.site {
+            Site::Dimm(site) => Some(Arc::clone(site)),
+            Site::Pci { .. } | Site::Below => None,
+        };
+        tree.iter().filter_map(|(_, node)| site(node)).collect()
     }
 
     /// The DIMMs, in the order of their addresses.

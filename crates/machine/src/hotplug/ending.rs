@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices at a reset and at the end of the machine. The vCPUs are parked.
 
+use std::sync::Arc;
+
 use ebbtide_device::{NodeId, Phase};
+use ebbtide_virtio::PinnedList;
 
 use super::Devices;
+use super::pci::Removable;
 
 /// A device whose requests did not end in time.
 pub(crate) struct Stuck {
@@ -50,15 +54,16 @@ impl Devices {
     }
 
     /// Ends all use of the devices by the guest; returns those with requests that did not end within the drain time-out.
+    /// Neither they nor what is on its way out answer anything from then on.
     pub(crate) async fn quiesce(&self) -> Vec<Stuck> {
+        let mut forgotten = Vec::new();
         let drains: Vec<_> = {
             let tree = self.tree.borrow();
-            let leaving = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
-            for function in leaving.filter_map(|(_, n)| n.info.site.function()) {
-                function.forget_guest();
-            }
-            let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             // All gates close before the first wait.
+            let leaving = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
+            let leaving = leaving.filter_map(|(_, n)| n.info.site.function());
+            forgotten.extend(leaving.map(|function| function.forget_guest()));
+            let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
                 let function = entry.info.site.function()?;
                 let name = entry.identity.name().to_owned();
@@ -71,34 +76,33 @@ impl Devices {
         for (device, drained) in drains {
             let left = deadline.saturating_duration_since(self.local.now());
             if self.local.timeout(left, drained).await.is_err() {
+                let function = self.function(device.node);
+                forgotten.extend(function.map(|function| function.forget_guest()));
                 stuck.push(device);
             }
+        }
+        for forgotten in forgotten {
+            forgotten.await;
         }
         stuck
     }
 
-    /// Has a device begin nothing more at its backend, if it has one that can be given up.
-    pub(crate) fn give_up(&self, node: NodeId) {
+    fn function(&self, node: NodeId) -> Option<Arc<dyn Removable>> {
         let tree = self.tree.borrow();
-        if let Some(function) = tree.get(node).and_then(|n| n.info.site.function()) {
-            function.force();
-        }
+        tree.get(node)?.info.site.function()
     }
 
-    /// Has `stuck`, and what is on its way out, answer nothing any more: the memory is the next guest's. Waits for those
-    /// that are writing an answer at this moment.
-    pub(crate) async fn silence(&self, stuck: &[Stuck]) {
-        let silenced: Vec<_> = {
-            let tree = self.tree.borrow();
-            let is_stuck = |node| stuck.iter().any(|device| device.node == node);
-            let old = tree
-                .iter()
-                .filter(|(node, n)| n.phase() >= Phase::Draining || is_stuck(*node));
-            old.filter_map(|(_, n)| Some(n.info.site.function()?.silence()))
-                .collect()
-        };
-        for silent in silenced {
-            silent.await;
+    /// The host addresses that requests in flight of any device have pinned.
+    pub(crate) fn pinned(&self) -> Vec<PinnedList> {
+        let tree = self.tree.borrow();
+        let functions = tree.iter().filter_map(|(_, n)| n.info.site.function());
+        functions.flat_map(|function| function.pinned()).collect()
+    }
+
+    /// Has a device begin nothing more at its backend, if it has one that can be given up.
+    pub(crate) fn give_up(&self, node: NodeId) {
+        if let Some(function) = self.function(node) {
+            function.force();
         }
     }
 

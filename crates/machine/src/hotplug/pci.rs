@@ -11,7 +11,7 @@ use ebbtide_devices::i6300esb::I6300Esb;
 use ebbtide_devices::serial_pci::SerialPci;
 use ebbtide_devices::testdev::TestDevice;
 use ebbtide_gate::Gate;
-use ebbtide_virtio::{InFlight, VirtioPci};
+use ebbtide_virtio::{InFlight, PinnedList, VirtioPci};
 
 /// A PCI function that can be taken away while it works.
 pub(crate) trait Removable: Function {
@@ -27,16 +27,18 @@ pub(crate) trait Removable: Function {
         Vec::new()
     }
 
-    /// The guest is another one: what is on its way out answers nothing any more.
-    fn forget_guest(&self) {}
-
     /// The guest has ejected it: its driver asks for nothing more.
     fn guest_let_go(&self) {}
 
-    /// The guest is another one, whatever is still in flight: no answer is written to its memory. Ready when none is being
-    /// written.
-    fn silence(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+    /// The guest is another one, and what is in flight, or on its way out, has to do with the last one: no queue is touched
+    /// and no answer written any more. Ready when none is being written.
+    fn forget_guest(&self) -> Pin<Box<dyn Future<Output = ()>>> {
         Box::pin(std::future::ready(()))
+    }
+
+    /// The host addresses that its requests in flight have pinned.
+    fn pinned(&self) -> Vec<PinnedList> {
+        Vec::new()
     }
 
     /// Gives up what its requests wait for. False: there is nothing to give up.
@@ -65,17 +67,16 @@ impl Removable for VirtioPci {
         Box::pin(VirtioPci::quiesce(self))
     }
 
-    fn forget_guest(&self) {
-        // The reset has begun with that; the removal waits for its end.
-        drop(VirtioPci::quiesce(self));
-    }
-
     fn guest_let_go(&self) {
         VirtioPci::guest_let_go(self);
     }
 
-    fn silence(&self) -> Pin<Box<dyn Future<Output = ()>>> {
-        Box::pin(VirtioPci::silence(self))
+    fn forget_guest(&self) -> Pin<Box<dyn Future<Output = ()>>> {
+        Box::pin(VirtioPci::forget_guest(self))
+    }
+
+    fn pinned(&self) -> Vec<PinnedList> {
+        VirtioPci::pinned(self)
     }
 
     fn force(&self) -> bool {

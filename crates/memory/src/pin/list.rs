@@ -2,6 +2,7 @@
 //! The memory of one vectored request.
 
 use std::fmt;
+use std::ops::Range;
 
 use smallvec::SmallVec;
 
@@ -49,6 +50,14 @@ impl PinList {
     /// pinned for writing.
     pub fn iovecs(&self) -> &[libc::iovec] {
         &self.iovecs
+    }
+
+    /// The host addresses of the pieces, in order.
+    pub fn host_ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.iovecs.iter().map(|iovec| {
+            let start = iovec.iov_base as u64;
+            start..start + iovec.iov_len as u64
+        })
     }
 
     /// Bytes in all.

@@ -6,6 +6,7 @@ mod list;
 pub use list::PinList;
 
 use std::fmt;
+use std::ops::Range;
 
 use crate::reader::counters::Lane;
 use crate::reader::row::Row;
@@ -115,6 +116,12 @@ impl Pin {
     #[allow(clippy::len_without_is_empty)]
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// The host addresses.
+    pub fn host_range(&self) -> Range<u64> {
+        let start = self.ptr as u64;
+        start..start + self.len as u64
     }
 
     /// The guest address of the first byte.

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicU8, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64};
 use std::sync::{Arc, Mutex};
 
 use super::arena::Arena;
@@ -30,7 +30,12 @@ const GONE: u8 = 2;
 /// not plugged is inaccessible and holds no memory of the host. The bitmap of plugged blocks is
 /// the only truth: every pin and every guarded access reads it inside its read section.
 pub struct RamBlock {
-    name: String,
+    /// What it was made from, its name among it.
+    spec: RamSpec,
+    /// Another block has its name.
+    renewed: AtomicBool,
+    /// All of it is to be allocated, whenever it was made.
+    prefault: AtomicBool,
     ram_offset: u64,
     host: NonNull<u8>,
     size: AtomicU64,
@@ -102,7 +107,9 @@ impl RamBlock {
             })
         });
         let block = RamBlock {
-            name: spec.name.clone(),
+            spec: spec.clone(),
+            renewed: AtomicBool::new(false),
+            prefault: AtomicBool::new(spec.prefault),
             ram_offset,
             host,
             size: AtomicU64::new(spec.size_bytes),
@@ -127,7 +134,7 @@ impl RamBlock {
 
     /// The name.
     pub fn name(&self) -> &str {
-        &self.name
+        &self.spec.name
     }
 
     /// Where the block starts in the space of RAM offsets, in bytes.
@@ -170,6 +177,11 @@ impl RamBlock {
     /// shared.
     pub fn is_shared(&self) -> bool {
         self.mapping.is_shared()
+    }
+
+    /// Whether it is not on its way out, nor gone.
+    pub fn is_live(&self) -> bool {
+        self.life.load(Acquire) == LIVE
     }
 
     /// How the host treats its memory.
@@ -233,7 +245,7 @@ impl RamBlock {
         {
             let mut busy = lock(&sparse.busy);
             if self.life.load(Acquire) != LIVE {
-                return Err(Error::Unplugged(self.name.clone()));
+                return Err(Error::Unplugged(self.name().to_owned()));
             }
             if sparse.fence.map().count(blocks.clone()) != 0 {
                 return Err(self.bad_state(&range, "is plugged, at least in part"));
@@ -281,7 +293,7 @@ impl RamBlock {
         // Inaccessible first, so that no guest can bring pages back after the freeing.
         let undone = self.mapping.protect(range.clone(), false);
         if let Err(error) = undone.and(self.mapping.free_pages(range.clone())) {
-            tracing::error!(block = self.name, %error, "cannot take a failed plug back");
+            tracing::error!(block = self.name(), %error, "cannot take a failed plug back");
         }
     }
 
@@ -356,7 +368,7 @@ impl RamBlock {
     pub(super) fn sparse(&self) -> Result<&Sparse, Error> {
         self.sparse
             .as_deref()
-            .ok_or_else(|| Error::NotSparse(self.name.clone()))
+            .ok_or_else(|| Error::NotSparse(self.name().to_owned()))
     }
 
     /// The numbers of the blocks that `range` is made of.
@@ -370,7 +382,7 @@ impl RamBlock {
         if !whole || range.start >= range.end || range.end > self.size_bytes() {
             let (start, end) = (range.start, range.end);
             return Err(Error::BadRange {
-                name: self.name.clone(),
+                name: self.name().to_owned(),
                 start,
                 end,
                 block_size: size,
@@ -381,7 +393,7 @@ impl RamBlock {
 
     fn bad_state(&self, range: &Range<u64>, state: &'static str) -> Error {
         Error::BadState {
-            name: self.name.clone(),
+            name: self.name().to_owned(),
             start: range.start,
             end: range.end,
             state,
@@ -419,8 +431,25 @@ impl RamBlock {
         self.grace.hub().bank(self.slot)
     }
 
-    pub(crate) fn is_live(&self) -> bool {
-        self.life.load(Acquire) == LIVE
+    /// What it was made from.
+    pub(super) fn spec(&self) -> &RamSpec {
+        &self.spec
+    }
+
+    /// Whether its name is that of the block that has taken its place.
+    pub(super) fn is_renewed(&self) -> bool {
+        self.renewed.load(Relaxed)
+    }
+
+    /// Takes the place of `old`. Under the lock of whoever adds blocks.
+    pub(super) fn inherit(&self, old: &RamBlock) {
+        self.prefault.store(old.wants_prefault(), Relaxed);
+        old.renewed.store(true, Relaxed);
+    }
+
+    /// Whether all of it is to be allocated.
+    pub(super) fn wants_prefault(&self) -> bool {
+        self.prefault.load(Relaxed)
     }
 
     /// Marks the block as unplugged, or takes that back with the rest of a failed change.
@@ -468,7 +497,7 @@ impl RamBlock {
         } else {
             return Ok(());
         };
-        let what = format!("RAM block {}", self.name);
+        let what = format!("RAM block {}", self.name());
         Err(Error::NotDrained { what, holders })
     }
 
@@ -513,7 +542,7 @@ fn set_bits(words: &mut [u64], blocks: Range<u64>, on: bool) {
 impl fmt::Debug for RamBlock {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("RamBlock")
-            .field("name", &self.name)
+            .field("name", &self.name())
             .field("host", &self.host)
             .field("size_bytes", &self.size_bytes())
             .finish_non_exhaustive()

@@ -33,6 +33,8 @@ impl RamBlocks {
             places
         };
         let mut by_name: Vec<usize> = (0..blocks.len()).collect();
+        // One that has given its name away is found by no name.
+        by_name.retain(|at| !blocks[*at].is_renewed());
         by_name.sort_unstable_by_key(|at| blocks[*at].name());
         RamBlocks {
             version,
@@ -65,7 +67,7 @@ impl RamBlocks {
         self.blocks.iter()
     }
 
-    /// The block of that name (QEMU: idstr).
+    /// The block of that name (QEMU: idstr); of one that was [renewed](super::RamList::renew), the new one.
     pub fn by_name(&self, name: &str) -> Option<&Arc<RamBlock>> {
         let at = self
             .by_name

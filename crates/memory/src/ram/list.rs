@@ -117,13 +117,32 @@ impl RamList {
     /// figures, `BackingTooShort`, `BackingUnwritable`, `ArenaFull`, `TooManyBlocks`, `Host`.
     /// Nothing has changed then, and a file that was made is gone.
     pub fn add_with(&self, spec: RamSpec, policy: &RamPolicy) -> Result<Arc<RamBlock>, Error> {
+        self.add_as(spec, policy, None)
+    }
+
+    /// Makes a block of `spec`, with the policy of `old`, that has its name from it.
+    pub(super) fn add_in_place_of(
+        &self,
+        old: &RamBlock,
+        spec: RamSpec,
+    ) -> Result<Arc<RamBlock>, Error> {
+        self.add_as(spec, old.policy(), Some(old))
+    }
+
+    fn add_as(
+        &self,
+        spec: RamSpec,
+        policy: &RamPolicy,
+        of: Option<&RamBlock>,
+    ) -> Result<Arc<RamBlock>, Error> {
         spec.check(policy)?;
         if let Some(numa) = &policy.numa {
             numa.check(&spec.name)?;
         }
         let _adding = lock(&self.shared.adding);
         let now = self.snapshot();
-        if now.by_name(&spec.name).is_some() {
+        let named = now.by_name(&spec.name);
+        if named.is_some_and(|named| of.is_none_or(|of| !ptr::eq(&**named, of))) {
             return Err(Error::DuplicateName(spec.name));
         }
         self.arena.check_room(&spec.name, spec.max_size_bytes)?;
@@ -152,6 +171,9 @@ impl RamList {
                 return Err(error);
             }
         };
+        if let Some(of) = of {
+            block.inherit(of);
+        }
         self.shared.change(
             |blocks| Some(blocks.with(&block)),
             |notifier| {
@@ -295,6 +317,10 @@ impl RamList {
 }
 
 impl ListShared {
+    pub(super) fn grace(&self) -> &Arc<Grace> {
+        &self.grace
+    }
+
     /// Publishes what `change` makes of the blocks, if anything, and tells the notifiers.
     fn change(
         &self,

@@ -14,6 +14,7 @@ mod listen;
 mod numa;
 mod populate;
 mod provided;
+mod renew;
 mod seal;
 mod source;
 mod spec;

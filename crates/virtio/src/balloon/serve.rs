@@ -63,6 +63,7 @@ impl Pages {
 
 impl Service for Pages {
     type Job = Job;
+    type Carried = u16;
     type Kept = ();
 
     fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, ()>, Unanswerable> {
@@ -98,7 +99,7 @@ impl Service for Pages {
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<()> {
+    async fn carry_out(self: Rc<Self>, job: Job) -> u16 {
         let Job { head, mut buffers } = job;
         while !self.gate.is_closed() {
             let pieces = match self.kind {
@@ -111,11 +112,15 @@ impl Service for Pages {
             }
             self.local.yield_now().await;
         }
-        Answered {
-            head,
-            written: 0,
-            kept: (),
-        }
+        head
+    }
+
+    fn answer(&self, _carried: &u16) -> u32 {
+        0
+    }
+
+    fn end(&self, carried: u16) -> (u16, ()) {
+        (carried, ())
     }
 }
 

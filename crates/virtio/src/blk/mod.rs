@@ -27,7 +27,7 @@ use self::metrics::Counters;
 pub use self::metrics::{BlkMetrics, KindMetrics};
 use self::request::{Terms, id_bytes};
 use self::run::Requests;
-use crate::device::{ActivateError, Activation, InFlight, VirtioDevice};
+use crate::device::{ActivateError, Activation, InFlight, PinnedList, VirtioDevice};
 use crate::flights::Flights;
 use crate::service::{Setup, serve};
 
@@ -203,6 +203,10 @@ impl VirtioDevice for VirtioBlk {
         Some(self.flights.in_flight(Instant::now()))
     }
 
+    fn pinned(&self) -> Vec<PinnedList> {
+        self.flights.pinned()
+    }
+
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {
         let Activation {
             features,
@@ -221,7 +225,7 @@ impl VirtioDevice for VirtioBlk {
         for queue in queues {
             let remote = self.remote_of(queue.index)?;
             queue.removed.listen();
-            let (index, interrupt) = (queue.index, queue.interrupt.clone());
+            let index = queue.index;
             let setup = Setup {
                 name: Arc::clone(&self.name),
                 queue,
@@ -244,7 +248,6 @@ impl VirtioDevice for VirtioBlk {
                         counters,
                         flights,
                         queue: index,
-                        interrupt,
                         gate: Arc::clone(&setup.gate),
                         writeback,
                         flushes,

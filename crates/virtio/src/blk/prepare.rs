@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From a chain to a job: finds header, data and status wherever the driver put them, checks, pins.
 
+use std::ops::Range;
+
 use ebbtide_memory::{Access, AccessError, Pin, PinList, ReadGuard};
 use smallvec::SmallVec;
 
@@ -84,6 +86,11 @@ impl AnswerPlace {
         })
     }
 
+    /// The host address of the status.
+    pub(super) fn host_range(&self) -> Option<Range<u64>> {
+        self.status.as_ref().map(Pin::host_range)
+    }
+
     /// Writes the status; returns how many bytes of the chain are written from its start, without a gap, when `data` of
     /// them were.
     pub(super) fn give(&self, status: Status, data: u32) -> u32 {
@@ -96,6 +103,21 @@ impl AnswerPlace {
         } else {
             data
         }
+    }
+}
+
+impl Job {
+    /// Its pins, for [`Flights::begin`](crate::flights::Flights::begin).
+    pub(super) fn pins(&self) -> impl Iterator<Item = (u8, Range<u64>)> {
+        let data = match &self.work {
+            Work::Read { data, .. } | Work::Write { data, .. } => Some(data),
+            Work::Answer { .. } | Work::Flush | Work::Discard(_) | Work::WriteZeroes(_) => None,
+        };
+        let data = data.into_iter().flat_map(PinList::host_ranges);
+        let status = self.answer.host_range().into_iter();
+        status
+            .map(|range| (0, range))
+            .chain(data.map(|range| (1, range)))
     }
 }
 

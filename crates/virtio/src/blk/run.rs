@@ -16,7 +16,6 @@ use super::metrics::Counters;
 use super::prepare::{AnswerPlace, Job, Preparation, Work};
 use super::request::{ID_BYTES, Kind, Segments, Status, Terms};
 use crate::flights::Flights;
-use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::Chain;
 
@@ -30,8 +29,6 @@ pub(super) struct Requests {
     pub flights: Arc<Flights>,
     /// Which queue it is.
     pub queue: u16,
-    /// Gives the right to answer.
-    pub interrupt: QueueInterrupt,
     /// The activation's: once it is closed nobody waits for data.
     pub gate: Arc<Gate>,
     /// How the driver set the cache, if it can.
@@ -45,8 +42,22 @@ pub(super) struct Requests {
 /// The right to the guest's memory, given up when the chain is given back.
 type Memory = (AnswerPlace, PinList);
 
+/// A request that the backend is done with.
+pub(super) struct Carried {
+    head: u16,
+    kind: Option<Kind>,
+    status: Status,
+    /// Bytes asked to be moved.
+    data_bytes: u32,
+    /// As many of them are in the driver's memory.
+    data_written: u32,
+    began: Instant,
+    memory: Memory,
+}
+
 impl Service for Requests {
     type Job = (Job, Instant);
+    type Carried = Carried;
     type Kept = Memory;
 
     fn begin(
@@ -68,7 +79,7 @@ impl Service for Requests {
         self.counters.begin();
         let (job, began) = (prepared.job, self.local.turn_time());
         let Work::Answer { status, written } = job.work else {
-            self.flights.begin(self.queue, job.head, began);
+            self.flights.begin(self.queue, job.head, began, job.pins());
             return Ok(Begun::Job((job, began)));
         };
         let moved = (status == Status::Ok).then_some(u64::from(written));
@@ -96,7 +107,7 @@ impl Service for Requests {
         })
     }
 
-    async fn carry_out(self: Rc<Self>, (job, began): (Job, Instant)) -> Answered<Memory> {
+    async fn carry_out(self: Rc<Self>, (job, began): (Job, Instant)) -> Carried {
         let Job {
             head,
             kind,
@@ -127,16 +138,27 @@ impl Service for Requests {
         } else {
             0
         };
-        let right = self.interrupt.answer();
-        let written = right.map_or(0, |_right| answer.give(status, data_written));
-        self.flights.end(self.queue, head);
-        let moved = result.is_ok().then_some(u64::from(data_bytes));
-        self.count(kind, moved, began);
-        Answered {
+        Carried {
             head,
-            written,
-            kept: (answer, data),
+            kind,
+            status,
+            data_bytes,
+            data_written,
+            began,
+            memory: (answer, data),
         }
+    }
+
+    fn answer(&self, carried: &Carried) -> u32 {
+        let (answer, _) = &carried.memory;
+        answer.give(carried.status, carried.data_written)
+    }
+
+    fn end(&self, carried: Carried) -> (u16, Memory) {
+        self.flights.end(self.queue, carried.head);
+        let moved = (carried.status == Status::Ok).then_some(u64::from(carried.data_bytes));
+        self.count(carried.kind, moved, carried.began);
+        (carried.head, carried.memory)
     }
 }
 

@@ -11,7 +11,7 @@
 //! minute. So answers come late rather than busy, and what could not be done leaves everything as it was.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use ebbtide_bus::log_limit::LogLimit;
@@ -65,7 +65,8 @@ pub(super) enum Outcome {
 
 #[derive(Clone)]
 pub(super) struct Blocks {
-    pub block: Arc<RamBlock>,
+    /// What the guest has now: another one after a reset that the use of the last one outlasts.
+    pub block: Arc<Mutex<Arc<RamBlock>>>,
     pub populate: bool,
     pub patience: Patience,
     pub blocking: Arc<Blocking>,
@@ -75,6 +76,16 @@ pub(super) struct Blocks {
 }
 
 impl Blocks {
+    /// The RAM block.
+    pub(super) fn block(&self) -> Arc<RamBlock> {
+        Arc::clone(&self.block.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Goes on with another RAM block; nothing is under way.
+    pub(super) fn renew(&self, block: Arc<RamBlock>) {
+        *self.block.lock().unwrap_or_else(PoisonError::into_inner) = block;
+    }
+
     /// Plugs `range`, trying again until it works, `obsolete` says it is not to be done any more, or patience ends.
     pub(super) async fn plug(
         &self,
@@ -144,7 +155,7 @@ impl Blocks {
     /// and also when nobody waits for it any more, once blocks have changed.
     pub(super) async fn empty(&self, done: impl FnOnce() + Send + 'static) -> Result<(), Error> {
         let mut seals = Vec::new();
-        for range in plugged_runs(&self.block) {
+        for range in plugged_runs(&self.block()) {
             seals.push(self.seal(range)?);
         }
         for seal in &seals {
@@ -172,17 +183,17 @@ impl Blocks {
     async fn plug_once(&self, range: Range<u64>) -> Result<(), Error> {
         self.strike(Step::Plug)?;
         let populate = self.populate;
-        if !populate && !self.block.has_discard_listeners() {
-            return self.block.plug(range, false);
+        if !populate && !self.block().has_discard_listeners() {
+            return self.block().plug(range, false);
         }
-        let block = Arc::clone(&self.block);
+        let block = self.block();
         let plug = move || block.plug(range, populate);
         self.blocking.run(plug).await
     }
 
     fn seal(&self, range: Range<u64>) -> Result<Seal, Error> {
         self.strike(Step::Seal)?;
-        self.block.seal(range)
+        self.block().seal(range)
     }
 
     /// False when that takes too long or the driver has gone.
@@ -213,7 +224,7 @@ impl Blocks {
             .iter()
             .map(|seal| seal.range().end - seal.range().start)
             .sum();
-        if bytes <= INLINE_DISCARD_BYTES && !self.block.has_discard_listeners() {
+        if bytes <= INLINE_DISCARD_BYTES && !self.block().has_discard_listeners() {
             return self.discard_here(seals);
         }
         let this = self.clone();
@@ -250,14 +261,15 @@ impl Blocks {
     fn failed(&self, what: &str, error: &Error) {
         Counters::count(&self.counters.host_failures);
         if let Some(suppressed) = self.complaints.allow() {
-            let block = self.block.name();
+            let block = self.block();
+            let block = block.name();
             tracing::warn!(block, suppressed, %error, "the host did not {what} memory");
         }
     }
 
     fn strike(&self, step: Step) -> Result<(), Error> {
         match &self.faults {
-            Some(faults) if faults.strikes(step) => Err(ordered_failure(step, &self.block)),
+            Some(faults) if faults.strikes(step) => Err(ordered_failure(step, &self.block())),
             _ => Ok(()),
         }
     }

@@ -23,7 +23,7 @@ mod size;
 mod verdict;
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use ebbtide_iothread::{Blocking, Remote, Sender, channel};
@@ -229,7 +229,7 @@ impl VirtioMem {
         })?;
         let counters = Arc::new(Counters::default());
         let blocks = Blocks {
-            block,
+            block: Arc::new(Mutex::new(block)),
             populate,
             patience,
             blocking,
@@ -343,9 +343,16 @@ impl VirtioMem {
         }
     }
 
+    /// For a system reset, when the transport is quiet and the memory is still in use: goes on with `block`, which was
+    /// [renewed](ebbtide_memory::RamList::renew) from the one it has and is shown in its place. Nothing of it is plugged.
+    pub fn renew(&self, block: &Arc<RamBlock>) {
+        self.shared.blocks.renew(Arc::clone(block));
+        self.shared.emptied(Instant::now());
+    }
+
     /// The RAM block.
-    pub fn block(&self) -> &Arc<RamBlock> {
-        &self.shared.blocks.block
+    pub fn block(&self) -> Arc<RamBlock> {
+        self.shared.blocks.block()
     }
 
     fn check_requested(&self, bytes: u64) -> Result<(), MemError> {

@@ -187,7 +187,7 @@ impl Service {
                     .await
             }
             Verdict::UnplugAll => {
-                let all = super::blocks::plugged_runs(&blocks.block);
+                let all = super::blocks::plugged_runs(&blocks.block());
                 blocks.unplug(&self.local, &self.gate, all).await
             }
         };

@@ -200,7 +200,7 @@ impl Shared {
         let mut state = self.lock();
         state.resize.request_begun(now);
         let verdict = verdict::judge(request, &self.region, &state.sizes, |range| {
-            self.blocks.block.plugged(range)
+            self.blocks.block().plugged(range)
         });
         drop(state);
         self.news();
@@ -234,7 +234,7 @@ impl Shared {
             let before = state.sizes.plugged;
             // The usable size may shrink with this, which the driver is to be told (5.15.6.4).
             let shrunk = emptied && state.sizes.emptied(&self.region);
-            state.sizes.plugged = self.blocks.block.plugged_bytes();
+            state.sizes.plugged = self.blocks.block().plugged_bytes();
             let plugged = state.sizes.plugged;
             let answered = Answered {
                 kind,
@@ -266,7 +266,7 @@ impl Shared {
         self.counters.dropped(judged.request.kind());
         let (before, after) = self.update_config(|state| {
             let before = state.sizes.plugged;
-            let plugged = self.blocks.block.plugged_bytes();
+            let plugged = self.blocks.block().plugged_bytes();
             state.sizes.plugged = plugged;
             state.resize.request_dropped(now, plugged);
             ((before, plugged), noticed(before, plugged, false))
@@ -279,7 +279,7 @@ impl Shared {
     pub(super) fn emptied(&self, now: Instant) {
         let (before, after) = self.change_config(|state| {
             let before = state.sizes.plugged;
-            let plugged = self.blocks.block.plugged_bytes();
+            let plugged = self.blocks.block().plugged_bytes();
             if plugged == 0 {
                 state.sizes.emptied(&self.region);
             }

@@ -37,7 +37,7 @@ use self::transport::{State, Transport, Wiring};
 use self::vectors::Vectors;
 use self::window::Window;
 use crate::control::Link;
-use crate::device::{InFlight, VirtioDevice};
+use crate::device::{InFlight, PinnedList, VirtioDevice};
 use crate::sync::{Mutex, lock};
 use crate::virtq::MAX_SIZE;
 
@@ -195,15 +195,24 @@ impl VirtioPci {
         self.transport.get().link.set_let_go();
     }
 
-    /// Has the requests in flight write no answer to the guest's memory any more, for good: a reset of the machine does not
-    /// wait for them. Ready when none is being written. What the host was asked to read may still come.
-    pub fn silence(&self) -> impl Future<Output = ()> + Send + 'static {
-        self.transport.get().link.end_answers()
+    /// The guest is another one, and does not wait for what is in flight: no queue is touched any more, and no answer
+    /// written to the guest's memory, for good. Ready when none is being written. What the host was asked to read may still
+    /// come, to what is [`pinned`](Self::pinned).
+    pub fn forget_guest(&self) -> impl Future<Output = ()> + Send + 'static {
+        let transport = self.transport.get();
+        // Whoever waits for what is in flight finds the reset begun.
+        let _ = transport.begin_reset(&mut lock(&transport.state));
+        transport.link.end_answers()
     }
 
     /// Gives up what the requests in flight wait for; see [`VirtioDevice::abandon`].
     pub fn abandon(&self) -> bool {
         self.transport.get().device.abandon()
+    }
+
+    /// The host addresses of guest memory that requests in flight have pinned; see [`VirtioDevice::pinned`].
+    pub fn pinned(&self) -> Vec<PinnedList> {
+        self.transport.get().device.pinned()
     }
 
     /// What keeps the function from draining besides register accesses: the requests the device counts or, where it has

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Where an answer goes.
 
+use std::ops::Range;
+
 use ebbtide_memory::{Access, AccessError, PinList, ReadGuard};
 
 use crate::service::Unanswerable;
@@ -34,6 +36,11 @@ impl AnswerPlace {
             Err(source) => return Err(Unanswerable::Memory { head, source }),
         };
         Ok(AnswerPlace { memory })
+    }
+
+    /// The host addresses it is at.
+    pub(super) fn host_ranges(&self) -> impl Iterator<Item = Range<u64>> {
+        self.memory.iter().flat_map(PinList::host_ranges)
     }
 
     /// Writes the answer; returns how many bytes of the chain are written from its start, without a gap, when `behind`

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From a chain of a request queue to an answer or a job: finds header, CDB, data and response, the unit, what it says.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
@@ -21,7 +22,6 @@ use super::request::{
 use super::shared::Shared;
 use super::targets::{Unit, luns_of};
 use super::tasks::{Fate, Task};
-use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::{Buffers, Chain};
 
@@ -33,8 +33,6 @@ pub(super) struct Commands {
     pub gate: Arc<Gate>,
     /// Which of the device's queues it is.
     pub index: u16,
-    /// Gives the right to answer.
-    pub interrupt: QueueInterrupt,
     /// Its list of tasks.
     pub queue: usize,
 }
@@ -98,6 +96,32 @@ pub(super) struct Kept {
     _data: Option<PinList>,
     _hold: Option<Hold>,
     _task: Option<Task>,
+}
+
+/// A command that the disk is done with.
+pub(super) struct Carried {
+    head: u16,
+    outcome: Outcome,
+    sizes: Sizes,
+    room: u32,
+    answer: AnswerPlace,
+    data: Option<PinList>,
+    hold: Hold,
+    task: Task,
+}
+
+impl Job {
+    /// Its pins, for [`Flights::begin`](crate::flights::Flights::begin).
+    fn pins(&self) -> impl Iterator<Item = (u8, Range<u64>)> {
+        let data = match &self.action {
+            Action::Read { data, .. } | Action::Write { data, .. } => Some(data),
+            Action::Verify { expected, .. } => expected.as_ref(),
+            Action::WriteSame { .. } | Action::Unmap(_) | Action::Flush => None,
+        };
+        let data = data.into_iter().flat_map(PinList::host_ranges);
+        let answer = self.answer.host_ranges().map(|range| (0, range));
+        answer.chain(data.map(|range| (1, range)))
+    }
 }
 
 impl Kept {
@@ -178,6 +202,7 @@ type Judged = Result<(Action, u32, Hold, Address), Outcome>;
 
 impl Service for Commands {
     type Job = Job;
+    type Carried = Carried;
     type Kept = Kept;
 
     fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
@@ -199,9 +224,8 @@ impl Service for Commands {
         match judged {
             Ok((action, bytes, hold, address)) => {
                 counters.begin();
-                self.shared.flights.begin(self.index, head, Instant::now());
                 let task = self.shared.tasks.begin(self.queue, address, tag);
-                Ok(Begun::Job(Job {
+                let job = Job {
                     head,
                     answer,
                     sizes,
@@ -210,10 +234,13 @@ impl Service for Commands {
                     action,
                     hold,
                     task,
-                }))
+                };
+                let flights = &self.shared.flights;
+                flights.begin(self.index, head, Instant::now(), job.pins());
+                Ok(Begun::Job(job))
             }
             Err(outcome) => {
-                let written = self.answer(&answer, outcome, room, sizes);
+                let written = self.give(&answer, outcome, room, sizes);
                 Ok(Begun::Answered(Answered {
                     head,
                     written,
@@ -235,12 +262,12 @@ impl Service for Commands {
         let outcome = Outcome::response(Response::BadTarget);
         Ok(Answered {
             head,
-            written: self.answer(&answer, outcome, room, sizes),
+            written: self.give(&answer, outcome, room, sizes),
             kept: Kept::answer(answer),
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<Kept> {
+    async fn carry_out(self: Rc<Self>, job: Job) -> Carried {
         let Job {
             head,
             answer,
@@ -261,25 +288,52 @@ impl Service for Commands {
             (Fate::Running, Err(sense)) => Outcome::check(sense),
             (Fate::Running, Ok(())) => Outcome::good(bytes, if reads { bytes } else { 0 }),
         };
-        let right = self.interrupt.answer();
-        let written = right.map_or(0, |_right| self.answer(&answer, outcome, room, sizes));
+        Carried {
+            head,
+            outcome,
+            sizes,
+            room,
+            answer,
+            data,
+            hold,
+            task,
+        }
+    }
+
+    fn answer(&self, carried: &Carried) -> u32 {
+        let Carried {
+            answer,
+            outcome,
+            room,
+            sizes,
+            ..
+        } = carried;
+        self.give(answer, *outcome, *room, *sizes)
+    }
+
+    fn end(&self, carried: Carried) -> (u16, Kept) {
+        let Carried {
+            head,
+            answer,
+            data,
+            hold,
+            task,
+            ..
+        } = carried;
         self.shared.flights.end(self.index, head);
         self.shared.counters.end();
-        Answered {
-            head,
-            written,
-            kept: Kept {
-                _answer: answer,
-                _data: data,
-                _hold: Some(hold),
-                _task: Some(task),
-            },
-        }
+        let kept = Kept {
+            _answer: answer,
+            _data: data,
+            _hold: Some(hold),
+            _task: Some(task),
+        };
+        (head, kept)
     }
 }
 
 impl Commands {
-    fn answer(&self, place: &AnswerPlace, outcome: Outcome, room: u32, sizes: Sizes) -> u32 {
+    fn give(&self, place: &AnswerPlace, outcome: Outcome, room: u32, sizes: Sizes) -> u32 {
         let Outcome {
             response,
             sense,

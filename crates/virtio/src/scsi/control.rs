@@ -3,6 +3,7 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Instant;
 
 use ebbtide_memory::ReadGuard;
 use ebbtide_scsi::Condition;
@@ -14,15 +15,14 @@ use super::request::{
 use super::shared::Shared;
 use super::targets::{Units, luns_of};
 use super::tasks::{Entry, Fate};
-use crate::interrupt::QueueInterrupt;
 use crate::service::{Answered, Begun, Service, Unanswerable};
 use crate::virtq::Chain;
 
 /// The requests of the control queue.
 pub(super) struct Controls {
     pub shared: Arc<Shared>,
-    /// Gives the right to answer.
-    pub interrupt: QueueInterrupt,
+    /// Which of the device's queues it is.
+    pub index: u16,
 }
 
 /// A function that may have to wait for commands.
@@ -34,8 +34,16 @@ pub(super) struct Job {
     tag: u64,
 }
 
+/// A function that was carried out.
+pub(super) struct Carried {
+    head: u16,
+    answer: AnswerPlace,
+    response: Response,
+}
+
 impl Service for Controls {
     type Job = Job;
+    type Carried = Carried;
     type Kept = AnswerPlace;
 
     fn begin(
@@ -44,8 +52,15 @@ impl Service for Controls {
         chain: Chain,
     ) -> Result<Begun<Job, AnswerPlace>, Unanswerable> {
         let counters = &self.shared.counters;
-        self.parse(guard, chain)
-            .inspect_err(|_| counters.count(&counters.malformed))
+        let begun = self
+            .parse(guard, chain)
+            .inspect_err(|_| counters.count(&counters.malformed))?;
+        if let Begun::Job(Job { head, answer, .. }) = &begun {
+            let pins = answer.host_ranges().map(|range| (0, range));
+            let flights = &self.shared.flights;
+            flights.begin(self.index, *head, Instant::now(), pins);
+        }
+        Ok(begun)
     }
 
     fn refuse(
@@ -53,7 +68,10 @@ impl Service for Controls {
         guard: &ReadGuard<'_>,
         chain: Chain,
     ) -> Result<Answered<AnswerPlace>, Unanswerable> {
-        let begun = self.begin(guard, chain)?;
+        let counters = &self.shared.counters;
+        let begun = self
+            .parse(guard, chain)
+            .inspect_err(|_| counters.count(&counters.malformed))?;
         Ok(match begun {
             Begun::Answered(answered) => answered,
             Begun::Job(Job { head, answer, .. }) => Answered {
@@ -64,7 +82,7 @@ impl Service for Controls {
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<AnswerPlace> {
+    async fn carry_out(self: Rc<Self>, job: Job) -> Carried {
         let Job {
             head,
             answer,
@@ -73,12 +91,20 @@ impl Service for Controls {
             tag,
         } = job;
         let response = self.manage(function, address, tag).await;
-        let right = self.interrupt.answer();
-        Answered {
+        Carried {
             head,
-            written: right.map_or(0, |_right| answer.give(&[response as u8], 0)),
-            kept: answer,
+            answer,
+            response,
         }
+    }
+
+    fn answer(&self, carried: &Carried) -> u32 {
+        carried.answer.give(&[carried.response as u8], 0)
+    }
+
+    fn end(&self, carried: Carried) -> (u16, AnswerPlace) {
+        self.shared.flights.end(self.index, carried.head);
+        (carried.head, carried.answer)
     }
 }
 

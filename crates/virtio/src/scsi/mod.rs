@@ -48,7 +48,7 @@ use self::tasks::Tasks;
 #[cfg(loom)]
 #[doc(hidden)]
 pub use self::tasks::modelled;
-use crate::device::{ActivateError, Activation, InFlight, VirtioDevice};
+use crate::device::{ActivateError, Activation, InFlight, PinnedList, VirtioDevice};
 use crate::flights::Flights;
 use crate::service::{self, Setup};
 
@@ -298,13 +298,14 @@ impl VirtioScsi {
     fn start(&self, setup: Setup) -> Result<(), ActivateError> {
         let index = setup.queue.index;
         let remote = self.remote_of(index)?;
-        let (shared, interrupt) = (Arc::clone(&self.shared), setup.queue.interrupt.clone());
+        let shared = Arc::clone(&self.shared);
         if index != EVENT_QUEUE {
             setup.queue.removed.listen();
         }
         let spawned = match index {
-            CONTROL_QUEUE => remote
-                .spawn(move |local| service::serve(local, setup, Controls { shared, interrupt })),
+            CONTROL_QUEUE => {
+                remote.spawn(move |local| service::serve(local, setup, Controls { shared, index }))
+            }
             EVENT_QUEUE => {
                 let events = Arc::clone(&shared.events);
                 remote.spawn(move |local| events::serve(local, setup, events))
@@ -315,7 +316,6 @@ impl VirtioScsi {
                     local: local.clone(),
                     gate: Arc::clone(&setup.gate),
                     index,
-                    interrupt,
                     queue: usize::from(index - REQUEST_QUEUES),
                 };
                 service::serve(local, setup, commands)
@@ -392,6 +392,10 @@ impl VirtioDevice for VirtioScsi {
 
     fn in_flight(&self) -> Option<InFlight> {
         Some(self.shared.flights.in_flight(Instant::now()))
+    }
+
+    fn pinned(&self) -> Vec<PinnedList> {
+        self.shared.flights.pinned()
     }
 
     fn activate(&self, activation: Activation) -> Result<(), ActivateError> {

@@ -25,6 +25,8 @@ const QUEUE_SIZE: u16 = 128;
 pub struct Rig {
     pub board: Board,
     pub block: Arc<RamBlock>,
+    /// Shows the block.
+    pub region: Arc<Region>,
     pub faults: HostFaults,
     pub mem: Arc<VirtioMem>,
     pub function: Arc<VirtioPci>,
@@ -106,6 +108,7 @@ impl Rig {
         Rig {
             board,
             block,
+            region,
             faults,
             mem,
             function,

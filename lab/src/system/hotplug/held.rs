@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::force::{end, force, in_phase, until, writing};
 use super::{GUEST, LOOK, deleted, shell, wait_for};
 use crate::qmp::{Qmp, QmpError};
-use crate::system::{BOOT, BOOT_LIMIT, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
+use crate::system::{BOOT, BOOT_LIMIT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
 use crate::vmm::Vmm;
 
 /// How long a wait is that is to be in vain.
@@ -136,53 +136,145 @@ fn held_by(vmm: &mut Vmm, node: &str) -> Result<u64> {
     answer["held"].as_u64().context("held")
 }
 
-/// Reads that have not begun when the machine is reset, and would after that: the next guest meets neither the disk nor
-/// a byte of what they read.
+/// Reads that outlast a reset of the machine: of one disk they have not begun, the other's medium has them and gives its data
+/// when the next guest is at work. That guest meets neither disk and not a byte of what they read, in no kind of its memory.
 pub fn outlasted(ground: &Ground) -> Result<()> {
-    let mut machine = ground.machine(USUAL_CPUS, BOOT);
+    let mut machine = ground.machine(USUAL_CPUS, GIB);
     machine
         .more
         .extend(["--drain-timeout", "2"].map(Into::into));
     let mut vmm = ground.start(&machine)?;
-    let medium =
-        json!({"driver": "null-co", "node-name": "m0", "size": 64 << 20, "read-zeroes": true});
-    vmm.qmp().execute("blockdev-add", medium)?;
-    // The kernel's own look at a new disk is let through.
-    let rules = ["fault=hold,op=read,skip=40"];
-    let held =
-        json!({"driver": "x-ebbtide-fault", "node-name": "n0", "file": "m0", "rules": rules});
-    vmm.qmp().execute("blockdev-add", held)?;
-    let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0"});
-    vmm.qmp().execute("device_add", disk)?;
-    wait_for(&mut vmm, "/dev/vda", true)?;
-    shell(&mut vmm, READERS)?;
-    let begun = Instant::now();
-    while held_by(&mut vmm, "n0")? == 0 {
-        ensure!(begun.elapsed() < GUEST, "no read is held");
-        std::thread::sleep(LOOK);
+    // A guest takes the memory of its processes from what was plugged, and from the rest when that is used up.
+    vmm.resize(GIB, STEP_LIMIT)?;
+    for (number, (drive, point)) in [("vda", "before"), ("vdb", "begun")].iter().enumerate() {
+        reading(&mut vmm, number, drive, point)?;
     }
+    let before = ram_blocks(&mut vmm)?;
     vmm.qmp().execute("system_reset", Value::Null)?;
     vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
     vmm.wait_ready(BOOT_LIMIT).context("the next guest")?;
+    for said in [
+        "d0: requests did not end",
+        "d1: requests did not end",
+        "is still in use for the last guest: the next one gets new memory",
+    ] {
+        ensure!(vmm.log().contains(said), "no '{said}' in:{}", vmm.log());
+    }
     ensure!(
-        vmm.log().contains("d0: requests did not end"),
-        "the disk is not named:{}",
-        vmm.log()
+        ram_blocks(&mut vmm)? > before,
+        "the next guest has the memory of the last one"
     );
+    // The target still stands.
+    vmm.wait_total(GIB, STEP_LIMIT)?;
     wait_for(&mut vmm, "/sys/block/vda", false)?;
+    wait_for(&mut vmm, "/sys/block/vdb", false)?;
     vmm.guest().fill(FILLED, 3, STEP_LIMIT)?;
-    let removal = in_phase(&mut vmm, "draining")?;
-    ensure!(removal["id"] == "d0", "{removal}");
-    let release = json!({"node-name": "n0", "forget": true});
-    let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
-    ensure!(
-        released["released"].as_u64() > Some(0),
-        "nothing was held: {released}"
-    );
+    in_phase(&mut vmm, "draining")?;
+    for (node, forget) in [("n0", true), ("n1", false)] {
+        let release = json!({"node-name": node, "forget": forget});
+        let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+        ensure!(
+            released["released"].as_u64() > Some(0),
+            "{node} held nothing: {released}"
+        );
+    }
     deleted(&mut vmm, "d0")?;
+    deleted(&mut vmm, "d1")?;
     vmm.guest()
         .check(STEP_LIMIT)
         .context("a read of the last guest")?;
     vmm.guest().free()?;
+    let begun = Instant::now();
+    while ram_blocks(&mut vmm)? > before {
+        ensure!(begun.elapsed() < GUEST, "the old memory is kept");
+        std::thread::sleep(LOOK);
+    }
     end(vmm)
+}
+
+/// Memory that is a file has no other in its place. The reset waits: first for the medium, which lets go, then for one that
+/// does not until the VM is ended.
+pub fn awaited(ground: &Ground) -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut machine = ground.machine(USUAL_CPUS, BOOT);
+    machine.max_bytes = None;
+    machine.memory_file = Some(folder.path().join("ram"));
+    machine
+        .more
+        .extend(["--drain-timeout", "2"].map(Into::into));
+    let mut vmm = ground.start(&machine)?;
+    reading(&mut vmm, 0, "vda", "begun")?;
+    vmm.qmp().execute("system_reset", Value::Null)?;
+    waits(&mut vmm, 1)?;
+    let release = json!({"node-name": "n0"});
+    vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+    vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
+    vmm.wait_ready(BOOT_LIMIT).context("the next guest")?;
+    deleted(&mut vmm, "d0")?;
+
+    reading(&mut vmm, 1, "vda", "begun")?;
+    vmm.qmp().execute("system_reset", Value::Null)?;
+    waits(&mut vmm, 2)?;
+    vmm.qmp().execute("quit", Value::Null)?;
+    let status = vmm.wait_exit(STEP_LIMIT)?;
+    ensure!(status.code() == Some(1), "the VMM ended with {status}");
+    Ok(())
+}
+
+/// The `count`-th reset does not end, and everything else is answered.
+fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
+    const SAID: &str = "the reset waits for requests of the last guest in memory ram, for 0 s";
+    let begun = Instant::now();
+    while vmm.log().matches(SAID).count() < count {
+        ensure!(begun.elapsed() < GUEST, "it does not wait:{}", vmm.log());
+        std::thread::sleep(LOOK);
+    }
+    for _ in 0..20 {
+        let begun = Instant::now();
+        vmm.qmp().execute("query-status", Value::Null)?;
+        ensure!(
+            begun.elapsed() < MEANWHILE,
+            "query-status took {:?}",
+            begun.elapsed()
+        );
+        std::thread::sleep(LOOK);
+    }
+    ensure!(
+        vmm.log().matches("new memory").count() == 0,
+        "memory in a file was replaced"
+    );
+    Ok(())
+}
+
+/// A disk of which a guest reads, by several processes, what it does not get.
+fn reading(vmm: &mut Vmm, number: usize, drive: &str, point: &str) -> Result<()> {
+    let (medium, node) = (format!("m{number}"), format!("n{number}"));
+    let null =
+        json!({"driver": "null-co", "node-name": medium, "size": 64 << 20, "read-zeroes": true});
+    vmm.qmp().execute("blockdev-add", null)?;
+    // The kernel's own look at a new disk is let through.
+    let rules = [format!("fault=hold,op=read,skip=40,point={point}")];
+    let held =
+        json!({"driver": "x-ebbtide-fault", "node-name": node, "file": medium, "rules": rules});
+    vmm.qmp().execute("blockdev-add", held)?;
+    let id = format!("d{number}");
+    let disk = json!({"driver": "virtio-blk-pci", "id": id, "drive": node});
+    vmm.qmp().execute("device_add", disk)?;
+    wait_for(vmm, &format!("/dev/{drive}"), true)?;
+    shell(vmm, &READERS.replace("vda", drive))?;
+    let begun = Instant::now();
+    while held_by(vmm, &node)? == 0 {
+        ensure!(begun.elapsed() < GUEST, "no read of {drive} is held");
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// How many blocks of RAM there are.
+fn ram_blocks(vmm: &mut Vmm) -> Result<usize> {
+    let command = json!({"command-line": "info ramblock"});
+    let table = vmm.qmp().execute("human-monitor-command", command)?;
+    let table = table.as_str().context("info ramblock")?;
+    // Without the heading.
+    Ok(table.lines().count().saturating_sub(1))
 }
