@@ -7,8 +7,11 @@
 //! What was asked for is written anew, each option as one word with its long name. So a value is never taken for an
 //! option, whatever a release of passt makes of it: an option that takes no value refuses one in the same word.
 
+/// An option's long name and its letter.
+type Names = (&'static str, Option<char>);
+
 /// Options with a value, and without. Some are of later releases: an older passt says that it does not know them.
-const VALUED: &[(&str, Option<char>)] = &[
+const VALUED: &[Names] = &[
     ("mtu", Some('m')),
     ("address", Some('a')),
     ("netmask", Some('n')),
@@ -29,7 +32,7 @@ const VALUED: &[(&str, Option<char>)] = &[
     ("tcp-ports", Some('t')),
     ("udp-ports", Some('u')),
 ];
-const FLAGS: &[(&str, Option<char>)] = &[
+const FLAGS: &[Names] = &[
     ("quiet", Some('q')),
     ("no-dhcp-dns", None),
     ("no-dhcp-search", None),
@@ -84,35 +87,33 @@ pub(super) fn checked(words: &[String]) -> Result<Vec<String>, String> {
 
 /// The option that a word begins: its name, whether it takes a value, and the value in the same word.
 fn option(word: &str) -> Option<(&'static str, bool, Option<&str>)> {
-    let found = |matches: &dyn Fn(&(&'static str, Option<char>)) -> bool| {
-        let valued = VALUED.iter().find(|it| matches(it)).map(|it| (it.0, true));
-        valued.or_else(|| FLAGS.iter().find(|it| matches(it)).map(|it| (it.0, false)))
-    };
     if let Some(long) = word.strip_prefix("--") {
         let (name, attached) = match long.split_once('=') {
             Some((name, value)) => (name, Some(value)),
             None => (long, None),
         };
-        let (name, takes_value) = found(&|it| it.0 == name)?;
+        let (name, takes_value) = known(|it| it.0 == name)?;
         return Some((name, takes_value, attached));
     }
     let mut letters = word.strip_prefix('-')?.chars();
     let letter = letters.next()?;
     let rest = Some(letters.as_str()).filter(|rest| !rest.is_empty());
-    let (name, takes_value) = found(&|it| it.1 == Some(letter))?;
+    let (name, takes_value) = known(|it| it.1 == Some(letter))?;
     Some((name, takes_value, rest))
 }
 
+/// The name of the option that matches, and whether it takes a value.
+fn known(matches: impl Fn(&Names) -> bool) -> Option<(&'static str, bool)> {
+    let valued = VALUED.iter().map(|it| (it, true));
+    let mut all = valued.chain(FLAGS.iter().map(|it| (it, false)));
+    let (names, takes_value) = all.find(|(names, _)| matches(names))?;
+    Some((names.0, takes_value))
+}
+
 fn refusal(word: &str) -> String {
-    let names = |options: &[(&'static str, Option<char>)]| {
-        let names: Vec<&str> = options.iter().map(|it| it.0).collect();
-        names.join(" --")
-    };
-    format!(
-        "{word:?}, accepted are --{} --{}",
-        names(VALUED),
-        names(FLAGS)
-    )
+    let all = VALUED.iter().chain(FLAGS);
+    let names: Vec<&str> = all.map(|it| it.0).collect();
+    format!("{word:?}, accepted are --{}", names.join(" --"))
 }
 
 #[cfg(test)]
