@@ -4,7 +4,7 @@
 use std::io::ErrorKind;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use rustix::process::Pid;
@@ -292,7 +292,8 @@ fn again(role: &str, program: &Path) -> Command {
     command
         .args(["--exact", "passt::tests::nothing_outlives_a_killed_vmm"])
         .env(ROLE, role)
-        .env(PROGRAM, program);
+        .env(PROGRAM, program)
+        .stdout(Stdio::null());
     command
 }
 
