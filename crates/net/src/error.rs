@@ -69,12 +69,14 @@ pub enum NetError {
         reason: String,
     },
     /// The program is not one that may be started.
-    #[error("netdev `{id}`: {} is none of the programs named at the start", program.display())]
+    #[error("netdev `{id}`: {} is none of the programs named at the start: {}", program.display(), accepted.join(", "))]
     OtherProgram {
         /// The backend.
         id: String,
         /// The program.
         program: PathBuf,
+        /// Those that may be.
+        accepted: Vec<String>,
     },
     /// An argument for the program is not one that may be asked for.
     #[error("netdev `{id}`: argument {refusal}")]

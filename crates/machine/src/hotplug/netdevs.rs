@@ -67,7 +67,7 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
 fn launcher(devices: &Devices) -> Result<Arc<Launcher>, QmpError> {
     let launcher = devices.launcher().cloned();
     launcher.ok_or_else(|| {
-        let why = "programs can't be started: there was no launcher when the machine started";
+        let why = "there was no launcher of programs at the start (--passt off)";
         refused("type", "passt", why)
     })
 }

@@ -136,6 +136,7 @@ fn program(id: &str, launcher: &Launcher, spec: &PasstSpec) -> Result<PathBuf, N
     found.cloned().ok_or_else(|| NetError::OtherProgram {
         id: id.to_owned(),
         program: spec.program.clone().unwrap_or_default(),
+        accepted: programs.iter().map(|it| it.display().to_string()).collect(),
     })
 }
 
