@@ -83,8 +83,8 @@ pub fn of(config: &MachineConfig, program: &OsString) -> io::Result<Option<Launc
     Launcher::start(&mut command, programs).map(Some)
 }
 
-/// What it may start, the usual one first.
-fn programs(config: &MachineConfig, program: &OsString) -> Vec<PathBuf> {
+/// What it may start, the usual one first; nothing: there is to be none.
+pub fn programs(config: &MachineConfig, program: &OsString) -> Vec<PathBuf> {
     let mut cards = config
         .netdevs
         .iter()

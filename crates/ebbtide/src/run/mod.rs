@@ -320,6 +320,37 @@ fn command_line(text: String, grows: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    #[test]
+    fn what_the_launcher_may_start() {
+        let programs = |words: &[&str]| {
+            let line = ["run", "--kernel", "k"].iter().chain(words);
+            let args = Cli::try_parse_from(line).unwrap().args;
+            let passt = args.passt.clone();
+            launcher::programs(&configure(args).unwrap(), &passt)
+        };
+        let (qmp, card) = (["--qmp", "unix:q"], ["--netdev", "passt,id=n,path=/a"]);
+        assert_eq!(
+            programs(&[]),
+            [""; 0].map(PathBuf::from),
+            "nobody could ask"
+        );
+        assert_eq!(programs(&qmp), ["passt"].map(PathBuf::from));
+        assert_eq!(programs(&card), ["passt", "/a"].map(PathBuf::from));
+        let json = r#"{"type": "passt", "id": "m", "path": "/b"}"#;
+        let several = [&card[..], &["--netdev", json, "--passt", "/b"]].concat();
+        assert_eq!(programs(&several), ["/b", "/a"].map(PathBuf::from));
+        let tap = ["--netdev", "tap,id=n,ifname=t"];
+        assert!(programs(&tap).is_empty());
+        assert!(programs(&[&qmp[..], &["--passt", "off"]].concat()).is_empty());
+    }
 
     #[test]
     fn a_cause_is_said_once() {

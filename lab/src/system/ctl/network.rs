@@ -97,7 +97,7 @@ fn one_cycle(ground: &Ground, vmm: &mut Vmm, launcher: Pid, port: u16) -> Result
         "ip link set eth0 up && udhcpc -n -q -f -t 20 -i eth0 -s /lease",
     )?;
     shell(vmm, "ip addr show eth0 | grep -q 'inet 10.0.2.15/24'")?;
-    // The client's input stays open: a passt of 2023 does not tell who has closed his half that the other has, too.
+    // The client's input stays open: to who has closed his half, a passt of 2023 sends again and again what it has sent.
     shell(
         vmm,
         &format!(
