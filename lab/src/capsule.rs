@@ -31,12 +31,13 @@ use crate::modules::Modules;
 use crate::{agent, packages, places};
 
 /// Modules of the capsule's kernel; each brings what it depends on.
-const MODULES: [&str; 5] = [
+const MODULES: [&str; 6] = [
     "virtio_pci",
     "virtio_console",
     "9pnet_virtio",
     "9p",
     "kvm-amd",
+    "tun",
 ];
 /// Variables that name a directory for temporary files. The host's would be
 /// read-only inside; without them programs take /tmp.

@@ -12,10 +12,11 @@ use crate::apt::{Apt, Package, is_root, run};
 use crate::places::{cache_dir, find_program};
 
 /// Packages whose presence shows in a program.
-const PROGRAMS: [(&str, &str); 5] = [
+const PROGRAMS: [(&str, &str); 6] = [
     ("qemu-system-x86", "qemu-system-x86_64"),
     ("mmdebstrap", "mmdebstrap"),
     ("python3", "python3"),
+    ("passt", "passt"),
     ("e2fsprogs", "mkfs.ext4"),
     ("dpkg", "dpkg"),
 ];

@@ -153,6 +153,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
         None => Series::ALL.to_vec(),
     };
     let python = python::ensure()?;
+    packages::ensure_packages(&["passt"])?;
     let hostile = agent::build_hostile()?;
     let log = std::env::temp_dir().join(format!("ebbtide-system-{}.log", std::process::id()));
     let grounds = kernels

@@ -73,7 +73,9 @@ fn system() -> Result<()> {
     build::run_together(&mut runs)
 }
 
+/// Those of the network try a passt where there is one: here there is.
 fn unit() -> Result<()> {
+    ebbtide_lab::packages::ensure_packages(&["passt"])?;
     build::run(&mut build::cargo(&["test", "--workspace", "--quiet"]))
 }
 

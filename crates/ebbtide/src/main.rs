@@ -3,6 +3,7 @@
 
 mod ctl;
 mod doctor;
+mod launcher;
 mod run;
 mod seconds;
 
@@ -35,6 +36,9 @@ enum Command {
     Ctl(ctl::CtlArgs),
     /// Say what this machine offers: KVM that can run a guest, huge pages, io_uring
     Doctor(doctor::DoctorArgs),
+    /// Start passt for `run`, which starts this by itself
+    #[command(name = launcher::COMMAND, hide = true)]
+    Launcher(launcher::LauncherArgs),
 }
 
 /// Colours are for a person at a terminal who has not asked for none (<https://no-color.org>).
@@ -57,5 +61,6 @@ fn main() -> ExitCode {
         Command::Run(args) => run::main(args),
         Command::Ctl(args) => ctl::main(args),
         Command::Doctor(args) => doctor::main(&args),
+        Command::Launcher(args) => launcher::main(args),
     }
 }

@@ -13,6 +13,7 @@ use ebbtide_devices::dimm::{DimmArea, DimmBank, SECTION_BYTES};
 use ebbtide_hypervisor::{Vm, kvm};
 use ebbtide_iothread::{Blocking, IoThread, Local, Receiver, Remote, Sender, channel};
 use ebbtide_memory::{AddressSpace, Gpa, Memory, MemoryConfig, RamSpec, Region};
+use ebbtide_net::Launcher;
 use ebbtide_qmp::types::run_state::RunState;
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::mem::{MemEvent, MemSpec, VirtioMem};
@@ -56,14 +57,15 @@ pub struct Prepared {
     parts: Parts,
     slots: Vec<MemorySlot>,
     memory_events: Receiver<MemEvent>,
+    launcher: Option<Launcher>,
 }
 
 impl Prepared {
-    /// Does it.
+    /// Does it. `launcher` starts the programs of backends; without one, backends that need it are refused.
     ///
     /// # Errors
     /// Names the option or the part that can't be had.
-    pub fn new(config: MachineConfig) -> Result<Prepared, Error> {
+    pub fn new(config: MachineConfig, launcher: Option<Launcher>) -> Result<Prepared, Error> {
         config.validate()?;
         host::admit_boot_ram(config.ram.size_bytes, &config.ram.backing)?;
         let confinement = Confinement::new(&config)?;
@@ -90,6 +92,7 @@ impl Prepared {
             parts,
             slots,
             memory_events,
+            launcher,
         })
     }
 
@@ -106,6 +109,7 @@ impl Prepared {
             mut parts,
             slots,
             memory_events,
+            launcher,
         } = self;
         let (sender, requests) = channel();
         let sender = Requests::new(sender);
@@ -116,6 +120,7 @@ impl Prepared {
             blocking: Arc::clone(&parts.blocking),
             requests: sender.clone(),
             confinement: Arc::clone(&parts.confinement),
+            launcher: launcher.map(Arc::new),
         };
         let threads = std::mem::take(&mut parts.threads);
         let devices = Devices::new(surface, threads, local, config.drain_timeout)

@@ -41,6 +41,7 @@ pub use build::{Built, Prepared};
 pub use confine::{ConfinementConfig, Seccomp};
 pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
+pub use ebbtide_net::{Launcher, serve_launcher};
 pub use error::Error;
 pub use hotplug::drivers::{check_driver, driver_names};
 pub use hotplug::{MEMORY_BACKENDS, memory_backing};

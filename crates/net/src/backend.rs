@@ -34,7 +34,7 @@ pub struct Offloads {
     pub ecn: bool,
 }
 
-/// The host side of a network card. Any thread may call; none of these blocks.
+/// The host side of a network card. Any thread may call; none of these blocks but [`end_of_peer`](Self::end_of_peer).
 ///
 /// A packet is a header of [`HEADER_BYTES`] and a frame.
 pub trait NetBackend: Send + Sync {
@@ -70,4 +70,10 @@ pub trait NetBackend: Send + Sync {
     /// # Errors
     /// `WouldBlock`: the host still has no room. Anything else: what was kept is lost.
     fn flush(&self) -> io::Result<()>;
+
+    /// How the peer that is gone has ended, where that is a process of ours; told once. Unlike all else this may block,
+    /// for half a second.
+    fn end_of_peer(&self) -> Option<String> {
+        None
+    }
 }

@@ -58,6 +58,43 @@ pub enum NetError {
         #[source]
         source: io::Error,
     },
+    /// The program was started, and has ended before it was of any use.
+    #[error("netdev `{id}`: {}: {reason}", program.display())]
+    ProgramEnded {
+        /// The backend.
+        id: String,
+        /// The program.
+        program: PathBuf,
+        /// How it has ended, and what it said last.
+        reason: String,
+    },
+    /// The program is not one that may be started.
+    #[error("netdev `{id}`: {} is none of the programs named at the start: {}", program.display(), accepted.join(", "))]
+    OtherProgram {
+        /// The backend.
+        id: String,
+        /// The program.
+        program: PathBuf,
+        /// Those that may be.
+        accepted: Vec<String>,
+    },
+    /// An argument for the program is not one that may be asked for.
+    #[error("netdev `{id}`: argument {refusal}")]
+    Argument {
+        /// The backend.
+        id: String,
+        /// The argument and why.
+        refusal: String,
+    },
+    /// Who starts programs does not answer.
+    #[error("netdev `{id}`: the launcher of programs does not answer: {source}")]
+    Launcher {
+        /// The backend.
+        id: String,
+        /// The host's answer.
+        #[source]
+        source: io::Error,
+    },
     /// A device has it.
     #[error("netdev `{id}` is in use by `{device}`")]
     InUse {

@@ -29,5 +29,5 @@ pub use backend::{
 pub use error::NetError;
 pub use mac::{MacAddress, MacError};
 pub use netdev::{Claim, Netdev};
-pub use passt::PasstSpec;
+pub use passt::{Launcher, PasstSpec, serve as serve_launcher};
 pub use tap::TapSpec;

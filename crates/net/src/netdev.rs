@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::backend::NetBackend;
 use crate::error::NetError;
-use crate::passt::{Passt, PasstSpec};
+use crate::passt::{Launcher, Passt, PasstSpec};
 use crate::stream::Stream;
 use crate::tap::{Tap, TapSpec};
 
@@ -75,13 +75,18 @@ impl Netdev {
         Ok(Netdev::new(id, stream))
     }
 
-    /// A process of passt of our own: QEMU's `passt`.
+    /// A process of passt of our own: QEMU's `passt`. Blocks until it works, as far as can be told: a second at most.
     ///
     /// # Errors
-    /// [`NetError::Program`].
-    pub fn passt(id: impl Into<String>, spec: &PasstSpec) -> Result<Arc<Netdev>, NetError> {
+    /// [`NetError::Program`], [`NetError::ProgramEnded`], [`NetError::OtherProgram`], [`NetError::Argument`],
+    /// [`NetError::Launcher`]. No process is left.
+    pub fn passt(
+        id: impl Into<String>,
+        launcher: &Launcher,
+        spec: &PasstSpec,
+    ) -> Result<Arc<Netdev>, NetError> {
         let id = id.into();
-        let passt = Passt::start(&id, spec)?;
+        let passt = Passt::start(&id, launcher, spec)?;
         Ok(Netdev::new(id, passt))
     }
 
@@ -97,6 +102,11 @@ impl Netdev {
     /// Its name.
     pub fn id(&self) -> &str {
         &self.id
+    }
+
+    /// How the peer that is gone has ended, as [`NetBackend::end_of_peer`]. May block.
+    pub fn end_of_peer(&self) -> Option<String> {
+        self.backend.end_of_peer()
     }
 
     /// The device that has it.

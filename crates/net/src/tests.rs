@@ -4,16 +4,15 @@
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::process::Command;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::{
-    FRAME_BYTES_MAX, HEADER_BYTES, MacAddress, NetBackend, NetError, Netdev, Offloads,
-    PACKET_BYTES_MAX, PasstSpec, TapSpec, is_of_peer,
+    FRAME_BYTES_MAX, HEADER_BYTES, NetBackend, NetError, Netdev, Offloads, PACKET_BYTES_MAX,
+    TapSpec, is_of_peer,
 };
 
-const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(20);
 
 fn pair() -> (Arc<Netdev>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -21,7 +20,7 @@ fn pair() -> (Arc<Netdev>, UnixStream) {
     (Netdev::stream_of("net0", ours.into()).unwrap(), theirs)
 }
 
-fn packet(frame: &[u8]) -> Vec<u8> {
+pub(crate) fn packet(frame: &[u8]) -> Vec<u8> {
     [&[0xaa; HEADER_BYTES], frame].concat()
 }
 
@@ -33,14 +32,14 @@ fn on_the_wire(frame: &[u8]) -> Vec<u8> {
     [&(frame.len() as u32).to_be_bytes(), frame].concat()
 }
 
-fn receive(backend: &dyn NetBackend) -> io::Result<Vec<u8>> {
+pub(crate) fn receive(backend: &dyn NetBackend) -> io::Result<Vec<u8>> {
     let mut packet = vec![0xee; PACKET_BYTES_MAX];
     let len = backend.receive(&mut packet)?;
     assert_eq!(packet[..HEADER_BYTES], [0; HEADER_BYTES]);
     Ok(packet[HEADER_BYTES..len].to_vec())
 }
 
-fn wait<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+pub(crate) fn wait<T>(mut attempt: impl FnMut() -> io::Result<T>) -> io::Result<T> {
     let end = Instant::now() + LIMIT;
     loop {
         match attempt() {
@@ -209,78 +208,6 @@ fn interface_names_are_checked() {
             "{name}: {error}"
         );
     }
-}
-
-/// A program in passt's place that sends back what it gets, by its standard input.
-fn echo() -> (tempfile::TempDir, PasstSpec) {
-    use std::os::unix::fs::PermissionsExt;
-    let directory = tempfile::tempdir().unwrap();
-    let program = directory.path().join("echo.sh");
-    let script =
-        "#!/bin/sh\n[ \"$*\" = '--foreground --fd 0 --mtu 1500' ] || exit 1\nexec cat 1>&0\n";
-    std::fs::write(&program, script).unwrap();
-    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-    let spec = PasstSpec {
-        program,
-        arguments: vec!["--mtu".into(), "1500".into()],
-    };
-    (directory, spec)
-}
-
-#[test]
-fn a_program_gets_its_arguments_and_our_socket_and_ends_with_it() {
-    let (_directory, spec) = echo();
-    let netdev = Netdev::passt("net0", &spec).unwrap();
-    let net = netdev.claim("card0").unwrap();
-    net.send(&packet(b"there and back")).unwrap();
-    assert_eq!(wait(|| receive(&*net)).unwrap(), b"there and back");
-    drop((net, netdev));
-    let missing = PasstSpec {
-        program: "/nowhere/passt".into(),
-        ..PasstSpec::default()
-    };
-    let error = Netdev::passt("net0", &missing).unwrap_err().to_string();
-    assert!(error.contains("/nowhere/passt"), "{error}");
-    // One that ends at once is a peer that is gone.
-    let ending = PasstSpec {
-        program: "true".into(),
-        ..PasstSpec::default()
-    };
-    let netdev = Netdev::passt("net0", &ending).unwrap();
-    let net = netdev.claim("card0").unwrap();
-    let error = wait(|| receive(&*net)).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
-}
-
-/// An ARP question "who has 10.0.0.1".
-fn arp() -> Vec<u8> {
-    let me = MacAddress::of_card(0).0;
-    let mut frame = [&MacAddress::BROADCAST.0[..], &me, &[0x08, 0x06]].concat();
-    frame.extend([0, 1, 8, 0, 6, 4, 0, 1]);
-    frame.extend([&me[..], &[10, 0, 0, 2], &[0; 6], &[10, 0, 0, 1]].concat());
-    frame
-}
-
-#[test]
-fn passt_answers() {
-    if Command::new("passt").arg("--version").output().is_err() {
-        eprintln!("SKIPPED: passt_answers: there is no program passt on this host");
-        return;
-    }
-    let netdev = Netdev::passt("net0", &PasstSpec::default()).unwrap();
-    let net = netdev.claim("card0").unwrap();
-    net.send(&packet(&arp())).unwrap();
-    let answer = wait(|| receive(&*net));
-    if let Err(error) = &answer
-        && error.kind() == ErrorKind::UnexpectedEof
-    {
-        eprintln!("SKIPPED: passt_answers: passt does not run here (no network, no namespaces)");
-        return;
-    }
-    let answer = answer.unwrap();
-    assert_eq!(answer[..6], MacAddress::of_card(0).0);
-    assert_eq!(answer[12..14], [0x08, 0x06]);
-    assert_eq!(answer[20..22], [0, 2], "an ARP reply");
 }
 
 /// A tap interface, or why there is none.

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What an operator types: `ebbtide ctl` plugs and unplugs, and its exit codes say how that went.
 
+mod network;
+
 use std::path::Path;
 use std::process::Command;
 
@@ -10,6 +12,7 @@ use serde_json::{Value, json};
 use super::hotplug::wait_for;
 use super::{BOOT, Ground, MIB, finish};
 use crate::vmm::Vmm;
+pub use network::user_network;
 
 /// What a command printed, if it ended with `code`.
 fn ctl(ground: &Ground, vmm: &Vmm, arguments: &[&str], code: i32) -> Result<Value> {

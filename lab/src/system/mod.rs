@@ -207,6 +207,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a reset amid the removal of a dimm", dimm::reset),
     one(Series::V6_1, "mistakes with dimms", dimm::mistakes),
     scenario("devices come and go by hand", ctl::by_hand),
+    one(
+        Series::V6_12,
+        "cards of passt come and go by hand",
+        ctl::user_network,
+    ),
     one(Series::V6_1, "a hostile guest", hostile::run),
     one(
         Series::V6_1,

@@ -6,6 +6,7 @@ mod options;
 mod parts;
 mod signals;
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
@@ -16,12 +17,13 @@ use ebbtide_iothread::Local;
 use ebbtide_machine::boot::BootSpec;
 use ebbtide_machine::config::{MAX_CPUS, MachineConfig, MemoryDeviceConfig};
 use ebbtide_machine::lifecycle::Ending;
-use ebbtide_machine::{Built, ConfinementConfig, Prepared, Seccomp};
+use ebbtide_machine::{Built, ConfinementConfig, Launcher, Prepared, Seccomp};
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::qom::ObjectAdd;
 use ebbtide_qmp::{EventSink, Server, SocketSpec};
 use serde_json::json;
 
+use crate::launcher;
 use options::OptionError;
 use parts::{PartArgs, Parts};
 use signals::Signals;
@@ -75,6 +77,10 @@ pub struct RunArgs {
     qmp: Vec<String>,
     #[command(flatten)]
     parts: PartArgs,
+    /// What netdevs of type passt start, or off. With --qmp or such a netdev, a process that may start it, and nothing
+    /// else, runs beside the machine
+    #[arg(long, value_name = "PROGRAM", default_value = "passt")]
+    passt: OsString,
     /// on, log or off: end the process when a thread makes a system call that it has no need for, log it, or let it be
     #[arg(long, value_name = "MODE", default_value = "on")]
     seccomp: SeccompMode,
@@ -107,6 +113,7 @@ enum Switch {
 
 /// Runs a guest to its end.
 pub fn main(args: RunArgs) -> ExitCode {
+    let passt = args.passt.clone();
     let config = match configure(args) {
         Ok(config) => config,
         Err(e) => {
@@ -119,6 +126,14 @@ pub fn main(args: RunArgs) -> ExitCode {
             "this machine's KVM is a PVM host, which emulates an ordinary kernel instruction by instruction: expect hours (see ebbtide doctor)"
         );
     }
+    // Before anything is there that it could inherit.
+    let launcher = match launcher::of(&config, &passt) {
+        Ok(launcher) => launcher,
+        Err(e) => {
+            eprintln!("ebbtide run: the launcher of passt: {e}");
+            return ExitCode::FAILURE;
+        }
+    };
     // Before the first thread: they inherit the mask.
     let signals = match Signals::block() {
         Ok(signals) => signals,
@@ -127,7 +142,7 @@ pub fn main(args: RunArgs) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let lived = ebbtide_iothread::run("control", |local| live(config, signals, local));
+    let lived = ebbtide_iothread::run("control", |local| live(config, launcher, signals, local));
     match lived.map_err(anyhow::Error::from).and_then(|r| r) {
         Ok(ending) if ending.undrained.is_empty() => ExitCode::SUCCESS,
         Ok(ending) => {
@@ -156,12 +171,17 @@ fn one_line(error: &anyhow::Error) -> String {
     line
 }
 
-async fn live(config: MachineConfig, signals: Signals, local: Local) -> anyhow::Result<Ending> {
+async fn live(
+    config: MachineConfig,
+    launcher: Option<Launcher>,
+    signals: Signals,
+    local: Local,
+) -> anyhow::Result<Ending> {
     let sockets = config.qmp.clone();
     let events = EventSink::new(&local);
     // It may take long: gigabytes are populated, a file system does not answer.
     let unfinished = signals.end_process_meanwhile()?;
-    let prepared = Prepared::new(config)?;
+    let prepared = Prepared::new(config, launcher)?;
     unfinished.over();
     let Built {
         machine,
@@ -300,6 +320,37 @@ fn command_line(text: String, grows: bool) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        args: RunArgs,
+    }
+
+    #[test]
+    fn what_the_launcher_may_start() {
+        let programs = |words: &[&str]| {
+            let line = ["run", "--kernel", "k"].iter().chain(words);
+            let args = Cli::try_parse_from(line).unwrap().args;
+            let passt = args.passt.clone();
+            launcher::programs(&configure(args).unwrap(), &passt)
+        };
+        let (qmp, card) = (["--qmp", "unix:q"], ["--netdev", "passt,id=n,path=/a"]);
+        assert_eq!(
+            programs(&[]),
+            [""; 0].map(PathBuf::from),
+            "nobody could ask"
+        );
+        assert_eq!(programs(&qmp), ["passt"].map(PathBuf::from));
+        assert_eq!(programs(&card), ["passt", "/a"].map(PathBuf::from));
+        let json = r#"{"type": "passt", "id": "m", "path": "/b"}"#;
+        let several = [&card[..], &["--netdev", json, "--passt", "/b"]].concat();
+        assert_eq!(programs(&several), ["/b", "/a"].map(PathBuf::from));
+        let tap = ["--netdev", "tap,id=n,ifname=t"];
+        assert!(programs(&tap).is_empty());
+        assert!(programs(&[&qmp[..], &["--passt", "off"]].concat()).is_empty());
+    }
 
     #[test]
     fn a_cause_is_said_once() {

@@ -3,8 +3,8 @@
 //!
 //! What the allocator, locks, clocks, panics and the log need is everybody's. vCPU threads and iothreads, which do what
 //! a guest tells them, get little beyond it: open files are theirs to use, not to make. The threads that carry out what
-//! management asks for get what work with files takes. No list has what starts programs, loads code into the kernel,
-//! reads other processes, or changes privileges, mounts and name spaces.
+//! management asks for get what work with files takes. No list has what starts programs, signals or waits for
+//! others, loads code into the kernel, reads other processes, or changes privileges, mounts and name spaces.
 
 use std::collections::BTreeMap;
 
@@ -202,12 +202,6 @@ const SERVANTS: &[i64] = &[
     libc::SYS_getgid,
     libc::SYS_getegid,
     libc::SYS_getppid,
-    // A backend's program that was started with the machine is ended and waited for.
-    libc::SYS_kill,
-    libc::SYS_pidfd_open,
-    libc::SYS_pidfd_send_signal,
-    libc::SYS_wait4,
-    libc::SYS_waitid,
     // Threads that are started later restrict themselves further.
     libc::SYS_prctl,
     libc::SYS_seccomp,

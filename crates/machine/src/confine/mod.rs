@@ -8,9 +8,12 @@
 //! ```text
 //!   Confinement::new     filters are compiled, landlock's rules made: every file named is still to be opened
 //!     vCPU, iothread, grace worker          under their filters from their first step on
-//!     blocking pool                         under its filter; programs of backends are started beside it
+//!     blocking pool                         under its filter
 //!   Confinement::seal    the machine is built: pool and control thread lose the rest, and so do threads to come
 //! ```
+//!
+//! Programs of backends are started by a process that was there before all this, and that starts no others
+//! ([`Launcher`](crate::Launcher)).
 //!
 //! A forbidden call ends the process ([`violation`]). Only vCPU threads are answered EPERM where they would free
 //! memory or close a descriptor: that leaks until the end of the process, which is better than that a guest could end it.
@@ -256,12 +259,6 @@ impl Confinement {
     /// Whether [`seal`](Self::seal) is done.
     pub(crate) fn is_sealed(&self) -> bool {
         self.sealed.load(Ordering::Acquire)
-    }
-
-    /// Whether a program inherits limits that it can't live with: it does not from the control thread, before
-    /// [`seal`](Self::seal).
-    pub(crate) fn limits_programs(&self) -> bool {
-        self.seccomp == Seccomp::On || self.paths.is_some()
     }
 }
 

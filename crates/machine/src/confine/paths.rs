@@ -159,7 +159,9 @@ fn named(config: &MachineConfig) -> (Vec<PathBuf>, Vec<PathBuf>) {
         }
     }
     let members = config.objects.iter().map(|o| o.properties.clone());
-    let members = members.chain(config.netdevs.iter().map(|n| n.properties.clone()));
+    // The path of passt is one of the launcher's.
+    let netdevs = config.netdevs.iter().filter(|n| n.kind != "passt");
+    let members = members.chain(netdevs.map(|n| n.properties.clone()));
     let members = members.chain(config.chardevs.iter().map(|c| c.backend.data.clone()));
     let members = members.chain(config.block_nodes.iter().map(|b| b.properties.clone()));
     for properties in members {

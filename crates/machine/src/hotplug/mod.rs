@@ -42,7 +42,7 @@ use ebbtide_devices::dimm::DimmBank;
 use ebbtide_devices::i6300esb::SharedAction;
 use ebbtide_iothread::{Blocking, IoThread, LaterEvent, Local, Remote};
 use ebbtide_memory::AddressSpace;
-use ebbtide_net::Netdev;
+use ebbtide_net::{Launcher, Netdev};
 use ebbtide_qmp::{EventSink, QmpError};
 
 use crate::confine::Confinement;
@@ -193,6 +193,7 @@ pub(crate) struct Surface {
     pub(crate) blocking: Arc<Blocking>,
     pub(crate) requests: Requests,
     pub(crate) confinement: Arc<Confinement>,
+    pub(crate) launcher: Option<Arc<Launcher>>,
 }
 
 /// All devices of a machine. Belongs to the control thread.
@@ -328,6 +329,11 @@ impl Devices {
     /// What threads may do.
     pub(crate) fn confinement(&self) -> &Arc<Confinement> {
         &self.surface.confinement
+    }
+
+    /// Who starts programs, if anybody does.
+    pub(crate) fn launcher(&self) -> Option<&Arc<Launcher>> {
+        self.surface.launcher.as_ref()
     }
 
     /// The way to open what management names.

@@ -92,9 +92,13 @@ impl News {
         };
         local.spawn(balloons).detach();
         let sink = events.clone();
+        let owner = Weak::clone(devices);
         let cards = async move {
             while let Some(NetEvent::PeerGone { device, netdev }) = net.recv().await {
-                tracing::warn!("{device}: the peer of netdev '{netdev}' is gone");
+                let Some(devices) = owner.upgrade() else {
+                    return;
+                };
+                devices.tell_of_peer(device, netdev.clone());
                 sink.emit(NETDEV_STREAM_DISCONNECTED.with(NetdevId { netdev_id: netdev }));
             }
         };
@@ -127,6 +131,21 @@ impl News {
 }
 
 impl Devices {
+    /// Tells the log that the peer of a card is gone; of a program, how it ended, which may take a moment to be known.
+    fn tell_of_peer(&self, device: String, netdev: String) {
+        let backend = self.netdevs().get(&netdev).map(|it| Arc::clone(&it));
+        let end = backend.map(|backend| self.blocking().run(move || backend.end_of_peer()));
+        let told = async move {
+            let end = match end {
+                Some(end) => end.await,
+                None => None,
+            };
+            let how = end.map(|end| format!(": {end}")).unwrap_or_default();
+            tracing::warn!("{device}: the peer of netdev '{netdev}' is gone{how}");
+        };
+        self.local.spawn(told).detach();
+    }
+
     /// Tells management of an operation that failed, as one of the device that has the disk.
     fn tell_failure(&self, failure: &Failure) {
         let Some(failed) = self.blocks().get(&failure.disk) else {

@@ -13,7 +13,7 @@ use super::{Plan, carry_out, choose_id};
 /// The options of `ctl net add`.
 #[derive(Args)]
 pub(in crate::ctl) struct NetAddArgs {
-    /// KIND[,name=value]...: what is at the other end, such as tap,ifname=tap0; or JSON
+    /// KIND[,name=value]...: what is at the other end, such as passt or tap,ifname=tap0; or JSON
     #[arg(value_name = "NETWORK", value_parser = network)]
     network: Network,
     /// The device's id; by default the first free one of nic0, nic1, ...

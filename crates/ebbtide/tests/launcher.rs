@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
+//! The process that starts passt for `ebbtide run`: what it has, and when it ends.
+
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn start() -> (OwnedFd, Child) {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
+    let (ours, theirs) = socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
+    let child = Command::new(env!("CARGO_BIN_EXE_ebbtide"))
+        .args(["passt-launcher", "--", "/bin/true"])
+        .stdin(theirs)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    (ours, child)
+}
+
+/// Waits until the process has made itself what it is to be.
+fn status(pid: u32) -> String {
+    let begun = Instant::now();
+    loop {
+        let text = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        if text.contains("Name:\tpasst-launcher") && text.contains("NoNewPrivs:\t1") {
+            return text;
+        }
+        assert!(begun.elapsed() < LIMIT, "{text}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn descriptors(pid: u32) -> BTreeSet<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+    let target = |entry: fs::DirEntry| fs::read_link(entry.path()).ok();
+    let targets = entries.filter_map(|entry| target(entry.unwrap()));
+    targets
+        .map(|it| it.to_string_lossy().into_owned())
+        .collect()
+}
+
+#[test]
+fn it_has_nothing_but_its_socket_and_ends_with_that() {
+    let inherited = tempfile::tempfile().unwrap();
+    fcntl_setfd(&inherited, FdFlags::empty()).unwrap();
+    assert!(inherited.as_raw_fd() > 2);
+    let (ours, mut child) = start();
+    drop(inherited);
+    let pid = child.id();
+    status(pid);
+    let session = rustix::process::getsid(Some(rustix::process::Pid::from_child(&child)));
+    assert_eq!(session.unwrap(), rustix::process::Pid::from_child(&child));
+    // Seen by root even though the process lets nobody look.
+    let begun = Instant::now();
+    loop {
+        let has = descriptors(pid);
+        let mut kinds = has
+            .iter()
+            .map(|it| it.split(':').next().unwrap_or_default());
+        if has.len() == 2 && kinds.all(|kind| ["/dev/null", "socket"].contains(&kind)) {
+            break;
+        }
+        assert!(begun.elapsed() < LIMIT, "{has:?}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(ours);
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn it_takes_no_other_standard_input_for_a_socket() {
+    let output = Command::new(env!("CARGO_BIN_EXE_ebbtide"))
+        .args(["passt-launcher", "--", "/bin/true"])
+        .stdin(File::open("/dev/null").unwrap())
+        .output()
+        .unwrap();
+    assert_eq!(output.status.signal(), None);
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(said.starts_with("ebbtide passt-launcher: "), "{said}");
+}
