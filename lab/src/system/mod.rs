@@ -5,6 +5,7 @@ mod boot;
 mod ctl;
 mod dimm;
 mod endings;
+mod flat;
 mod hostile;
 mod hotplug;
 mod mistakes;
@@ -44,6 +45,8 @@ pub struct Ground {
     pub series: Series,
     /// The guest that is its own kernel and does to its devices what no driver would.
     pub hostile: PathBuf,
+    /// The guest that ejects disks.
+    pub ejector: PathBuf,
     /// Full length instead of the short form.
     pub long: bool,
     /// A Python interpreter that has `qemu.qmp`.
@@ -203,6 +206,7 @@ const SCENARIOS: &[Scenario] = &[
     one(Series::V6_1, "mistakes with dimms", dimm::mistakes),
     scenario("devices come and go by hand", ctl::by_hand),
     one(Series::V6_1, "a hostile guest", hostile::run),
+    one(Series::V6_1, "a flat guest ejects disks", flat::ejects),
     one(
         Series::V6_1,
         "signals end the VM in order",

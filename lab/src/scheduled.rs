@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 
 /// From the thread's start on, or between two looks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) struct Scheduled {
+pub(crate) struct Scheduled {
     /// It ran, guests included.
     pub ran: Duration,
     /// It waited for a processor.
@@ -18,18 +18,18 @@ pub(super) struct Scheduled {
 
 impl Scheduled {
     /// Of the thread whose directory of `/proc/PID/task` this is.
-    pub(super) fn of_thread(task: &Path) -> Result<Scheduled> {
+    pub(crate) fn of_thread(task: &Path) -> Result<Scheduled> {
         let file = task.join("schedstat");
         let text = fs::read_to_string(&file).with_context(|| format!("read {}", file.display()))?;
         parse(&text).with_context(|| format!("{}: {text}", file.display()))
     }
 
     /// Of a process's first thread.
-    pub(super) fn of_main_thread(pid: u32) -> Result<Scheduled> {
+    pub(crate) fn of_main_thread(pid: u32) -> Result<Scheduled> {
         Scheduled::of_thread(Path::new(&format!("/proc/{pid}/task/{pid}")))
     }
 
-    pub(super) fn since(&self, before: &Scheduled) -> Scheduled {
+    pub(crate) fn since(&self, before: &Scheduled) -> Scheduled {
         Scheduled {
             ran: self.ran.saturating_sub(before.ran),
             waited: self.waited.saturating_sub(before.waited),
