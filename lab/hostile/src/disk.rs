@@ -185,3 +185,6 @@ fn set_queue<B: Board>(board: &mut B, function: &Function, memory: u64) -> Optio
     let place = board.read(common + QUEUE_NOTIFY, Width::Word);
     Some(function.notify + place * function.notify_step)
 }
+
+#[cfg(test)]
+mod tests;

@@ -105,7 +105,8 @@ impl Function {
                 }
             }
             if let Some(bar) = self.bars.get_mut(index) {
-                *bar = base;
+                // What is out of reach is left alone.
+                *bar = if base < map::END { base } else { 0 };
             }
             self.wide |= u8::from(wide) << index;
             index += if wide { 2 } else { 1 };
@@ -219,7 +220,7 @@ pub struct Functions {
 }
 
 impl Functions {
-    /// None yet. BARs that have no place below `reach` will be given one from `hole` on.
+    /// None yet. BARs that have no place, or one from `reach` on, will be given one from `hole` on.
     pub fn none(reach: u64, hole: u64) -> Functions {
         Functions {
             list: [Function::default(); MOST],

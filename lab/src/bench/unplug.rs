@@ -67,19 +67,23 @@ pub fn run(ebbtide: &Path, image: &Image, rounds: usize) -> Result<()> {
 /// The rows: the write, the slowest answer, the longest gap of the other disk.
 fn print(ids: [&'static str; 3], ours: &[Sample], peers: &[Sample]) -> Result<()> {
     let [write, answer, gap] = ids;
-    // What this machine's scheduling adds to any write, whoever answers it.
-    let floor = row("", "ms", ours, peers, |s| s.idle_write_ms).ours;
+    // What this machine's scheduling adds to any write, whoever answers it, and to whatever any thread does.
+    let floor = |of: fn(&Sample) -> f64| Some(row("", "ms", ours, peers, of).ours);
     let rows = [
         Row {
-            floor: Some(floor),
+            floor: floor(|s| s.idle_write_ms),
             cpu: cpu(ours, peers, |s| s.write_cpu_ms),
             ..budgeted(write, WRITE_BUDGET, ours, peers, |s| s.write_ms)
         },
         Row {
+            floor: floor(|s| s.still_ms),
             cpu: cpu(ours, peers, |s| Some(s.answer_cpu_ms)),
             ..budgeted(answer, ANSWER_BUDGET, ours, peers, |s| s.answer_ms)
         },
-        budgeted(gap, GAP_BUDGET, ours, peers, |s| s.gap_ms),
+        Row {
+            floor: floor(|s| s.still_ms),
+            ..budgeted(gap, GAP_BUDGET, ours, peers, |s| s.gap_ms)
+        },
     ];
     for row in rows {
         println!("{}", serde_json::to_string(&row)?);

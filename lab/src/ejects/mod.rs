@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use crate::bench::{median, ms};
 use crate::image::Image;
 use crate::qmp::Qmp;
-use crate::scheduled::Scheduled;
+use crate::scheduled::{self, Scheduled};
 use crate::vmm::{Disk, Machine, Program, Vmm};
 
 /// QEMU's board whose bus 0 has hot-plug slots. With SMM, VMware's port and the APIC's `vapic` (see [`machine`]) as they are
@@ -49,6 +49,8 @@ pub(crate) struct Sample {
     /// Processor time of the VMM's main thread while the slowest answer was waited for.
     pub answer_cpu_ms: f64,
     pub gap_ms: f64,
+    /// The longest that a thread lay still which had nothing to do with any of this.
+    pub still_ms: f64,
 }
 
 /// What was measured of one guest's life.
@@ -74,6 +76,8 @@ impl Measured {
             count: answers,
             worst: slowest,
             main,
+            idle,
+            stolen,
         } = self.answers;
         let sample = Sample {
             write_ms: worst(&self.writes),
@@ -82,6 +86,7 @@ impl Measured {
             answer_ms: ms(slowest),
             answer_cpu_ms: ms(main.ran),
             gap_ms: self.gap_ms,
+            still_ms: ms(idle),
         };
         let stay = self.stay.map_or_else(String::new, |Stay { us, cpu_us }| {
             format!(
@@ -92,7 +97,8 @@ impl Measured {
         });
         eprintln!(
             "  {name:<14} eject written in {:>9.3} ms, at worst of {} in {:>9.3} ms{stay} (a write that ejects nothing: {:.3} ms, at worst {:.3} ms); {answers} answers, the slowest {:>8.1} ms, in which the main thread worked for {:.1} ms and waited for a processor for {:.1} ms; \
-             {} operations of the other disk, the longest gap {:>6.1} ms",
+             {} operations of the other disk, the longest gap {:>6.1} ms; \
+             a thread without work slept {:.0} ms for at most {:.1} ms, this machine's own host took {:.0} ms of its processors",
             median(&self.writes),
             self.writes.len(),
             sample.write_ms,
@@ -103,6 +109,9 @@ impl Measured {
             ms(main.waited),
             self.operations,
             self.gap_ms,
+            ms(ASK),
+            sample.still_ms,
+            ms(stolen),
         );
         sample
     }
@@ -289,10 +298,13 @@ fn check_slot(
     Ok(())
 }
 
-/// A client of its own that asks for the state over and over.
+/// A client of its own that asks for the state over and over; beside it a thread that does nothing but see how late it
+/// wakes up, which is what this machine does to anybody.
 pub(crate) struct Watch {
-    stop: Arc<AtomicBool>,
+    stop: Stop,
     thread: JoinHandle<Result<Answers>>,
+    idler: JoinHandle<Duration>,
+    stolen: Duration,
 }
 
 /// What it got.
@@ -303,6 +315,10 @@ pub(crate) struct Answers {
     worst: Duration,
     /// What the VMM's main thread, which answers, did meanwhile.
     main: Scheduled,
+    /// The longest that a thread lay still which wanted to sleep for [`ASK`].
+    idle: Duration,
+    /// What this machine's own host took of its processors.
+    stolen: Duration,
 }
 
 impl Watch {
@@ -326,16 +342,45 @@ impl Watch {
             }
             Ok(answers)
         });
-        Ok(Watch { stop, thread })
+        let stopped = Arc::clone(&stop);
+        let idler = std::thread::spawn(move || longest_sleep(&stopped));
+        Ok(Watch {
+            stop: Stop(stop),
+            thread,
+            idler,
+            stolen: scheduled::stolen()?,
+        })
     }
 
     pub(crate) fn stop(self) -> Result<Answers> {
-        self.stop.store(true, Ordering::Relaxed);
+        drop(self.stop);
         let result = self.thread.join();
-        let answers = result.map_err(|_| anyhow!("the watching client panicked"))??;
+        let mut answers = result.map_err(|_| anyhow!("the watching client panicked"))??;
         ensure!(answers.count > 0, "the watching client got no answer");
+        let idle = self.idler.join();
+        answers.idle = idle.map_err(|_| anyhow!("the thread that sleeps panicked"))?;
+        answers.stolen = scheduled::stolen()?.saturating_sub(self.stolen);
         Ok(answers)
     }
+}
+
+/// Ends the threads, also when nobody asks for what they saw.
+struct Stop(Arc<AtomicBool>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+fn longest_sleep(stopped: &AtomicBool) -> Duration {
+    let mut longest = Duration::ZERO;
+    while !stopped.load(Ordering::Relaxed) {
+        let begun = Instant::now();
+        std::thread::sleep(ASK);
+        longest = longest.max(begun.elapsed());
+    }
+    longest
 }
 
 #[cfg(test)]

@@ -12,10 +12,10 @@ use crate::vmm::Program;
 
 const SLOW: Slow = Slow {
     slots: 7..10,
-    latency: Duration::from_secs(8),
+    latency: Duration::from_secs(12),
 };
 /// Far below what the requests take, and far above what a busy machine adds.
-const BOUND_MS: f64 = 3000.0;
+const BOUND_MS: f64 = 6000.0;
 
 /// See the module.
 pub fn ejects(ground: &Ground) -> Result<()> {

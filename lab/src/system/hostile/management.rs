@@ -268,8 +268,9 @@ impl Management {
     pub fn furnish(&mut self, vmm: &mut Vmm) -> Result<()> {
         for kind in KINDS {
             if let Err(refusal) = self.add(vmm, kind)? {
-                // The guest may have ejected the adapter already.
-                let late = kind.below.is_some() && refusal.desc.contains("is being removed");
+                // The guest may have ejected the adapter already: it goes, or is gone.
+                let gone = |words: &str| refusal.desc.contains(words);
+                let late = kind.below.is_some() && (gone("is being removed") || gone("not found"));
                 ensure!(late, "{}: {refusal}", kind.driver);
             }
         }
