@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Builds the static programs that run as PID 1: the guest agent and the
-//! capsule's init; and the guest that is its own kernel.
+//! capsule's init; and the guests that are their own kernels.
 
 use std::env;
 use std::path::{Path, PathBuf};

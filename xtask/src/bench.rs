@@ -24,7 +24,8 @@ pub struct BenchArgs {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum Suite {
-    /// Disks that their guest ejects while requests of 20 s are under way; writes target/bench/unplug.json
+    /// Disks that their guest ejects while requests of 20 s are under way, also on this machine's own KVM; writes
+    /// target/bench/unplug.json
     Unplug,
     /// Of these only the rows of this machine's own KVM; writes target/bench/unplug_host.json
     UnplugHost,

@@ -36,6 +36,7 @@ const PEER_EJECTS: usize = 1;
 const WORK: &str = "/dev/vda";
 /// How often the guest is asked how far it is.
 const LOOK: Duration = Duration::from_millis(200);
+
 /// What may be noticed of an eject, in milliseconds.
 const WRITE_BUDGET: f64 = 1.0;
 const ANSWER_BUDGET: f64 = 10.0;

@@ -107,7 +107,7 @@ impl Board for Processor {
     }
 
     fn fault(&mut self) {
-        // SAFETY: ends this life, as there is no interrupt table.
+        // SAFETY: ends this life, as no gate takes the exception.
         unsafe { asm!("ud2", options(noreturn)) }
     }
 }

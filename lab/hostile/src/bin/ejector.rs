@@ -24,7 +24,7 @@ const LATER_HOLE: u64 = map::HOLE + (64 << 20);
 /// Where the processors have their interrupt tables.
 const TABLES: [u64; 2] = [0x180_0000, 0x180_1000];
 /// Time the APIC's bus counts in nanoseconds: between looks at the serial line, and at a request.
-const LISTEN: u32 = 500_000;
+const LISTEN: u32 = 1_000_000;
 const POLL: u32 = 200_000;
 /// Between two operations of the work.
 const PAUSE: u32 = 5_000_000;

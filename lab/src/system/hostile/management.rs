@@ -264,15 +264,10 @@ impl Management {
         device.ejectable || device.asked || self.may_go(above)
     }
 
-    /// One device of each kind, and then as many as there is place for.
+    /// One device of each kind; the guest stands still.
     pub fn furnish(&mut self, vmm: &mut Vmm) -> Result<()> {
         for kind in KINDS {
-            if let Err(refusal) = self.add(vmm, kind)? {
-                // The guest may have ejected the adapter already: it goes, or is gone.
-                let gone = |words: &str| refusal.desc.contains(words);
-                let late = kind.below.is_some() && (gone("is being removed") || gone("not found"));
-                ensure!(late, "{}: {refusal}", kind.driver);
-            }
+            self.add(vmm, kind)?.context(kind.driver)?;
         }
         Ok(())
     }
