@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Builds the static programs that run as PID 1: the guest agent and the
-//! capsule's init; and the guest that is its own kernel.
+//! capsule's init; and the guests that are their own kernels.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -45,23 +45,38 @@ pub fn build() -> Result<Programs> {
     Ok(programs)
 }
 
-/// Builds the guest that does to its devices what no driver would ([`ebbtide_hostile`](../ebbtide_hostile/index.html)):
-/// an ELF kernel.
+/// Nothing of a C library, at the address that its loader puts it to, with no header before its code that lies lower. No
+/// SSE: a KVM that emulates kernels' code instruction by instruction does not know it.
+const FLAT_FLAGS: &str = "-C panic=abort -C relocation-model=static -C link-arg=-nostartfiles -C link-arg=-nostdlib \
+    -C link-arg=-static -C link-arg=-no-pie -C link-arg=-Wl,--image-base=0x200000,--build-id=none,-e,_start \
+    -C target-feature=-sse,-sse2";
+
+/// The guests that are their own kernels ([`ebbtide_hostile`]): ELF files.
+#[derive(Clone, Debug)]
+pub struct FlatGuests {
+    /// Does to its devices what no driver would.
+    pub hostile: PathBuf,
+    /// Ejects disks whose requests are under way.
+    pub ejector: PathBuf,
+}
+
+/// Builds the guests that are their own kernels.
 ///
 /// # Errors
 /// As [`build`].
-pub fn build_hostile() -> Result<PathBuf> {
+pub fn build_flat() -> Result<FlatGuests> {
     let directory = target_dir()?.join("hostile");
-    let program = directory.join(TARGET).join("release/ebbtide-hostile");
-    if is_built(&program)? {
-        return Ok(program);
+    let program = |name| directory.join(TARGET).join("release").join(name);
+    let guests = FlatGuests {
+        hostile: program("ebbtide-hostile"),
+        ejector: program("ebbtide-ejector"),
+    };
+    if is_built(&guests.hostile)? && is_built(&guests.ejector)? {
+        return Ok(guests);
     }
     let packages = ["--package", "ebbtide-hostile", "--features", "guest"];
-    // Nothing of a C library, at the address that its loader puts it to, with no header before its code that lies lower.
-    let flags = "-C panic=abort -C relocation-model=static -C link-arg=-nostartfiles -C link-arg=-nostdlib -C link-arg=-static \
-                 -C link-arg=-no-pie -C link-arg=-Wl,--image-base=0x200000,--build-id=none,-e,_start";
-    run_cargo(&packages, flags, &directory)?;
-    Ok(program)
+    run_cargo(&packages, FLAT_FLAGS, &directory)?;
+    Ok(guests)
 }
 
 /// Inside the capsule nothing can be built.
@@ -107,11 +122,17 @@ fn run_cargo(packages: &[&str], flags: &str, directory: &Path) -> Result<()> {
     ] {
         command.env_remove(name);
     }
-    let status = command
-        .status()
+    // Shown only if it fails: without SSE the compiler warns of an ABI that nothing here uses.
+    let output = command
+        .output()
         .with_context(|| format!("run cargo {}", packages.join(" ")))?;
-    if !status.success() {
-        bail!("cargo build {} failed ({status})", packages.join(" "));
+    if !output.status.success() {
+        bail!(
+            "cargo build {} failed ({})\n{}",
+            packages.join(" "),
+            output.status,
+            String::from_utf8_lossy(&output.stderr).trim_end()
+        );
     }
     Ok(())
 }

@@ -3,7 +3,6 @@
 //! and machine.
 
 pub mod blk;
-mod scheduled;
 pub mod unplug;
 
 use std::fs;
@@ -131,7 +130,7 @@ fn sample(name: &str, program: Program, image: &Image) -> Result<Sample> {
     })
 }
 
-fn ms(time: Duration) -> f64 {
+pub(crate) fn ms(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
@@ -198,7 +197,7 @@ fn paired<S>(ours: &[S], peers: &[S], of: impl Fn(&S) -> f64) -> f64 {
     median(&ratios)
 }
 
-fn median(sorted: &[f64]) -> f64 {
+pub(crate) fn median(sorted: &[f64]) -> f64 {
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }
 

@@ -12,6 +12,7 @@ use ebbtide_agent::protocol::{
     Checked, Command, DiskStart, DiskStatus, Done, Event, Executed, Filled, Freed, KernelLog,
     Message, PipesHeld, PortWritten, Ready, Report, Request, parse_line,
 };
+use ebbtide_hostile::ejector;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -33,6 +34,8 @@ pub struct Guest {
     /// Answers to requests that nobody has waited for yet.
     answers: HashMap<u64, std::result::Result<Value, String>>,
     readies: VecDeque<(Ready, Instant)>,
+    /// Lines of a guest that is its own kernel.
+    lines: VecDeque<String>,
     panic: Option<String>,
 }
 
@@ -43,6 +46,7 @@ impl<T: Write + Send + std::fmt::Debug> DebugWrite for T {}
 #[derive(Debug)]
 enum Incoming {
     Message(Message, Instant),
+    Line(String),
     Garbled(String),
     Panic(String),
     Closed,
@@ -103,6 +107,7 @@ impl Guest {
             next_id: 1,
             answers: HashMap::new(),
             readies: VecDeque::new(),
+            lines: VecDeque::new(),
             panic: None,
         }
     }
@@ -197,6 +202,29 @@ impl Guest {
             self.take(incoming)?;
         }
         Ok(self.answers.contains_key(&pending.0))
+    }
+
+    /// Sends a byte to a guest that is its own kernel (see [`ebbtide_hostile::ejector`]).
+    ///
+    /// # Errors
+    /// The line is closed.
+    pub fn send_byte(&mut self, byte: u8) -> Result<()> {
+        self.writer.write_all(&[byte]).context("serial line")?;
+        self.writer.flush().context("serial line")
+    }
+
+    /// The next line of a guest that is its own kernel, without [`ejector::LINE`].
+    ///
+    /// # Errors
+    /// None comes in time; the line is closed.
+    pub fn wait_line(&mut self, timeout: Duration) -> Result<String> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            if let Some(line) = self.lines.pop_front() {
+                return Ok(line);
+            }
+            self.advance(deadline, "a line of the guest")?;
+        }
     }
 
     /// The state of the guest.
@@ -389,6 +417,7 @@ impl Guest {
             Incoming::Message(Message::Failure { id, error }, _) => {
                 self.answers.insert(id, Err(error));
             }
+            Incoming::Line(line) => self.lines.push_back(line),
             Incoming::Garbled(line) => bail!(
                 "a line of the agent is damaged: {line}{}",
                 self.console.tail()
@@ -442,7 +471,10 @@ fn understand(line: &str, began: Instant) -> Option<Incoming> {
         Some(Ok(message)) => Some(Incoming::Message(message, began)),
         Some(Err(_)) => Some(Incoming::Garbled(line.trim_end().to_owned())),
         None if line.contains(PANIC) => Some(Incoming::Panic(line.trim_end().to_owned())),
-        None => None,
+        None => {
+            let line = line.strip_prefix(ejector::LINE)?;
+            Some(Incoming::Line(line.trim_end().to_owned()))
+        }
     }
 }
 
@@ -505,6 +537,19 @@ mod tests {
             error.contains("Check") && error.contains("nothing is filled"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_guest_that_is_its_own_kernel_speaks_in_lines() {
+        let (mut guest, mut peer) = line();
+        say(&mut peer, "SeaBIOS");
+        say(&mut peer, "flat: clock 5");
+        guest.send_byte(ejector::CLOCK).unwrap();
+        assert_eq!(guest.wait_line(SOON).unwrap(), "clock 5");
+        let mut byte = [0];
+        peer.read_exact(&mut byte).unwrap();
+        assert_eq!(byte, [b'c']);
+        assert!(guest.wait_line(Duration::from_millis(10)).is_err());
     }
 
     #[test]

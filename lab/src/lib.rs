@@ -8,7 +8,9 @@
 //! - [`demo`], [`system`], [`bench`]: what is done with it.
 
 mod apt;
+mod ejects;
 mod elf;
+mod scheduled;
 
 pub mod agent;
 pub mod bench;

@@ -70,19 +70,46 @@ pub fn choose(ebbtide: Option<&Path>) -> Result<Choice> {
 }
 
 fn ask_doctor(ebbtide: &Path) -> Result<Choice> {
+    doctor(ebbtide, read_doctor)
+}
+
+/// Why this machine's own KVM can't run even a guest that is its own kernel, if it can't; `ebbtide` tries it out.
+///
+/// # Errors
+/// The binary can't be run.
+pub fn refuses_flat_guests(ebbtide: &Path) -> Result<Option<String>> {
+    if env::var(VARIABLE).as_deref() == Ok("capsule") {
+        return Ok(Some(format!("{VARIABLE}=capsule")));
+    }
+    doctor(ebbtide, read_flat)
+}
+
+/// What `read` makes of the doctor's report.
+fn doctor<T>(ebbtide: &Path, read: fn(&[u8]) -> Result<T>) -> Result<T> {
     let mut command = Command::new(ebbtide);
     let output = command
         .args(["doctor", "--json"])
         .output()
         .with_context(|| format!("run {}", ebbtide.display()))?;
     // The exit code is for people: what counts is the field.
-    read_doctor(&output.stdout).with_context(|| {
+    read(&output.stdout).with_context(|| {
         format!(
             "{} doctor --json: {}",
             ebbtide.display(),
             String::from_utf8_lossy(&output.stderr).trim()
         )
     })
+}
+
+/// The doctor's own guest is a flat one: its speed is known if it ran.
+fn read_flat(json: &[u8]) -> Result<Option<String>> {
+    let report: Value = serde_json::from_slice(json).context("not JSON")?;
+    let kvm = report.get("kvm").context("no field kvm")?;
+    if kvm.get("guest_ns_per_loop").is_some_and(Value::is_number) {
+        return Ok(None);
+    }
+    let reason = kvm.get("reason").and_then(Value::as_str);
+    Ok(Some(reason.unwrap_or("no reason given").to_owned()))
 }
 
 fn read_doctor(json: &[u8]) -> Result<Choice> {
@@ -125,6 +152,12 @@ mod tests {
                 .place,
             Place::Host
         );
+        let emulates =
+            br#"{"kvm":{"can_run_guest":false,"guest_ns_per_loop":1270.0,"reason":"slow"}}"#;
+        assert_eq!(read_flat(emulates).unwrap(), None);
+        let absent = br#"{"kvm":{"guest_ns_per_loop":null,"reason":"no /dev/kvm"}}"#;
+        assert_eq!(read_flat(absent).unwrap().unwrap(), "no /dev/kvm");
+        assert!(read_flat(b"{}").is_err());
         assert!(read_doctor(b"{}").is_err());
         assert!(read_doctor(b"ebbtide: unknown command").is_err());
     }

@@ -80,6 +80,8 @@ enum Suite {
     Guests,
     /// Disks that their guest ejects while requests of theirs are under way
     Unplug,
+    /// Of these only the rows of this machine's own KVM
+    UnplugHost,
     /// Disks that their guest reads as fast as it goes
     Blk,
 }
@@ -154,7 +156,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
     };
     let python = python::ensure()?;
     packages::ensure_packages(&["passt"])?;
-    let hostile = agent::build_hostile()?;
+    let flat = agent::build_flat()?;
     let log = std::env::temp_dir().join(format!("ebbtide-system-{}.log", std::process::id()));
     let grounds = kernels
         .into_iter()
@@ -163,7 +165,8 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
                 ebbtide: options.common.ebbtide.clone(),
                 image: image::build(series)?,
                 series,
-                hostile: hostile.clone(),
+                hostile: flat.hostile.clone(),
+                ejector: flat.ejector.clone(),
                 long: options.long,
                 python: python.clone(),
                 log: log.clone(),
@@ -207,6 +210,20 @@ pub fn each(options: &EachOptions) -> Result<ExitCode> {
 
 pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     packages::ensure_packages(&["qemu-system-x86"])?;
+    match options.suite {
+        Suite::UnplugHost => {
+            return match unplug_on_host(options)? {
+                None => Ok(ExitCode::SUCCESS),
+                Some(reason) => bail!("this machine's own KVM runs no guest: {reason}"),
+            };
+        }
+        Suite::Unplug if !capsule::is_inside() => {
+            if let Some(reason) = unplug_on_host(options)? {
+                eprintln!("no ejects on this machine's own KVM, which runs no guest: {reason}");
+            }
+        }
+        _ => {}
+    }
     let image = image::build(Series::V6_1)?;
     if let Some(code) = elsewhere(
         Some(&options.common.ebbtide),
@@ -217,12 +234,23 @@ pub fn bench(options: &BenchOptions) -> Result<ExitCode> {
     }
     match options.suite {
         Suite::Guests => guests::run(&options.common.ebbtide, &image)?,
-        Suite::Unplug => {
+        Suite::Unplug | Suite::UnplugHost => {
             guests::unplug::run(&options.common.ebbtide, &image, options.rounds.into())?
         }
         Suite::Blk => guests::blk::run(&options.common.ebbtide, &image, options.rounds.into())?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Measures with a guest that is its own kernel, on this machine's own KVM; why not, if that runs none.
+fn unplug_on_host(options: &BenchOptions) -> Result<Option<String>> {
+    let ebbtide = &options.common.ebbtide;
+    let refused = probe::refuses_flat_guests(ebbtide)?;
+    if refused.is_none() {
+        let guest = agent::build_flat()?.ejector;
+        guests::unplug::run_on_host(ebbtide, &guest, options.rounds.into())?;
+    }
+    Ok(refused)
 }
 
 /// Runs this very command line in the capsule if a guest can't run here; None: go on here.

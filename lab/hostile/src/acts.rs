@@ -42,7 +42,7 @@ impl Hostile {
     pub fn new(seed: u64) -> Hostile {
         Hostile {
             random: Random::new(seed),
-            functions: Functions::none(),
+            functions: Functions::none(u64::MAX, map::HOLE),
             acts: 0,
         }
     }

@@ -61,7 +61,7 @@ pub struct Function {
 }
 
 impl Function {
-    fn find<B: Board>(board: &mut B, config: u64, hole: &mut u64) -> Option<Function> {
+    fn find<B: Board>(board: &mut B, config: u64, reach: u64, hole: &mut u64) -> Option<Function> {
         let ids = board.read(config, Width::Dword) as u32;
         if ids & 0xffff == 0xffff || ids == 0 {
             return None;
@@ -79,13 +79,13 @@ impl Function {
                 *kept = board.read(config + u64::from(register), Width::Dword);
             }
         }
-        function.assign(board, hole);
+        function.assign(board, reach, hole);
         function.find_capabilities(board);
         Some(function)
     }
 
-    /// Reads where its BARs are, after those without a place were given one from `hole` on.
-    fn assign<B: Board>(&mut self, board: &mut B, hole: &mut u64) {
+    /// Reads where its BARs are, after those without a place below `reach` were given one from `hole` on.
+    fn assign<B: Board>(&mut self, board: &mut B, reach: u64, hole: &mut u64) {
         let count = if self.bridge { 2 } else { BARS };
         let mut index = 0;
         while index < count {
@@ -98,8 +98,11 @@ impl Function {
             }
             if low & 1 != 0 {
                 base = low;
-            } else if base == 0 {
+            } else if base == 0 || base >= reach {
                 base = self.place(board, at, low, hole);
+                if wide && base != 0 {
+                    board.write(at + 4, Width::Dword, 0);
+                }
             }
             if let Some(bar) = self.bars.get_mut(index) {
                 // What is out of reach is left alone.
@@ -208,17 +211,22 @@ impl Function {
 }
 
 /// All functions that were found.
+#[derive(Debug)]
 pub struct Functions {
     list: [Function; MOST],
     count: usize,
+    reach: u64,
+    hole: u64,
 }
 
 impl Functions {
-    /// None yet.
-    pub fn none() -> Functions {
+    /// None yet. BARs that have no place, or one from `reach` on, will be given one from `hole` on.
+    pub fn none(reach: u64, hole: u64) -> Functions {
         Functions {
             list: [Function::default(); MOST],
             count: 0,
+            reach,
+            hole,
         }
     }
 
@@ -228,8 +236,7 @@ impl Functions {
             function.mend(board);
         }
         self.count = 0;
-        // Above what the VMM itself gives out.
-        let mut hole = map::WINDOW.end - (map::WINDOW.end - map::WINDOW.start) / 4;
+        let mut hole = self.hole;
         self.look_into(board, 0, DEVICES, &mut hole);
         // Bridges that are found behind bridges are looked behind, too.
         let mut next = 0;
@@ -247,7 +254,7 @@ impl Functions {
     fn look_into<B: Board>(&mut self, board: &mut B, bus: u8, devices: u64, hole: &mut u64) {
         for device in 0..devices {
             let config = map::ECAM | u64::from(bus) << 20 | device << 15;
-            let Some(function) = Function::find(board, config, hole) else {
+            let Some(function) = Function::find(board, config, self.reach, hole) else {
                 continue;
             };
             board.write(config + u64::from(COMMAND), Width::Word, ENABLED);

@@ -8,9 +8,16 @@
 //!
 //! What it does depends on the seed and on what it reads from its devices. This library is all of it but the processor:
 //! accesses go through a [`Board`]. The program `ebbtide-hostile` is the guest; a test plays the board.
+//!
+//! A second guest, `ebbtide-ejector`, does one thing only and keeps to the rules in all else: it ejects disks whose
+//! requests are under way, and takes the time of it. It says what it found in lines that [`ejector`] describes.
 #![cfg_attr(not(test), no_std)]
 
 mod acts;
+#[cfg(feature = "guest")]
+pub mod bare;
+pub mod disk;
+pub mod ejector;
 mod functions;
 mod queues;
 mod random;
@@ -19,6 +26,7 @@ mod random;
 mod tests;
 
 pub use acts::Hostile;
+pub use functions::{Function, Functions};
 pub use random::Random;
 
 /// How many bytes an access has.
@@ -62,6 +70,8 @@ pub mod map {
     pub const ECAM: u64 = 0xe000_0000;
     /// The 32-bit window of PCI.
     pub const WINDOW: Range<u64> = 0xc000_0000..0xe000_0000;
+    /// Above what the VMM itself gives out of it.
+    pub const HOLE: u64 = WINDOW.end - (WINDOW.end - WINDOW.start) / 4;
     /// What the page tables reach.
     pub const END: u64 = 512 << 30;
 }

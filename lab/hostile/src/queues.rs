@@ -6,31 +6,31 @@ use crate::{Board, Random, Width, map};
 
 const VIRTIO_BLK: u16 = 0x1042;
 /// Offsets in the common structure.
-const FEATURE_SELECT: u64 = 0x00;
-const FEATURES: u64 = 0x04;
-const DRIVER_FEATURE_SELECT: u64 = 0x08;
-const DRIVER_FEATURES: u64 = 0x0c;
+pub(crate) const FEATURE_SELECT: u64 = 0x00;
+pub(crate) const FEATURES: u64 = 0x04;
+pub(crate) const DRIVER_FEATURE_SELECT: u64 = 0x08;
+pub(crate) const DRIVER_FEATURES: u64 = 0x0c;
 const QUEUES: u64 = 0x12;
-const STATUS: u64 = 0x14;
-const QUEUE_SELECT: u64 = 0x16;
-const QUEUE_SIZE: u64 = 0x18;
-const QUEUE_ENABLE: u64 = 0x1c;
-const QUEUE_NOTIFY: u64 = 0x1e;
-const QUEUE_DESCRIPTORS: u64 = 0x20;
+pub(crate) const STATUS: u64 = 0x14;
+pub(crate) const QUEUE_SELECT: u64 = 0x16;
+pub(crate) const QUEUE_SIZE: u64 = 0x18;
+pub(crate) const QUEUE_ENABLE: u64 = 0x1c;
+pub(crate) const QUEUE_NOTIFY: u64 = 0x1e;
+pub(crate) const QUEUE_DESCRIPTORS: u64 = 0x20;
 /// Its bytes, by which a write at random is in it.
 pub const COMMON_BYTES: u64 = 0x40;
 
 /// Acknowledge, driver, features taken, ready.
 const STEPS: [u64; 4] = [1, 3, 11, 15];
-const NEXT: u64 = 1;
-const WRITE: u64 = 2;
+pub(crate) const NEXT: u64 = 1;
+pub(crate) const WRITE: u64 = 2;
 const INDIRECT: u64 = 4;
-const DESCRIPTOR_BYTES: u64 = 16;
+pub(crate) const DESCRIPTOR_BYTES: u64 = 16;
 const SIZE: u64 = 64;
 /// Descriptors, available ring and used ring of one queue.
 const QUEUE_BYTES: u64 = 0x1000;
-const AVAILABLE: u64 = 0x600;
-const USED: u64 = 0x800;
+pub(crate) const AVAILABLE: u64 = 0x600;
+pub(crate) const USED: u64 = 0x800;
 /// Queues a device is given at most.
 const MOST: u64 = 4;
 

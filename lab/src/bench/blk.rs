@@ -14,9 +14,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, DiskLoad, DiskLoaded};
 
-use super::scheduled::Scheduled;
 use super::{PEER, Ratio, Row, ms, paired, row};
 use crate::image::Image;
+use crate::scheduled::Scheduled;
 use crate::vmm::{Machine, Program, Vmm};
 
 /// Requests under way.

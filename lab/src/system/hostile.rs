@@ -76,6 +76,8 @@ fn seed() -> Result<u64> {
 fn rounds(ground: &Ground, seed: u64) -> Result<()> {
     let mut vmm = Vmm::start(&machine(ground, seed)?)?;
     let mut management = Management::new(Random::new(seed));
+    // As after each round: what is furnished below is furnished undisturbed, however long that takes here.
+    management.stand_still(&mut vmm)?;
     let (rounds, length) = if ground.long { LONG } else { SHORT };
     let mut before: Option<Residue> = None;
     let mut seen = Seen::default();

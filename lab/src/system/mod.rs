@@ -5,6 +5,7 @@ mod boot;
 mod ctl;
 mod dimm;
 mod endings;
+mod flat;
 mod hostile;
 mod hotplug;
 mod mistakes;
@@ -44,6 +45,8 @@ pub struct Ground {
     pub series: Series,
     /// The guest that is its own kernel and does to its devices what no driver would.
     pub hostile: PathBuf,
+    /// The guest that ejects disks.
+    pub ejector: PathBuf,
     /// Full length instead of the short form.
     pub long: bool,
     /// A Python interpreter that has `qemu.qmp`.
@@ -213,6 +216,7 @@ const SCENARIOS: &[Scenario] = &[
         ctl::user_network,
     ),
     one(Series::V6_1, "a hostile guest", hostile::run),
+    one(Series::V6_1, "a flat guest ejects disks", flat::ejects),
     one(
         Series::V6_1,
         "signals end the VM in order",

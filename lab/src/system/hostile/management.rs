@@ -264,14 +264,10 @@ impl Management {
         device.ejectable || device.asked || self.may_go(above)
     }
 
-    /// One device of each kind, and then as many as there is place for.
+    /// One device of each kind; the guest stands still.
     pub fn furnish(&mut self, vmm: &mut Vmm) -> Result<()> {
         for kind in KINDS {
-            if let Err(refusal) = self.add(vmm, kind)? {
-                // The guest may have ejected the adapter already.
-                let late = kind.below.is_some() && refusal.desc.contains("is being removed");
-                ensure!(late, "{}: {refusal}", kind.driver);
-            }
+            self.add(vmm, kind)?.context(kind.driver)?;
         }
         Ok(())
     }
