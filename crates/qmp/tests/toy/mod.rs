@@ -360,6 +360,8 @@ impl Toy {
                 hmp::Info::Balloon => hmp::error(&QmpError::no_balloon()),
                 hmp::Info::Qtree => String::new(),
             },
+            // There is no PCI.
+            hmp::Command::InjectError { id, .. } => hmp::error(&QmpError::device_not_found(&id)),
             hmp::Command::Stop => {
                 self.set_state(RunState::Paused);
                 String::new()
