@@ -10,6 +10,7 @@ use super::bar::{BarSpace, Windows};
 use super::bridge::Upstream;
 use super::placement::Placement;
 use super::registers::EXTENDED;
+use super::remnant::Remnants;
 use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, IntxWires, PciError};
 
 const DEVFNS: usize = 256;
@@ -46,6 +47,8 @@ pub struct Bus {
     space: BarSpace,
     functions: RwLock<Table>,
     placement: Mutex<Placement>,
+    /// What is left of functions that are gone.
+    remnants: Mutex<Remnants>,
     /// The wires that interrupt pins on it are on; none before they lead to an interrupt controller.
     intx: Mutex<Option<IntxWires>>,
 }
@@ -72,6 +75,7 @@ impl Bus {
                 hidden: Vec::new(),
             }),
             placement: Mutex::default(),
+            remnants: Mutex::default(),
             intx: Mutex::default(),
         })
     }
@@ -82,6 +86,7 @@ impl Bus {
         let space = BarSpace {
             memory: Arc::clone(&self.space.memory),
             container: Region::container(format!("{name}-bus"), 1 << 64),
+            root: Arc::clone(&self.space.root),
             io_container: Arc::clone(&self.space.io_container),
             windows: Windows {
                 io: 0..0,
@@ -201,8 +206,9 @@ impl Bus {
             .release()
     }
 
-    /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there. The bus keeps
-    /// no reference to it. What is behind a bridge is detached first.
+    /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there but the function's
+    /// [`Remnant`], if it leaves one: until another function leaves this place, or a [reset](super::HostBridge::reset). The
+    /// bus keeps no reference to the function. What is behind a bridge is detached first.
     ///
     /// # Errors
     /// Nothing is there; its gate is open or has not drained; it is a bridge with something behind it; the memory map
@@ -235,7 +241,29 @@ impl Bus {
         drop(table);
         function.config().wire(None, devfn);
         placement.forget(devfn);
+        self.leave_remnants(devfn, &*function);
         Ok(function)
+    }
+
+    /// Has what is left of a function that was detached answer where it was.
+    fn leave_remnants(&self, devfn: Devfn, function: &dyn Function) {
+        let bridge = function.config().bridge();
+        let behind = bridge.map(|bridge| std::mem::take(&mut *lock(&bridge.bus().remnants)));
+        let own = function.remnant().and_then(|remnant| {
+            let address = function.config().left_at(remnant.bar)?;
+            Some((remnant, address))
+        });
+        lock(&self.remnants).replace(&self.space, devfn, own, behind.unwrap_or_default());
+    }
+
+    /// Takes away what is left of functions that are gone, here and behind all bridges.
+    pub(super) fn forget_remnants(&self) {
+        lock(&self.remnants).clear();
+        for (_, function) in self.functions() {
+            if let Some(bridge) = function.config().bridge() {
+                bridge.bus().forget_remnants();
+            }
+        }
     }
 
     /// The function at `devfn`.

@@ -220,6 +220,7 @@ impl Config {
             spec,
             region,
             mapped: None,
+            left: None,
         });
         state.bars.sort_by_key(|bar| bar.index);
         Ok(())
@@ -511,6 +512,12 @@ impl Config {
             pin.disconnect();
         }
         Ok(())
+    }
+
+    /// Where BAR `index` was in the map when it was [released](Self::release); `None` if it was not there.
+    pub(super) fn left_at(&self, index: u8) -> Option<u64> {
+        let state = self.state();
+        state.bars.iter().find(|bar| bar.index == index)?.left
     }
 
     fn follow(&self, state: &mut State) {

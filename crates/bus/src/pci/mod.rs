@@ -28,6 +28,7 @@ mod msix;
 mod placement;
 mod port;
 mod registers;
+mod remnant;
 mod slot;
 
 #[cfg(test)]
@@ -51,6 +52,7 @@ pub use hotplug::{
 pub use intx::{InterruptPin, IntxPin, IntxWires};
 pub use msix::{Msix, MsixVector};
 pub use port::{Port, PortModel, PortSpec};
+pub use remnant::Remnant;
 
 /// Bytes of one function's configuration space.
 pub const CONFIG_SIZE_BYTES: u16 = 4096;
@@ -128,6 +130,12 @@ pub trait Function: Send + Sync {
     /// The guest has not seen the function yet (it is about to start, or to be told of what is plugged): what is here now
     /// is here from the beginning, not hot-plugged.
     fn settle(&self) {}
+
+    /// What is to answer for it once it is detached, where its BAR was: registers that a driver waits for which did not let
+    /// go of it. Asked for after its drain.
+    fn remnant(&self) -> Option<Remnant> {
+        None
+    }
 
     /// Whether it can be on a bus of this kind.
     fn fits(&self, kind: BusKind) -> bool {
