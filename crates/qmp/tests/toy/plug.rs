@@ -102,6 +102,19 @@ impl Plugged {
         self.find(path).is_some()
     }
 
+    /// The property that names the backend of the device at `path`.
+    pub fn property(&self, path: &str) -> Option<ObjectPropertyInfo> {
+        let id = path.strip_prefix("/machine/peripheral/").unwrap_or(path);
+        let devices = self.devices.borrow();
+        let device = devices.iter().find(|device| device.id == id)?;
+        let property = match device.backend.kind {
+            "node" => "drive",
+            "object" => "memdev",
+            kind => kind,
+        };
+        Some(ObjectPropertyInfo::new(property, "str"))
+    }
+
     pub fn children(&self) -> Vec<ObjectPropertyInfo> {
         let child = |device: &Device| {
             ObjectPropertyInfo::new(device.id.as_str(), format!("child<{}>", device.driver))
