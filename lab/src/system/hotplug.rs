@@ -262,6 +262,12 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         ("device_add", json!({"id": "x"}), "GenericError", "'driver'"),
         (
             "device_add",
+            json!({"driver": "pcie-root-port", "id": "pcie.0"}),
+            "GenericError",
+            "Bus 'pcie.0' exists already",
+        ),
+        (
+            "device_add",
             disk(json!({"nope": 1})),
             "GenericError",
             "nope",
@@ -333,6 +339,12 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
             "nope",
         ),
         ("blockdev-add", node, "GenericError", "n0"),
+        (
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "../n\0"}),
+            "GenericError",
+            "Invalid node-name: '../n\0'",
+        ),
         (
             "blockdev-add",
             json!({"driver": "file", "node-name": "n1", "filename": "/"}),
@@ -460,6 +472,11 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         ("blockdev-del", json!({"node-name": "n0"}), "n0"),
         ("x-ebbtide-device-cancel", json!({"id": "d0"}), "d0"),
         ("x-ebbtide-device-force", json!({"id": "d0"}), "d0"),
+        (
+            "x-ebbtide-wait",
+            json!({"id": "d0", "phase": "deleted", "timeout": -1e300}),
+            "not -1e300",
+        ),
     ] {
         let Err(error) = vmm.qmp().execute(command, arguments.clone()) else {
             bail!("{command} {arguments} is not refused");

@@ -16,6 +16,7 @@ use ebbtide_qmp::types::block::{
 use ebbtide_qmp::types::blockdev::{BlockdevRef, BlockdevSource, HostFile};
 
 use super::backends::{Released, Shelf, Use};
+use super::drivers;
 use super::opener::Opener;
 
 /// How deep nodes may be described within each other.
@@ -110,6 +111,9 @@ pub(crate) async fn add(
         .node_name
         .clone()
         .ok_or_else(|| QmpError::generic("'node-name' must be specified for the root node"))?;
+    if !drivers::is_id(&name) {
+        return Err(QmpError::generic(format!("Invalid node-name: '{name}'")));
+    }
     shelf.check_name(&name)?;
     let node = open(shelf, opener, options, 0).await?;
     // Another client may have taken the name meanwhile.
