@@ -14,6 +14,8 @@ use super::remnant::Remnants;
 use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, IntxWires, PciError};
 
 const DEVFNS: usize = 256;
+/// Vendor and device id.
+const IDENTITY_BYTES: u16 = 4;
 
 /// What a bus is, which says what can be on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -362,10 +364,34 @@ impl Bus {
         if !within_dword(offset, size) {
             return u32::MAX;
         }
-        self.with(own, target, offset, |function| {
+        let read = self.with(own, target, offset, |function| {
             function.read_config(offset, size)
+        });
+        read.unwrap_or_else(|| match offset {
+            0..IDENTITY_BYTES => self.kept_identity(own, target) >> (8 * offset),
+            _ => u32::MAX,
         })
-        .unwrap_or(u32::MAX)
+    }
+
+    /// The first dword of a function that requests don't get to, if it has [kept](super::Config::keep_identity) that; all
+    /// ones otherwise.
+    fn kept_identity(&self, own: u8, target: (u8, Devfn)) -> u32 {
+        let (number, devfn) = target;
+        // No reference is taken, as in `is_occupied`.
+        let table = self.read();
+        if number == own {
+            let function = table.visible(devfn);
+            return function.map_or(u32::MAX, |it| it.config().kept_identity());
+        }
+        let bridges = table.bridges.iter().filter_map(|at| {
+            let config = table.visible(*at)?.config();
+            let is_there = !config.gate().is_closed() || config.kept_identity() != u32::MAX;
+            config.bridge().filter(|_| is_there)
+        });
+        let on_the_way = bridges.into_iter().find(|bridge| bridge.leads_to(number));
+        on_the_way.map_or(u32::MAX, |bridge| {
+            bridge.bus().kept_identity(bridge.secondary(), target)
+        })
     }
 
     /// As [`read_config`](Self::read_config), for a write.
@@ -458,11 +484,15 @@ impl Table {
         self.hidden.contains(&devfn)
     }
 
-    fn enter(&self, devfn: Devfn) -> Option<Entered> {
+    fn visible(&self, devfn: Devfn) -> Option<&Arc<dyn Function>> {
         if self.is_hidden(devfn) {
             return None;
         }
-        let function = self.functions.get(devfn.index())?.as_ref()?;
+        self.functions.get(devfn.index())?.as_ref()
+    }
+
+    fn enter(&self, devfn: Devfn) -> Option<Entered> {
+        let function = self.visible(devfn)?;
         let lease = function.config().gate().enter(Entry::Mmio)?;
         Some(Entered {
             function: Arc::clone(function),

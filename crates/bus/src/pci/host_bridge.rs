@@ -180,6 +180,11 @@ impl HostBridge {
         for function in self.root.functions_below() {
             function.reset();
         }
+        self.forget_remnants();
+    }
+
+    /// Takes away what is left of functions that are gone ([`Remnant`](super::Remnant)): no driver waits for it any more.
+    pub fn forget_remnants(&self) {
         self.root.forget_remnants();
     }
 

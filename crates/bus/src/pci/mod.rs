@@ -9,10 +9,11 @@
 //! device ── InterruptPin::set ──▶ InterruptPin ──▶ wire shared by several functions ──▶ IrqLine
 //! ```
 //!
-//! Locks, in the order they may be taken: a bus's placement of BARs (control thread only), a port's slot controller, a
-//! function's configuration space, then either a bridge's windows and the memory map's writer lock, or MSI-X (function,
-//! then one vector), or the interrupt pin (then its wire). A bus's table of functions is locked only to look one up, its
-//! interrupt wires only to copy them, never during an access.
+//! Locks, in the order they may be taken: a bus's placement of BARs and its remnants (control thread only), a port's
+//! slot controller, a function's configuration space, then either a bridge's windows and the memory map's writer lock,
+//! or MSI-X (function, then one vector), or the interrupt pin (then its wire). A bus's table of functions is locked
+//! only to look one up (that of a bus above before that of one below), its interrupt wires only to copy them, never
+//! during an access.
 
 mod aer;
 mod bar;

@@ -55,6 +55,7 @@ impl Devices {
             let tree = self.tree.borrow();
             let leaving = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
             for function in leaving.filter_map(|(_, n)| n.info.site.function()) {
+                function.config().keep_identity(false);
                 function.forget_guest();
             }
             let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);

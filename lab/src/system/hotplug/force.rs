@@ -66,13 +66,17 @@ fn one_by_force(vmm: &mut Vmm, bus: &str) -> Result<()> {
     Ok(())
 }
 
-/// A port goes by force, with a disk behind it that the guest writes to.
+/// A port goes by force, with a disk behind it that the guest writes to. The guest takes both down in one go.
 fn with_its_port(vmm: &mut Vmm) -> Result<()> {
-    let port = json!({"driver": "pcie-root-port", "id": "rp2", "bus": "pcie.0"});
-    vmm.qmp().execute("device_add", port)?;
+    let unseen = json!({"driver": "pcie-root-port", "id": "rp2", "bus": "pcie.0",
+                        "x-ebbtide-announce": false});
+    vmm.qmp().execute("device_add", unseen)?;
     let node =
         json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 10_000_000});
-    write_to(vmm, [node], "rp2")?;
+    plug(vmm, [node], "rp2")?;
+    vmm.qmp()
+        .execute("x-ebbtide-device-announce", json!({"id": "rp2"}))?;
+    write(vmm)?;
     vmm.qmp().execute("device_del", json!({"id": "rp2"}))?;
     vmm.qmp()
         .execute("x-ebbtide-device-force", json!({"id": "rp2"}))?;
@@ -158,11 +162,20 @@ fn machine(ground: &Ground) -> Machine {
 
 /// Plugs a disk into `bus`, on the node n0 of `nodes`, and has the guest write to it; one request is in flight.
 fn write_to(vmm: &mut Vmm, nodes: impl IntoIterator<Item = Value>, bus: &str) -> Result<()> {
+    plug(vmm, nodes, bus)?;
+    write(vmm)
+}
+
+fn plug(vmm: &mut Vmm, nodes: impl IntoIterator<Item = Value>, bus: &str) -> Result<()> {
     for node in nodes {
         vmm.qmp().execute("blockdev-add", node)?;
     }
     let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0", "bus": bus});
     vmm.qmp().execute("device_add", disk)?;
+    Ok(())
+}
+
+fn write(vmm: &mut Vmm) -> Result<()> {
     wait_for(vmm, "/dev/vda", true)?;
     shell(vmm, WRITER)?;
     until(

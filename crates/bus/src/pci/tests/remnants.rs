@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
-//! What functions leave behind that were taken from their drivers.
+//! What functions that were taken from their drivers show until they are detached, and what they leave behind.
 
 use ebbtide_memory::Region;
 
@@ -7,6 +7,7 @@ use super::*;
 use crate::pci::fakes::Signature;
 use crate::pci::{Bus, Config, Devfn, Remnant};
 
+const PORT: At = At(0, 1 << 3);
 const ZERO: Devfn = Devfn::from_bits(0);
 /// What the remnant reads as, and where in BAR 0 it is.
 const LEFT: u64 = 0x1e;
@@ -150,4 +151,48 @@ fn a_reset_reaches_behind_bridges() {
     assert_eq!(machine.load(bar + OFFSET, 1), LEFT);
     machine.bridge.reset();
     assert_eq!(machine.load(bar + OFFSET, 1), 0xff);
+}
+
+/// Until it is detached it is there, to whoever asks for that, and nothing else of it.
+#[test]
+fn one_that_is_taken_away_is_found_until_it_is_detached() {
+    let (machine, controller) = (Machine::new(), FakeController::default());
+    let root = port(&machine, "rp0", PortModel::RootPort, None, &controller);
+    let slot = Devfn::new(1, 0).unwrap();
+    machine.bridge.attach_at(slot, root.clone()).unwrap();
+    let device = Pulled::new(&controller, true);
+    root.bus().attach(None, device.clone()).unwrap();
+    machine.bridge.assign_bars().unwrap();
+    let at = At(1, 0);
+    let ids = 0x5678_1234;
+    let config = Function::config(&*device);
+    config.keep_identity(true);
+    assert_eq!((at.read(&machine, 0, 4), at.read(&machine, 8, 1)), (ids, 9));
+    config.gate().close();
+    let parts = [(0, 4, ids), (0, 2, 0x1234), (2, 2, 0x5678), (3, 1, 0x56)];
+    for (offset, size, value) in parts {
+        assert_eq!(at.read(&machine, offset, size), value, "{size} at {offset}");
+    }
+    for offset in (4..256).step_by(4) {
+        assert_eq!(at.read(&machine, offset, 4), u32::MAX, "{offset:#x}");
+    }
+    at.write(&machine, 0, 4, 0);
+    assert_eq!(at.read(&machine, 0, 4), ids);
+
+    // With the port, unless that keeps it, too.
+    root.config().gate().close();
+    assert_eq!(at.read(&machine, 0, 4), u32::MAX);
+    root.config().keep_identity(true);
+    assert_eq!(at.read(&machine, 0, 4), ids);
+    assert_eq!(At(1, 8).read(&machine, 0, 4), u32::MAX);
+    assert_eq!(At(2, 0).read(&machine, 0, 4), u32::MAX);
+    config.keep_identity(false);
+    assert_eq!(at.read(&machine, 0, 4), u32::MAX);
+    assert_eq!(at.read(&machine, 0, 1), 0xff);
+    config.keep_identity(true);
+    pull(root.bus(), ZERO);
+    assert_eq!(at.read(&machine, 0, 4), u32::MAX, "it is detached");
+    assert_ne!(PORT.read(&machine, 0, 4), u32::MAX);
+    pull(machine.bridge.bus(), slot);
+    assert_eq!(PORT.read(&machine, 0, 4), u32::MAX);
 }
