@@ -303,6 +303,9 @@ impl Toy {
         let device = devices.iter_mut().find(|device| device.id == id_of(path));
         let device = device.ok_or_else(|| QmpError::device_not_found(path))?;
         device.removal = None;
+        let (device, path) = (Some(device.id.clone()), path_of(&device.id));
+        self.events
+            .emit(events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath { device, path }));
         Ok(Empty {})
     }
 
@@ -332,11 +335,8 @@ impl Toy {
         };
         self.events
             .emit(events::ACPI_DEVICE_OST.with(AcpiDeviceOst { info }));
-        if self.withdraw(id).is_ok() {
-            let (device, path) = (Some(id.to_owned()), path_of(id));
-            self.events
-                .emit(events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath { device, path }));
-        }
+        // It may have gone meanwhile.
+        let _ = self.withdraw(id);
     }
 }
 
