@@ -6,7 +6,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::{GUEST, LOOK, deleted, kernel_log, removals, shell, wait_for};
+use super::{
+    GUEST, LOOK, deleted, gone, in_use, is_left_out, kernel_log, models, one_cycle, removals,
+    shell, wait_for,
+};
 use crate::deny;
 use crate::system::{BOOT, Ground, STEP_LIMIT, USUAL_CPUS};
 use crate::vmm::{Machine, Vmm};
@@ -107,6 +110,31 @@ fn another(vmm: &mut Vmm, bus: &str) -> Result<()> {
     vmm.qmp()
         .execute("blockdev-del", json!({"node-name": "n1"}))?;
     Ok(())
+}
+
+/// Each model, by ACPI on bus 0: taken away while it is used, and once more, asked for: the guest has lost nothing but that
+/// device.
+pub fn each_by_force(ground: &Ground) -> Result<()> {
+    let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
+    for model in models::ALL {
+        if is_left_out(ground, &mut vmm, model)? {
+            continue;
+        }
+        let files = tempfile::tempdir()?;
+        (model.prepare)(&mut vmm, files.path()).context("prepare")?;
+        in_use(&mut vmm, model, None).context(model.driver)?;
+        vmm.qmp().execute("device_del", json!({"id": "dev0"}))?;
+        // A disk of an adapter is not asked for, and may have gone.
+        if model.driver != "scsi-hd" {
+            vmm.qmp()
+                .execute("x-ebbtide-device-force", json!({"id": "dev0"}))
+                .context(model.driver)?;
+        }
+        gone(&mut vmm, model).with_context(|| format!("{} by force", model.driver))?;
+        one_cycle(&mut vmm, model, None).with_context(|| format!("{} again", model.driver))?;
+        (model.clean_up)(&mut vmm).context("clean up")?;
+    }
+    vmm.power_off(STEP_LIMIT).context("power off")
 }
 
 /// What never answers is given up, named, kept, and in the way of nothing: the machine goes on until `quit`, which fails
