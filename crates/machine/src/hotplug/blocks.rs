@@ -114,10 +114,14 @@ pub(crate) async fn add(
     if !drivers::is_id(&name) {
         return Err(QmpError::generic(format!("Invalid node-name: '{name}'")));
     }
-    shelf.check_name(&name)?;
+    let check_free = || match shelf.get(&name) {
+        Some(_) => Err(QmpError::duplicate_node(&name)),
+        None => Ok(()),
+    };
+    check_free()?;
     let node = open(shelf, opener, options, 0).await?;
     // Another client may have taken the name meanwhile.
-    shelf.check_name(&name)?;
+    check_free()?;
     // A disk that has another name already keeps it.
     node.disk.tell_failures(&name, failures.clone());
     shelf.add(&name, node)
