@@ -209,8 +209,9 @@ impl Bus {
     }
 
     /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there but the function's
-    /// [`Remnant`], if it leaves one: until another function leaves this place, or a [reset](super::HostBridge::reset). The
-    /// bus keeps no reference to the function. What is behind a bridge is detached first.
+    /// [`Remnant`], if it leaves one: until another one that the guest has used leaves this place, or a
+    /// [reset](super::HostBridge::reset). The bus keeps no reference to the function. What is behind a bridge is detached
+    /// first.
     ///
     /// # Errors
     /// Nothing is there; its gate is open or has not drained; it is a bridge with something behind it; the memory map
@@ -251,11 +252,17 @@ impl Bus {
     fn leave_remnants(&self, devfn: Devfn, function: &dyn Function) {
         let bridge = function.config().bridge();
         let behind = bridge.map(|bridge| std::mem::take(&mut *lock(&bridge.bus().remnants)));
+        let behind = behind.unwrap_or_default();
+        let config = function.config();
+        if !config.was_decoded() && behind.is_empty() {
+            // The guest has not used it: it may be busy with the one before.
+            return;
+        }
         let own = function.remnant().and_then(|remnant| {
-            let address = function.config().left_at(remnant.bar)?;
+            let address = config.left_at(remnant.bar)?;
             Some((remnant, address))
         });
-        lock(&self.remnants).replace(&self.space, devfn, own, behind.unwrap_or_default());
+        lock(&self.remnants).replace(&self.space, devfn, own, behind);
     }
 
     /// Takes away what is left of functions that are gone, here and behind all bridges.
@@ -383,12 +390,12 @@ impl Bus {
             let function = table.visible(devfn);
             return function.map_or(u32::MAX, |it| it.config().kept_identity());
         }
-        let bridges = table.bridges.iter().filter_map(|at| {
+        let mut bridges = table.bridges.iter().filter_map(|at| {
             let config = table.visible(*at)?.config();
             let is_there = !config.gate().is_closed() || config.kept_identity() != u32::MAX;
             config.bridge().filter(|_| is_there)
         });
-        let on_the_way = bridges.into_iter().find(|bridge| bridge.leads_to(number));
+        let on_the_way = bridges.find(|bridge| bridge.leads_to(number));
         on_the_way.map_or(u32::MAX, |bridge| {
             bridge.bus().kept_identity(bridge.secondary(), target)
         })

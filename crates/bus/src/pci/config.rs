@@ -540,6 +540,11 @@ impl Config {
         state.bars.iter().find(|bar| bar.index == index)?.left
     }
 
+    /// Whether any BAR was in the map when it was released.
+    pub(super) fn was_decoded(&self) -> bool {
+        self.state().bars.iter().any(|bar| bar.left.is_some())
+    }
+
     fn follow(&self, state: &mut State) {
         let command = Command(state.registers.read_u16(COMMAND));
         if let Some(bridge) = &self.bridge {

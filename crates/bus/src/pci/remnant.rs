@@ -5,10 +5,10 @@
 //! A remnant lies where the function's BAR was, below all BARs and windows in the map's order: whatever a guest puts there
 //! hides it. It belongs to the place the function was in. When that is behind a bridge that goes, too, it passes on to the
 //! bridge's place, for the guest takes down what was behind it after both are gone. The next function that leaves the place
-//! takes it away, for the guest was through with the first one when it drove that; so does a reset.
+//! takes it away if the guest has had it decoded, for then it was through with the first one; so does a reset.
 //!
 //! ```text
-//!             detach ──▶ there ──▶ gone: another leaves the place, or a reset
+//!             detach ──▶ there ──▶ gone: another in use leaves the place, or a reset
 //!                        │    ▲
 //!                        └────┘ the bridge above is detached
 //! ```
@@ -90,6 +90,11 @@ impl Remnants {
         if !left.is_empty() {
             self.0.insert(devfn, left);
         }
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Takes all of them away.

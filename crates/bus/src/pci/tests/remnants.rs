@@ -72,7 +72,11 @@ fn it_is_there_until_the_next_one_has_left_the_place() {
     assert_eq!(machine.load(bar + OFFSET + 4, 4), 0xffff_ffff);
     assert_eq!(at.read(&machine, 0, 4), u32::MAX);
 
-    // Plugged, but not seen by the guest yet, which may still be about the first one.
+    // Plugged, but not seen by the guest yet, which may still be about the first one; also when it goes again.
+    let device = Pulled::new(&controller, true);
+    machine.bridge.attach_at(slot, device).unwrap();
+    pull(machine.bridge.bus(), slot);
+    assert_eq!(machine.load(bar + OFFSET, 1), LEFT);
     let device = Pulled::new(&controller, false);
     machine.bridge.attach_at(slot, device).unwrap();
     assert_eq!(machine.load(bar + OFFSET, 1), LEFT);
