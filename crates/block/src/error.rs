@@ -44,10 +44,10 @@ pub enum Error {
         path: PathBuf,
     },
     /// Somebody else holds a lock that excludes ours.
-    #[error("disk '{}': locked by another process; {}", path.display(), if *readonly {
-        "it is open for writing there"
+    #[error("disk '{}': locked; {}", path.display(), if *readonly {
+        "it is open for writing, in this process or another"
     } else {
-        "it is open there (several users need readonly=on in each of them)"
+        "it is open, in this process or another (several users need readonly=on in each of them)"
     })]
     Locked {
         /// The path as given.

@@ -359,9 +359,12 @@ mod tests {
         let file = file_of(4096);
         let writer = Image::open(&DiskSpec::new(file.path())).unwrap();
         let second = refusal(DiskSpec::new(file.path()));
-        assert!(second.contains("locked by another process"), "{second}");
+        assert!(second.contains("locked; it is open"), "{second}");
         let reader = refusal(DiskSpec::new(file.path()).readonly());
-        assert!(reader.contains("open for writing there"), "{reader}");
+        assert!(
+            reader.contains("open for writing, in this process"),
+            "{reader}"
+        );
         drop(writer);
         Image::open(&DiskSpec::new(file.path())).unwrap();
     }
@@ -406,7 +409,7 @@ mod tests {
         // SAFETY: the flock outlives the call, the descriptor is open.
         let result = unsafe { libc::fcntl(other.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
         assert_eq!(result, 0);
-        assert!(refusal(DiskSpec::new(file.path())).contains("locked by another process"));
+        assert!(refusal(DiskSpec::new(file.path())).contains("locked; it is open"));
     }
 
     #[test]

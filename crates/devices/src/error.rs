@@ -19,7 +19,7 @@ pub enum Error {
         source: io::Error,
     },
     /// Somebody listens there already.
-    #[error("socket {} is in use by another process", .0.display())]
+    #[error("socket {} is in use: this process or another listens there", .0.display())]
     SocketInUse(PathBuf),
     /// Something that is not a socket is there.
     #[error("{} exists and is not a socket", .0.display())]

@@ -66,6 +66,12 @@ impl Link {
         self.let_go.load(Ordering::Acquire)
     }
 
+    /// Whether a driver may be waiting for a device that is gone: it has not let go of it, and belongs to the guest that is
+    /// there now.
+    pub(crate) fn may_be_awaited(&self) -> bool {
+        !self.has_let_go() && !self.answers.is_closed()
+    }
+
     /// The right to write an answer to the guest's memory, for as long as the lease is held; none once that memory is
     /// another guest's.
     pub fn answer(&self) -> Option<Lease> {

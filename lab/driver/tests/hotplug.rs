@@ -325,3 +325,43 @@ fn a_switch_goes_with_a_device_below_that_is_at_work() {
     assert!(poll(|| Arc::strong_count(&function) == 1));
     queue.free();
 }
+
+/// A driver at work whose device is taken away resets it on its way out, and waits until the status reads 0.
+#[test]
+fn a_driver_that_was_taken_by_surprise_can_end() {
+    let rig = Rig::new();
+    for by_surprise in [true, false, true] {
+        let (_, function) = echo(&rig.board);
+        rig.plug(&function);
+        let mut driver = VirtioDriver::new(&rig.board, rig.find()).unwrap();
+        let queue = start(&mut driver);
+        assert_ne!(driver.status(), 0);
+        function.gate().close();
+        if !by_surprise {
+            function.guest_let_go();
+        }
+        assert_eq!(driver.status(), 0xff, "as long as something is in flight");
+        rig.detach(&function);
+        assert!(rig.driver.events().presence && !driver.pci().is_there());
+        if by_surprise {
+            driver.reset().unwrap();
+            driver.set_status(1);
+            assert_eq!(driver.status(), 0);
+            let fields = [(0x10, 2), (0x1a, 2), (0x12, 2), (0x15, 1), (0x1c, 2)];
+            for (field, size) in fields {
+                let read = driver.read_common(field, size);
+                assert_eq!(read, (1 << (8 * size)) - 1, "{field:#x}");
+            }
+            assert_eq!(driver.take_isr(), 0xff);
+        } else {
+            assert_eq!(driver.status(), 0xff);
+        }
+        rig.driver.turn_off().unwrap();
+        rig.driver.events();
+        assert!(poll(|| Arc::strong_count(&function) == 1));
+        queue.free();
+    }
+    rig.board.bridge().reset();
+    let map = rig.board.memory().mtree(false).to_string();
+    assert!(!map.contains("detached"), "{map}");
+}

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
-pub(super) use force::{forced, quarantined, until};
+pub(super) use force::{each_by_force, forced, quarantined, until};
 pub(super) use held::{awaited, outlasted, waited_for};
 use models::Model;
 pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
@@ -116,6 +116,13 @@ fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> 
 }
 
 fn one_cycle(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
+    in_use(vmm, model, bus)?;
+    vmm.qmp().execute("device_del", json!({"id": "dev0"}))?;
+    gone(vmm, model)
+}
+
+/// Plugs the model as dev0 and has the guest use it.
+fn in_use(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
     let mut arguments = (model.arguments)();
     arguments["driver"] = json!(model.driver);
     arguments["id"] = json!("dev0");
@@ -124,8 +131,11 @@ fn one_cycle(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
     }
     vmm.qmp().execute("device_add", arguments.clone())?;
     wait_for(vmm, model.present, true)?;
-    (model.start)(vmm).context("use")?;
-    vmm.qmp().execute("device_del", json!({"id": "dev0"}))?;
+    (model.start)(vmm).context("use")
+}
+
+/// Waits until dev0, which was in use, has gone, for management and for the guest.
+fn gone(vmm: &mut Vmm, model: &Model) -> Result<()> {
     for below in model.below {
         deleted(vmm, below)?;
     }
@@ -262,6 +272,12 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         ("device_add", json!({"id": "x"}), "GenericError", "'driver'"),
         (
             "device_add",
+            json!({"driver": "pcie-root-port", "id": "pcie.0"}),
+            "GenericError",
+            "Bus 'pcie.0' exists already",
+        ),
+        (
+            "device_add",
             disk(json!({"nope": 1})),
             "GenericError",
             "nope",
@@ -333,6 +349,12 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
             "nope",
         ),
         ("blockdev-add", node, "GenericError", "n0"),
+        (
+            "blockdev-add",
+            json!({"driver": "null-co", "node-name": "../n\0"}),
+            "GenericError",
+            "Invalid node-name: '../n\0'",
+        ),
         (
             "blockdev-add",
             json!({"driver": "file", "node-name": "n1", "filename": "/"}),
@@ -460,6 +482,11 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         ("blockdev-del", json!({"node-name": "n0"}), "n0"),
         ("x-ebbtide-device-cancel", json!({"id": "d0"}), "d0"),
         ("x-ebbtide-device-force", json!({"id": "d0"}), "d0"),
+        (
+            "x-ebbtide-wait",
+            json!({"id": "d0", "phase": "deleted", "timeout": -1e300}),
+            "not -1e300",
+        ),
     ] {
         let Err(error) = vmm.qmp().execute(command, arguments.clone()) else {
             bail!("{command} {arguments} is not refused");

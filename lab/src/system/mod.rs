@@ -146,6 +146,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("a dead disk goes by force", hotplug::quarantined),
     one(
         Series::V6_12,
+        "devices of each kind go by force",
+        hotplug::each_by_force,
+    ),
+    one(
+        Series::V6_12,
         "a removal is waited for",
         hotplug::waited_for,
     ),

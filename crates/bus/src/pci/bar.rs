@@ -158,6 +158,8 @@ pub(super) struct Bar {
     pub(super) region: Arc<Region>,
     /// Where it is in the map.
     pub(super) mapped: Option<u64>,
+    /// Where it was when it was taken out of the map for good.
+    pub(super) left: Option<u64>,
 }
 
 impl Bar {
@@ -187,6 +189,8 @@ pub(super) struct BarSpace {
     pub(super) memory: Arc<Memory>,
     /// Guest-physical address 0 is at its offset 0.
     pub(super) container: Arc<Region>,
+    /// The container of the root bus.
+    pub(super) root: Arc<Region>,
     /// Port 0 is at its offset 0. Only the root bus has I/O BARs in it: bridges forward no ports.
     pub(super) io_container: Arc<Region>,
     /// What the host bridge forwards; bridges on the way may forward less, and forward no ports.
@@ -216,7 +220,9 @@ impl BarSpace {
             }
             Ok(())
         })?;
-        bars.iter_mut().for_each(|bar| bar.mapped = None);
+        for bar in bars {
+            (bar.mapped, bar.left) = (None, None);
+        }
         Ok(())
     }
 
@@ -224,7 +230,7 @@ impl BarSpace {
     pub(super) fn release(&self, bars: &mut [Bar]) -> Result<(), Error> {
         self.memory
             .update(|change| bars.iter().try_for_each(|bar| change.remove(&bar.region)))?;
-        bars.iter_mut().for_each(|bar| bar.mapped = None);
+        bars.iter_mut().for_each(|bar| bar.left = bar.mapped.take());
         Ok(())
     }
 

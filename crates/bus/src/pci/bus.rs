@@ -10,9 +10,12 @@ use super::bar::{BarSpace, Windows};
 use super::bridge::Upstream;
 use super::placement::Placement;
 use super::registers::EXTENDED;
+use super::remnant::Remnants;
 use super::{CONFIG_SIZE_BYTES, Devfn, Entered, Function, IntxWires, PciError};
 
 const DEVFNS: usize = 256;
+/// Vendor and device id.
+const IDENTITY_BYTES: u16 = 4;
 
 /// What a bus is, which says what can be on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,6 +49,8 @@ pub struct Bus {
     space: BarSpace,
     functions: RwLock<Table>,
     placement: Mutex<Placement>,
+    /// What is left of functions that are gone.
+    remnants: Mutex<Remnants>,
     /// The wires that interrupt pins on it are on; none before they lead to an interrupt controller.
     intx: Mutex<Option<IntxWires>>,
 }
@@ -72,6 +77,7 @@ impl Bus {
                 hidden: Vec::new(),
             }),
             placement: Mutex::default(),
+            remnants: Mutex::default(),
             intx: Mutex::default(),
         })
     }
@@ -82,6 +88,7 @@ impl Bus {
         let space = BarSpace {
             memory: Arc::clone(&self.space.memory),
             container: Region::container(format!("{name}-bus"), 1 << 64),
+            root: Arc::clone(&self.space.root),
             io_container: Arc::clone(&self.space.io_container),
             windows: Windows {
                 io: 0..0,
@@ -201,8 +208,10 @@ impl Bus {
             .release()
     }
 
-    /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there. The bus keeps
-    /// no reference to it. What is behind a bridge is detached first.
+    /// Takes the function at `devfn` off the bus, BARs included. From now on the guest sees nothing there but the function's
+    /// [`Remnant`], if it leaves one: until another one that the guest has used leaves this place, or a
+    /// [reset](super::HostBridge::reset). The bus keeps no reference to the function. What is behind a bridge is detached
+    /// first.
     ///
     /// # Errors
     /// Nothing is there; its gate is open or has not drained; it is a bridge with something behind it; the memory map
@@ -235,7 +244,35 @@ impl Bus {
         drop(table);
         function.config().wire(None, devfn);
         placement.forget(devfn);
+        self.leave_remnants(devfn, &*function);
         Ok(function)
+    }
+
+    /// Has what is left of a function that was detached answer where it was.
+    fn leave_remnants(&self, devfn: Devfn, function: &dyn Function) {
+        let bridge = function.config().bridge();
+        let behind = bridge.map(|bridge| std::mem::take(&mut *lock(&bridge.bus().remnants)));
+        let behind = behind.unwrap_or_default();
+        let config = function.config();
+        if !config.was_decoded() && behind.is_empty() {
+            // The guest has not used it: it may be busy with the one before.
+            return;
+        }
+        let own = function.remnant().and_then(|remnant| {
+            let address = config.left_at(remnant.bar)?;
+            Some((remnant, address))
+        });
+        lock(&self.remnants).replace(&self.space, devfn, own, behind);
+    }
+
+    /// Takes away what is left of functions that are gone, here and behind all bridges.
+    pub(super) fn forget_remnants(&self) {
+        lock(&self.remnants).clear();
+        for (_, function) in self.functions() {
+            if let Some(bridge) = function.config().bridge() {
+                bridge.bus().forget_remnants();
+            }
+        }
     }
 
     /// The function at `devfn`.
@@ -334,10 +371,34 @@ impl Bus {
         if !within_dword(offset, size) {
             return u32::MAX;
         }
-        self.with(own, target, offset, |function| {
+        let read = self.with(own, target, offset, |function| {
             function.read_config(offset, size)
+        });
+        read.unwrap_or_else(|| match offset {
+            0..IDENTITY_BYTES => self.kept_identity(own, target) >> (8 * offset),
+            _ => u32::MAX,
         })
-        .unwrap_or(u32::MAX)
+    }
+
+    /// The first dword of a function that requests don't get to, if it has [kept](super::Config::keep_identity) that; all
+    /// ones otherwise.
+    fn kept_identity(&self, own: u8, target: (u8, Devfn)) -> u32 {
+        let (number, devfn) = target;
+        // No reference is taken, as in `is_occupied`.
+        let table = self.read();
+        if number == own {
+            let function = table.visible(devfn);
+            return function.map_or(u32::MAX, |it| it.config().kept_identity());
+        }
+        let mut bridges = table.bridges.iter().filter_map(|at| {
+            let config = table.visible(*at)?.config();
+            let is_there = !config.gate().is_closed() || config.kept_identity() != u32::MAX;
+            config.bridge().filter(|_| is_there)
+        });
+        let on_the_way = bridges.find(|bridge| bridge.leads_to(number));
+        on_the_way.map_or(u32::MAX, |bridge| {
+            bridge.bus().kept_identity(bridge.secondary(), target)
+        })
     }
 
     /// As [`read_config`](Self::read_config), for a write.
@@ -430,11 +491,15 @@ impl Table {
         self.hidden.contains(&devfn)
     }
 
-    fn enter(&self, devfn: Devfn) -> Option<Entered> {
+    fn visible(&self, devfn: Devfn) -> Option<&Arc<dyn Function>> {
         if self.is_hidden(devfn) {
             return None;
         }
-        let function = self.functions.get(devfn.index())?.as_ref()?;
+        self.functions.get(devfn.index())?.as_ref()
+    }
+
+    fn enter(&self, devfn: Devfn) -> Option<Entered> {
+        let function = self.visible(devfn)?;
         let lease = function.config().gate().enter(Entry::Mmio)?;
         Some(Entered {
             function: Arc::clone(function),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A function's configuration space: header of type 0 or 1, capabilities, 4 KiB (PCI 3.0, 6; PCIe 5.0, 7.5).
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_gate::Gate;
@@ -97,6 +98,8 @@ pub struct Config {
     interrupt_pin: Option<Arc<InterruptPin>>,
     state: Mutex<State>,
     refused: LogLimit,
+    /// Vendor and device id as they read while the gate is closed.
+    kept_identity: AtomicU32,
 }
 
 struct State {
@@ -171,6 +174,7 @@ impl Config {
                 extended_link: None,
             }),
             refused: LogLimit::default(),
+            kept_identity: AtomicU32::new(u32::MAX),
         }
     }
 
@@ -220,6 +224,7 @@ impl Config {
             spec,
             region,
             mapped: None,
+            left: None,
         });
         state.bars.sort_by_key(|bar| bar.index);
         Ok(())
@@ -511,6 +516,33 @@ impl Config {
             pin.disconnect();
         }
         Ok(())
+    }
+
+    /// Has vendor and device id, the first dword, go on to be read when the gate is closed, until the function is detached.
+    /// For one that is taken from a driver which was not told yet: Linux takes all ones there for a device that is gone,
+    /// and sees no answer from it any more, also of what it then waits for without end.
+    pub fn keep_identity(&self, keep: bool) {
+        let ids = match keep {
+            true => self.state().registers.read(VENDOR, 4),
+            false => u32::MAX,
+        };
+        self.kept_identity.store(ids, Ordering::Release);
+    }
+
+    /// What the first dword reads as while the gate is closed.
+    pub(super) fn kept_identity(&self) -> u32 {
+        self.kept_identity.load(Ordering::Acquire)
+    }
+
+    /// Where BAR `index` was in the map when it was [released](Self::release); `None` if it was not there.
+    pub(super) fn left_at(&self, index: u8) -> Option<u64> {
+        let state = self.state();
+        state.bars.iter().find(|bar| bar.index == index)?.left
+    }
+
+    /// Whether any BAR was in the map when it was released.
+    pub(super) fn was_decoded(&self) -> bool {
+        self.state().bars.iter().any(|bar| bar.left.is_some())
     }
 
     fn follow(&self, state: &mut State) {

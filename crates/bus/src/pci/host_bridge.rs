@@ -61,9 +61,11 @@ impl HostBridge {
     /// # Errors
     /// The memory map refused it.
     pub fn new(memory: &Arc<Memory>, windows: Windows) -> Result<Arc<Self>, PciError> {
+        let container = Region::container("pci", 1 << 64);
         let space = BarSpace {
             memory: Arc::clone(memory),
-            container: Region::container("pci", 1 << 64),
+            root: Arc::clone(&container),
+            container,
             io_container: Region::container("pci-io", 1 << 16),
             windows,
             upstream: Arc::new(Upstream::Memory),
@@ -171,12 +173,19 @@ impl HostBridge {
         firmware::start(&self.root, self.last_bus.load(Ordering::Relaxed))
     }
 
-    /// Power-on state of the bridge and of every function. BARs are not assigned any more.
+    /// Power-on state of the bridge and of every function. BARs are not assigned any more, and nothing is left of functions
+    /// that are gone.
     pub fn reset(&self) {
         self.config_address.store(0, Ordering::Relaxed);
         for function in self.root.functions_below() {
             function.reset();
         }
+        self.forget_remnants();
+    }
+
+    /// Takes away what is left of functions that are gone ([`Remnant`](super::Remnant)): no driver waits for it any more.
+    pub fn forget_remnants(&self) {
+        self.root.forget_remnants();
     }
 
     /// Memory-mapped configuration space (PCIe 5.0, 7.2.2) of 256 buses, [`ECAM_BYTES`](Self::ECAM_BYTES) long.

@@ -9,10 +9,11 @@
 //! device ── InterruptPin::set ──▶ InterruptPin ──▶ wire shared by several functions ──▶ IrqLine
 //! ```
 //!
-//! Locks, in the order they may be taken: a bus's placement of BARs (control thread only), a port's slot controller, a
-//! function's configuration space, then either a bridge's windows and the memory map's writer lock, or MSI-X (function,
-//! then one vector), or the interrupt pin (then its wire). A bus's table of functions is locked only to look one up, its
-//! interrupt wires only to copy them, never during an access.
+//! Locks, in the order they may be taken: a bus's placement of BARs and its remnants (control thread only), a port's
+//! slot controller, a function's configuration space, then either a bridge's windows and the memory map's writer lock,
+//! or MSI-X (function, then one vector), or the interrupt pin (then its wire). A bus's table of functions is locked
+//! only to look one up (that of a bus above before that of one below), its interrupt wires only to copy them, never
+//! during an access.
 
 mod aer;
 mod bar;
@@ -28,6 +29,7 @@ mod msix;
 mod placement;
 mod port;
 mod registers;
+mod remnant;
 mod slot;
 
 #[cfg(test)]
@@ -51,6 +53,7 @@ pub use hotplug::{
 pub use intx::{InterruptPin, IntxPin, IntxWires};
 pub use msix::{Msix, MsixVector};
 pub use port::{Port, PortModel, PortSpec};
+pub use remnant::Remnant;
 
 /// Bytes of one function's configuration space.
 pub const CONFIG_SIZE_BYTES: u16 = 4096;
@@ -128,6 +131,12 @@ pub trait Function: Send + Sync {
     /// The guest has not seen the function yet (it is about to start, or to be told of what is plugged): what is here now
     /// is here from the beginning, not hot-plugged.
     fn settle(&self) {}
+
+    /// What is to answer for it once it is detached, where its BAR was: registers that a driver waits for which did not let
+    /// go of it. Asked for after its drain.
+    fn remnant(&self) -> Option<Remnant> {
+        None
+    }
 
     /// Whether it can be on a bus of this kind.
     fn fits(&self, kind: BusKind) -> bool {

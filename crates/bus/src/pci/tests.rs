@@ -8,6 +8,7 @@ mod functions;
 mod hostile;
 mod legacy;
 mod ports;
+mod remnants;
 
 use std::sync::Arc;
 

@@ -6,13 +6,13 @@
 
 use std::fmt;
 
-use ebbtide_qmp::Error;
 use ebbtide_qmp::client::Client;
 use ebbtide_qmp::commands::{BLOCKDEV_DEL, NETDEV_DEL, OBJECT_DEL};
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::block::BlockdevDel;
 use ebbtide_qmp::types::net::NetdevDel;
 use ebbtide_qmp::types::qom::ObjectDel;
+use ebbtide_qmp::{Error, QmpError};
 
 /// The name of a backend, by its kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -41,6 +41,15 @@ impl Backend {
     pub(super) fn name(&self) -> &str {
         match self {
             Self::Memory(name) | Self::Node(name) | Self::Network(name) => name,
+        }
+    }
+
+    /// What a server says that has one of this name already.
+    pub(super) fn is_there_already(&self) -> QmpError {
+        match self {
+            Self::Memory(name) => QmpError::duplicate_object_id(name),
+            Self::Node(name) => QmpError::duplicate_node(name),
+            Self::Network(name) => QmpError::duplicate_netdev(name),
         }
     }
 

@@ -16,6 +16,7 @@ use ebbtide_qmp::types::block::{
 use ebbtide_qmp::types::blockdev::{BlockdevRef, BlockdevSource, HostFile};
 
 use super::backends::{Released, Shelf, Use};
+use super::drivers;
 use super::opener::Opener;
 
 /// How deep nodes may be described within each other.
@@ -110,10 +111,17 @@ pub(crate) async fn add(
         .node_name
         .clone()
         .ok_or_else(|| QmpError::generic("'node-name' must be specified for the root node"))?;
-    shelf.check_name(&name)?;
+    if !drivers::is_id(&name) {
+        return Err(QmpError::generic(format!("Invalid node-name: '{name}'")));
+    }
+    let check_free = || match shelf.get(&name) {
+        Some(_) => Err(QmpError::duplicate_node(&name)),
+        None => Ok(()),
+    };
+    check_free()?;
     let node = open(shelf, opener, options, 0).await?;
     // Another client may have taken the name meanwhile.
-    shelf.check_name(&name)?;
+    check_free()?;
     // A disk that has another name already keeps it.
     node.disk.tell_failures(&name, failures.clone());
     shelf.add(&name, node)

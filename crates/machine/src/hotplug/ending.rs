@@ -62,7 +62,10 @@ impl Devices {
             // All gates close before the first wait.
             let leaving = tree.iter().filter(|(_, n)| n.phase() >= Phase::Draining);
             let leaving = leaving.filter_map(|(_, n)| n.info.site.function());
-            forgotten.extend(leaving.map(|function| function.forget_guest()));
+            forgotten.extend(leaving.map(|function| {
+                function.config().keep_identity(false);
+                function.forget_guest()
+            }));
             let working = tree.iter().filter(|(_, n)| n.phase() < Phase::Draining);
             let drain = |(node, entry): (NodeId, &ebbtide_device::Node<super::Info>)| {
                 let function = entry.info.site.function()?;

@@ -104,6 +104,13 @@ impl Devices {
         Err(QmpError::bus_not_found(name))
     }
 
+    /// Whether there is a bus of this name, which may be on its way out.
+    pub(crate) fn has_bus(&self, name: &str) -> bool {
+        let tree = self.tree.borrow();
+        let mut ports = tree.iter().filter_map(|(_, node)| node.info.site.port());
+        name == &**self.bridge().bus().name() || ports.any(|port| &**port.bus().name() == name)
+    }
+
     /// What is in a slot has to be gone, not only unreachable.
     fn check_empty(&self, bus: &Arc<Bus>, at: Devfn) -> Result<(), QmpError> {
         if bus.function(at).is_none() {

@@ -17,7 +17,7 @@ use ebbtide_iothread::oneshot;
 use ebbtide_qmp::types::device::DevicePath;
 use ebbtide_qmp::types::events;
 
-use super::{Devices, Info, Place, Site};
+use super::{Devices, Info, Place, Removable, Site};
 
 impl Devices {
     /// Removes a device and what is below it, isolating it where the guest has not. The answer comes when management
@@ -39,14 +39,25 @@ impl Devices {
 impl Devices {
     /// The guest has ejected `node`, and what is below with it: their drivers ask for nothing more.
     pub(super) fn guest_let_go(&self, node: NodeId) {
+        self.each_function(node, |function| {
+            function.config().keep_identity(false);
+            function.guest_let_go();
+        });
+    }
+
+    /// `node`, and what is below with it, is about to be isolated without the guest, whose drivers may be at work: the
+    /// devices are found on their buses until they are detached, so that the drivers wait for what is still answered.
+    pub(super) fn taken_by_surprise(&self, node: NodeId) {
+        self.each_function(node, |function| function.config().keep_identity(true));
+    }
+
+    fn each_function(&self, top: NodeId, act: impl Fn(&dyn Removable)) {
         let tree = self.tree.borrow();
-        let mut nodes = vec![node];
+        let mut nodes = vec![top];
         while let Some(node) = nodes.pop() {
             nodes.extend(tree.children(node));
             let function = tree.get(node).and_then(|entry| entry.info.site.function());
-            if let Some(function) = function {
-                function.guest_let_go();
-            }
+            function.iter().for_each(|function| act(&**function));
         }
     }
 }

@@ -232,6 +232,7 @@ impl Devices {
                 "Device '{path}' is not being removed: use device_del first"
             ))),
             Some((Phase::Requested | Phase::GuestOfflining, _)) => {
+                self.taken_by_surprise(node);
                 drop(self.remove(node));
                 Ok(())
             }

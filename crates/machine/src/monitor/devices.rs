@@ -189,9 +189,10 @@ async fn wait(machine: &Machine, args: Wait) -> Result<Waited, QmpError> {
     let began = machine.local.now();
     let limit = match args.timeout {
         None => None,
-        Some(seconds) => Some(Duration::try_from_secs_f64(seconds).map_err(|e| {
+        Some(seconds) => Some(Duration::try_from_secs_f64(seconds).map_err(|_| {
+            // In the short form: the largest number has 309 digits before its point.
             QmpError::generic(format!(
-                "Parameter 'timeout' does not accept value '{seconds}': {e}"
+                "Parameter 'timeout' expects a number of seconds from 0 to 1e19, not {seconds:e}"
             ))
         })?),
     };

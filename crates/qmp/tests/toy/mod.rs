@@ -230,7 +230,9 @@ impl Toy {
                     .chain(plugged)
                     .collect())
             }
-            _ if self.plugged.has(path) => Ok(vec![own()]),
+            _ if self.plugged.has(path) => Ok(std::iter::once(own())
+                .chain(self.plugged.property(path))
+                .collect()),
             _ => {
                 self.device(path)?;
                 let sizes = ["requested-size", "size", "block-size"]

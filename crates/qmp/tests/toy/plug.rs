@@ -102,6 +102,19 @@ impl Plugged {
         self.find(path).is_some()
     }
 
+    /// The property that names the backend of the device at `path`.
+    pub fn property(&self, path: &str) -> Option<ObjectPropertyInfo> {
+        let id = path.strip_prefix("/machine/peripheral/").unwrap_or(path);
+        let devices = self.devices.borrow();
+        let device = devices.iter().find(|device| device.id == id)?;
+        let property = match device.backend.kind {
+            "node" => "drive",
+            "object" => "memdev",
+            kind => kind,
+        };
+        Some(ObjectPropertyInfo::new(property, "str"))
+    }
+
     pub fn children(&self) -> Vec<ObjectPropertyInfo> {
         let child = |device: &Device| {
             ObjectPropertyInfo::new(device.id.as_str(), format!("child<{}>", device.driver))
@@ -290,6 +303,9 @@ impl Toy {
         let device = devices.iter_mut().find(|device| device.id == id_of(path));
         let device = device.ok_or_else(|| QmpError::device_not_found(path))?;
         device.removal = None;
+        let (device, path) = (Some(device.id.clone()), path_of(&device.id));
+        self.events
+            .emit(events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath { device, path }));
         Ok(Empty {})
     }
 
@@ -319,11 +335,8 @@ impl Toy {
         };
         self.events
             .emit(events::ACPI_DEVICE_OST.with(AcpiDeviceOst { info }));
-        if self.withdraw(id).is_ok() {
-            let (device, path) = (Some(id.to_owned()), path_of(id));
-            self.events
-                .emit(events::DEVICE_UNPLUG_GUEST_ERROR.with(DevicePath { device, path }));
-        }
+        // It may have gone meanwhile.
+        let _ = self.withdraw(id);
     }
 }
 

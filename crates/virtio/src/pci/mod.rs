@@ -8,12 +8,15 @@
 //! device's thread ── TransportControl, QueueInterrupt ┴─ Link (control.rs) ──▶ vectors.rs ──▶ MSI-X
 //! ```
 //!
+//! A function that was taken from its driver leaves a [`remnant`] of its registers.
+//!
 //! Locks, in the order they may be taken: the transport's state, the configuration lock of the [`Link`], then what the
 //! device itself has. Below the transport's state also the memory map's writer lock. The device's threads never take the
 //! transport's state.
 
 mod layout;
 mod registers;
+mod remnant;
 mod session;
 mod transport;
 mod vectors;
@@ -25,13 +28,14 @@ use std::sync::{Arc, OnceLock};
 use ebbtide_bus::gated;
 use ebbtide_bus::irq::MsiController;
 use ebbtide_bus::log_limit::LogLimit;
-use ebbtide_bus::pci::{BarKind, BarSpec, Config, Function, Ids, Msix, PciError};
+use ebbtide_bus::pci::{BarKind, BarSpec, Config, Function, Ids, Msix, PciError, Remnant};
 use ebbtide_gate::{Gate, Owned};
 use ebbtide_iothread::Remote;
 use ebbtide_memory::{AddressSpace, Region};
 
 use self::layout::Kind;
 use self::registers::Registers;
+use self::remnant::Detached;
 use self::session::Phase;
 use self::transport::{State, Transport, Wiring};
 use self::vectors::Vectors;
@@ -266,6 +270,11 @@ impl Function for VirtioPci {
         let transport = self.transport.get();
         transport.reset_from_outside();
         self.config.reset();
+    }
+
+    fn remnant(&self) -> Option<Remnant> {
+        let Transport { name, link, .. } = self.transport.get();
+        link.may_be_awaited().then(|| Detached::remnant(name))
     }
 }
 

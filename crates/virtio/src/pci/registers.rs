@@ -10,14 +10,14 @@ use super::layout::COMMON;
 use crate::virtq::QueueConfig;
 
 /// Fields by their offset.
-mod at {
+pub(super) mod at {
     pub(super) const DEVICE_FEATURE_SELECT: u64 = 0x00;
     pub(super) const DEVICE_FEATURE: usize = 0x04;
     pub(super) const DRIVER_FEATURE_SELECT: u64 = 0x08;
     pub(super) const DRIVER_FEATURE: u64 = 0x0c;
     pub(super) const CONFIG_VECTOR: u64 = 0x10;
     pub(super) const NUM_QUEUES: usize = 0x12;
-    pub(super) const STATUS: u64 = 0x14;
+    pub(in crate::pci) const STATUS: u64 = 0x14;
     pub(super) const GENERATION: usize = 0x15;
     pub(super) const QUEUE_SELECT: u64 = 0x16;
     pub(super) const QUEUE_SIZE: u64 = 0x18;

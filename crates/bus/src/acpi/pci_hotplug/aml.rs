@@ -18,6 +18,7 @@ use super::{PCI_HOTPLUG_PORTS, PciHotplug, SLOTS};
 use crate::acpi::dsdt::Written;
 
 /// `Notify` values of all devices (ACPI 6.5, table 5.157).
+const BUS_CHECK: u8 = 0;
 const DEVICE_CHECK: u8 = 1;
 const EJECT_REQUEST: u8 = 3;
 
@@ -79,6 +80,12 @@ fn registers(out: &mut Vec<u8>) {
 }
 
 /// `PCNT` looks at the registers, `DVNT(slots, value)` notifies slots.
+///
+/// Something new is a device check, at which a guest looks at the whole bus from its parent on. Linux (6.1, 6.12) then goes
+/// through the slots in their order, and binds drivers of all it has found after each: that of a bridge in a higher slot
+/// before it has looked behind it, given it bus numbers or opened its windows, which it does not do any more for a bridge
+/// that is in use. So it is asked to look at the slot itself first; what is known then is not looked at again. What is to go
+/// comes before that: the slot may have something new in it.
 fn scan_methods(out: &mut Vec<u8>) {
     let (up, down) = (Local(0), Local(1));
     Method::new(
@@ -91,8 +98,9 @@ fn scan_methods(out: &mut Vec<u8>) {
             &Store::new(&up, &Path::new("PCIU")),
             &Store::new(&down, &Path::new("PCID")),
             &Release::new("BLCK".into()),
-            &MethodCall::new("DVNT".into(), vec![&up, &DEVICE_CHECK]),
             &MethodCall::new("DVNT".into(), vec![&down, &EJECT_REQUEST]),
+            &MethodCall::new("DVNT".into(), vec![&up, &BUS_CHECK]),
+            &MethodCall::new("DVNT".into(), vec![&up, &DEVICE_CHECK]),
         ],
     )
     .to_aml_bytes(out);

@@ -13,7 +13,8 @@
 //!
 //! An `up` bit stays set until what is in the slot is detached, so a guest may be told more than once, which costs it a
 //! look. A `down` bit stays set until the guest ejects, the request is taken back, or what it is about has gone: a guest
-//! that starts later finds it at its first scan.
+//! that starts later finds it at its first scan. What has gone before the guest saw that it was to go is `down` once more:
+//! to a check Linux looks for what has come only, and finds nothing new in a slot of which it has not let go.
 
 mod aml;
 
@@ -64,7 +65,10 @@ struct State {
     down: u32,
     /// Ejected by the guest, not detached yet.
     ejected: u32,
-    /// Detached without an eject, not seen by the guest yet: shown as `up`, for it to look and find nothing.
+    /// Of `down`, what the guest has seen.
+    told: u32,
+    /// Detached without an eject from a guest that had not seen itself asked: shown as `down` once, for it to let go of what
+    /// is not there any more.
     gone: u32,
     /// Not removable.
     fixed: u32,
@@ -139,7 +143,7 @@ impl PciHotplug {
     /// one was asked for.
     pub fn reset(&self) {
         let mut state = self.state();
-        (state.up, state.gone) = (0, 0);
+        (state.up, state.told, state.gone) = (0, 0, 0);
         (state.bus, state.index_slot) = (0, None);
         let asked = state.down != 0;
         drop(state);
@@ -175,8 +179,11 @@ impl PciHotplug {
         let selected = state.bus == 0;
         match offset {
             BUS => state.bus,
-            UP if selected => state.up | std::mem::take(&mut state.gone),
-            DOWN if selected => state.down,
+            UP if selected => state.up,
+            DOWN if selected => {
+                state.told |= state.down;
+                state.down | std::mem::take(&mut state.gone)
+            }
             REMOVABLE if selected => ALL & !state.fixed,
             INDEX if selected => {
                 let slot = state.index_slot.as_ref();
@@ -250,6 +257,7 @@ impl HotplugSlot for Slot {
             let known = known(state);
             state.up |= bit;
             state.down &= !bit;
+            state.told &= !bit;
             state.ejected &= !bit;
             ((), !known)
         });
@@ -274,18 +282,21 @@ impl HotplugSlot for Slot {
     fn cancel(&self) {
         self.change(|state, bit| {
             state.down &= !bit;
+            state.told &= !bit;
             ((), false)
         });
     }
 
     fn detached(&self) {
         self.change(|state, bit| {
-            let surprise = state.ejected & bit == 0;
+            // A guest that was told is on its way, and would take away what comes to the slot next when told again.
+            let surprise = (state.ejected | state.told) & bit == 0;
             if surprise {
                 state.gone |= bit;
             }
             state.up &= !bit;
             state.down &= !bit;
+            state.told &= !bit;
             state.ejected &= !bit;
             state.indices.remove(&self.address.slot);
             ((), surprise)

@@ -11,7 +11,7 @@ use ebbtide_qmp::types::qom::ObjectAdd;
 
 use super::super::backend::Backend;
 use super::super::{Failure, Outcome, Session, human, server_path};
-use super::{Plan, carry_out, choose_id};
+use super::{Plan, add};
 
 /// The options of `ctl plug-dimm`.
 #[derive(Args)]
@@ -74,25 +74,26 @@ pub(in crate::ctl) fn plug(
         }
         (None, _) => {}
     }
-    let id = choose_id(session, args.id.as_deref(), "dimm")?;
-    let backend = Backend::memory(&id);
-    let mut properties = Properties::new();
-    properties.set("memdev", backend.name());
-    if let Some(node) = args.node {
-        properties.set("node", node);
-    }
-    let plan = Plan {
-        make: OBJECT_ADD,
-        arguments: ObjectAdd {
-            qom_type: args.backend.qom_type().to_owned(),
-            id: backend.name().to_owned(),
-            properties: memory,
-        },
-        backend,
-        driver: "pc-dimm",
-        id,
-        properties,
+    let plan = |id: &str| {
+        let backend = Backend::memory(id);
+        let mut properties = Properties::new();
+        properties.set("memdev", backend.name());
+        if let Some(node) = args.node {
+            properties.set("node", node);
+        }
+        Plan {
+            make: OBJECT_ADD,
+            arguments: ObjectAdd {
+                qom_type: args.backend.qom_type().to_owned(),
+                id: backend.name().to_owned(),
+                properties: memory.clone(),
+            },
+            backend,
+            driver: "pc-dimm",
+            id: id.to_owned(),
+            properties,
+        }
     };
     let what = format!("a DIMM of {}", human(args.size.0));
-    carry_out(session, plan, &what)
+    add(session, (args.id.as_deref(), "dimm"), &what, plan)
 }

@@ -13,7 +13,7 @@ use ebbtide_qmp::types::block::{
 
 use super::super::backend::Backend;
 use super::super::{Failure, Outcome, Session, server_path};
-use super::{Plan, carry_out, choose_id};
+use super::Plan;
 
 /// The options of `ctl disk add`.
 #[derive(Args)]
@@ -43,43 +43,44 @@ pub(in crate::ctl) fn add(
     args: &DiskAddArgs,
 ) -> Result<Outcome, Failure> {
     let filename = server_path(&args.path)?;
-    let id = choose_id(session, args.id.as_deref(), "disk")?;
-    let backend = Backend::node(&id);
     let mut medium = Properties::new();
     medium.set("filename", filename.as_str());
-    let mut properties = Properties::new();
-    properties.set("drive", backend.name());
-    let serial = args.serial.clone();
-    properties.set(
-        "serial",
-        serial.unwrap_or_else(|| id.chars().take(SERIAL_LENGTH).collect()),
-    );
+    let plan = |id: &str| {
+        let backend = Backend::node(id);
+        let mut properties = Properties::new();
+        properties.set("drive", backend.name());
+        let serial = args.serial.clone();
+        properties.set(
+            "serial",
+            serial.unwrap_or_else(|| id.chars().take(SERIAL_LENGTH).collect()),
+        );
+        Plan {
+            make: BLOCKDEV_ADD,
+            arguments: BlockdevOptions {
+                driver: driver_of(&args.path),
+                node_name: Some(backend.name().to_owned()),
+                discard: Some(BlockdevDiscard::Unmap),
+                cache: Some(BlockdevCacheOptions {
+                    direct: Some(args.direct),
+                    no_flush: None,
+                }),
+                read_only: Some(args.readonly),
+                auto_read_only: None,
+                force_share: None,
+                detect_zeroes: None,
+                properties: medium.clone(),
+            },
+            backend,
+            driver: "virtio-blk-pci",
+            id: id.to_owned(),
+            properties,
+        }
+    };
     let what = format!(
         "{filename}{}",
         if args.readonly { ", read-only" } else { "" }
     );
-    let plan = Plan {
-        make: BLOCKDEV_ADD,
-        arguments: BlockdevOptions {
-            driver: driver_of(&args.path),
-            node_name: Some(backend.name().to_owned()),
-            discard: Some(BlockdevDiscard::Unmap),
-            cache: Some(BlockdevCacheOptions {
-                direct: Some(args.direct),
-                no_flush: None,
-            }),
-            read_only: Some(args.readonly),
-            auto_read_only: None,
-            force_share: None,
-            detect_zeroes: None,
-            properties: medium,
-        },
-        backend,
-        driver: "virtio-blk-pci",
-        id,
-        properties,
-    };
-    carry_out(session, plan, &what)
+    super::add(session, (args.id.as_deref(), "disk"), &what, plan)
 }
 
 /// What cannot be looked at from here is for the server to judge.

@@ -9,7 +9,7 @@ use ebbtide_qmp::commands::{DEVICE_ADD, QOM_LIST};
 use ebbtide_qmp::schema::{Command, Empty, Qapi};
 use ebbtide_qmp::types::device::DeviceAdd;
 use ebbtide_qmp::types::qom::QomList;
-use ebbtide_qmp::{Error, ErrorClass, Properties};
+use ebbtide_qmp::{Error, ErrorClass, Properties, QmpError};
 use serde::Serialize;
 
 use super::backend::Backend;
@@ -40,7 +40,33 @@ struct Plan<A> {
     properties: Properties,
 }
 
-/// Carries a plan out; `what` is what there is then, for people.
+/// Carries out the plan for the id that was asked for, or for the first one of `prefix` with a number that neither a device
+/// has nor a backend that was left when its device went. `what` is what there is then, for people.
+fn add<A: Qapi>(
+    session: &mut Session<'_>,
+    (asked, prefix): (Option<&str>, &str),
+    what: &str,
+    plan: impl Fn(&str) -> Plan<A>,
+) -> Result<Outcome, Failure> {
+    if let Some(id) = asked {
+        return carry_out(session, plan(id), what);
+    }
+    for id in free_ids(session, prefix)? {
+        let plan = plan(&id);
+        let taken = [
+            QmpError::duplicate_device_id(&id),
+            plan.backend.is_there_already(),
+        ];
+        match carry_out(session, plan, what) {
+            // Somebody else may have been quicker.
+            Err(Failure::Qmp(Error::Command { error, .. })) if taken.contains(&error) => {}
+            done => return done,
+        }
+    }
+    // A server cannot have so many.
+    Err(Failure::Add(format!("no id {prefix}N is free; use --id")))
+}
+
 fn carry_out<A: Qapi>(
     session: &mut Session<'_>,
     plan: Plan<A>,
@@ -90,15 +116,11 @@ fn undo(session: &mut Session<'_>, backend: &Backend, error: Error) -> Failure {
     }
 }
 
-/// The id that was asked for, or the first free one of `prefix` with a number.
-fn choose_id(
+/// The ids of `prefix` with a number that no device has now.
+fn free_ids(
     session: &mut Session<'_>,
-    asked: Option<&str>,
     prefix: &str,
-) -> Result<String, Failure> {
-    if let Some(id) = asked {
-        return Ok(id.to_owned());
-    }
+) -> Result<impl Iterator<Item = String> + use<>, Failure> {
     let path = "/machine/peripheral".to_owned();
     let taken = match session.client.call(&QOM_LIST, QomList { path }) {
         Ok(taken) => taken,
@@ -108,9 +130,8 @@ fn choose_id(
         }
         Err(error) => return Err(error.into()),
     };
-    let free = (0u32..)
-        .map(|number| format!("{prefix}{number}"))
-        .find(|id| !taken.iter().any(|property| property.name == *id));
-    // A server cannot list so many.
-    free.ok_or_else(|| Failure::Add(format!("no id {prefix}N is free; use --id")))
+    let prefix = prefix.to_owned();
+    Ok((0..=u32::MAX)
+        .map(move |number| format!("{prefix}{number}"))
+        .filter(move |id| !taken.iter().any(|property| property.name == *id)))
 }

@@ -8,7 +8,7 @@ use ebbtide_qmp::types::net::NetdevAdd;
 
 use super::super::backend::Backend;
 use super::super::{Failure, Outcome, Session};
-use super::{Plan, carry_out, choose_id};
+use super::Plan;
 
 /// The options of `ctl net add`.
 #[derive(Args)]
@@ -49,29 +49,30 @@ pub(in crate::ctl) fn add(
     session: &mut Session<'_>,
     args: &NetAddArgs,
 ) -> Result<Outcome, Failure> {
-    let id = choose_id(session, args.id.as_deref(), "nic")?;
-    let backend = Backend::network(&id);
-    let mut properties = Properties::new();
-    properties.set("netdev", backend.name());
-    if let Some(mac) = &args.mac {
-        properties.set("mac", mac.as_str());
-    }
-    let Network {
-        kind,
-        properties: network,
-    } = args.network.clone();
-    let what = format!("a network device on {kind}");
-    let plan = Plan {
-        make: NETDEV_ADD,
-        arguments: NetdevAdd {
+    let plan = |id: &str| {
+        let backend = Backend::network(id);
+        let mut properties = Properties::new();
+        properties.set("netdev", backend.name());
+        if let Some(mac) = &args.mac {
+            properties.set("mac", mac.as_str());
+        }
+        let Network {
             kind,
-            id: backend.name().to_owned(),
             properties: network,
-        },
-        backend,
-        driver: "virtio-net-pci",
-        id,
-        properties,
+        } = args.network.clone();
+        Plan {
+            make: NETDEV_ADD,
+            arguments: NetdevAdd {
+                kind,
+                id: backend.name().to_owned(),
+                properties: network,
+            },
+            backend,
+            driver: "virtio-net-pci",
+            id: id.to_owned(),
+            properties,
+        }
     };
-    carry_out(session, plan, &what)
+    let what = format!("a network device on {}", args.network.kind);
+    super::add(session, (args.id.as_deref(), "nic"), &what, plan)
 }

@@ -2,7 +2,7 @@
 //! Which backend a device has. Of the server's answers only that is read: other servers tell more, or less, of the rest.
 
 use ebbtide_qmp::Error;
-use ebbtide_qmp::commands::{QOM_GET, QUERY_BLOCK, QUERY_MEMORY_DEVICES};
+use ebbtide_qmp::commands::{QOM_GET, QOM_LIST, QUERY_BLOCK, QUERY_MEMORY_DEVICES};
 use serde_json::{Value, json};
 
 use super::super::backend::Backend;
@@ -53,10 +53,11 @@ pub(super) fn of_disk(session: &mut Session<'_>, id: &str) -> Result<Behind, Fai
         let inserted = disk.get("inserted").filter(|_| same)?;
         text(inserted, "node-name").map(str::to_owned)
     });
-    Ok(match node {
-        Some(node) => Behind::Known(Backend::Node(node)),
-        None => Behind::Guessed(Backend::node(id)),
-    })
+    if let Some(node) = node {
+        return Ok(Behind::Known(Backend::Node(node)));
+    }
+    refuse_without(session, id, "drive", "disk")?;
+    Ok(Behind::Guessed(Backend::node(id)))
 }
 
 /// Of a network device: what its property says.
@@ -64,10 +65,33 @@ pub(super) fn of_net(session: &mut Session<'_>, id: &str) -> Result<Behind, Fail
     let path = format!("/machine/peripheral/{id}");
     let arguments = json!({"path": path, "property": "netdev"});
     let netdev = ask(session, QOM_GET.name(), arguments)?;
-    Ok(match netdev.as_str() {
-        Some(netdev) if !netdev.is_empty() => Behind::Known(Backend::Network(netdev.to_owned())),
-        _ => Behind::Guessed(Backend::network(id)),
-    })
+    if let Some(netdev) = netdev.as_str().filter(|netdev| !netdev.is_empty()) {
+        return Ok(Behind::Known(Backend::Network(netdev.to_owned())));
+    }
+    refuse_without(session, id, "netdev", "network device")?;
+    Ok(Behind::Guessed(Backend::network(id)))
+}
+
+/// Whoever means a disk is not to lose a port with all that is behind it: refuses a device that is there and lacks the
+/// property that names the backend of its kind.
+fn refuse_without(
+    session: &mut Session<'_>,
+    id: &str,
+    property: &str,
+    kind: &str,
+) -> Result<(), Failure> {
+    let path = format!("/machine/peripheral/{id}");
+    let properties = ask(session, QOM_LIST.name(), json!({ "path": path }))?;
+    let mut names = items(&properties).filter_map(|property| text(property, "name"));
+    if properties.is_null() || names.any(|name| name == property) {
+        return Ok(());
+    }
+    let arguments = json!({"path": path, "property": "type"});
+    let model = ask(session, QOM_GET.name(), arguments)?;
+    let model = model.as_str().unwrap_or("another device");
+    Err(Failure::Remove(format!(
+        "{id} is no {kind}: it is a {model}; `unplug {id}` removes whatever it is"
+    )))
 }
 
 /// A question whose refusal means that there is nothing to know.

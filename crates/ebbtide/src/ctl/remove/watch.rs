@@ -64,6 +64,10 @@ impl Ending {
             reason: reason.into(),
         }
     }
+
+    fn withdrawn() -> Self {
+        Self::new(End::Withdrawn, "the removal was withdrawn".to_owned())
+    }
 }
 
 /// One device's removal.
@@ -193,8 +197,12 @@ impl Watch {
             "DEVICE_DELETED" if self.is_about(&event.data) => {
                 Ok(Some(Ending::new(End::Deleted, None)))
             }
+            // A server that lists removals has told the guest's reason before, so this is no refusal.
             "DEVICE_UNPLUG_GUEST_ERROR" if self.is_about(&event.data) => {
-                Ok(Some(Ending::new(End::Refused, None)))
+                Ok(Some(match self.listed {
+                    true => Ending::withdrawn(),
+                    false => Ending::new(End::Refused, None),
+                }))
             }
             // QEMU tells of a DIMM's refusal by this alone.
             "ACPI_DEVICE_OST" => Ok(self.refusal(&event.data)),
@@ -235,7 +243,7 @@ impl Watch {
             return Ok(None);
         }
         Ok(Some(match self.is_there(session)? {
-            true => Ending::new(End::Withdrawn, "the removal was withdrawn".to_owned()),
+            true => Ending::withdrawn(),
             false => Ending::new(End::Deleted, None),
         }))
     }
@@ -359,7 +367,7 @@ mod tests {
                 "DEVICE_UNPLUG_GUEST_ERROR",
                 json!({"device": "d0", "path": "x"})
             ),
-            Some(End::Refused)
+            Some(End::Withdrawn)
         );
         assert_eq!(
             end("DEVICE_DELETED", json!({"path": 7})),

@@ -326,6 +326,64 @@ fn a_server_without_a_list_of_removals_will_do() {
     );
 }
 
+/// A removal nobody has waited for leaves the backend, and with it a name.
+#[test]
+fn an_id_that_is_chosen_is_free_for_the_backend_too() {
+    let server = guest(Guest::LetsGo {
+        after: Duration::from_millis(300),
+        drain: Duration::ZERO,
+    });
+    for (add, remove, prefix) in [
+        (&["disk", "add", "/a"], &["disk", "remove"], "disk"),
+        (&["net", "add", "tap"], &["net", "remove"], "nic"),
+    ] {
+        let first = format!("{prefix}0");
+        run(&server, add).unwrap();
+        run(&server, &[remove[0], remove[1], &first]).unwrap();
+        wait_gone(&server, &first);
+        let (_, report) = run_json(&server, add);
+        assert_eq!(report["id"], json!(format!("{prefix}1")));
+        // Not so one that was asked for.
+        let asked = [add[0], add[1], add[2], "--id", &first];
+        assert!(fail(&server, &asked).contains("uplicate"), "{prefix}");
+    }
+}
+
+#[test]
+fn what_is_no_disk_is_not_removed_as_one() {
+    let server = guest(Guest::default());
+    run(&server, &["plug-dimm", "1G", "--id", "dimm0"]).unwrap();
+    run(&server, &["disk", "add", "/a", "--id", "d"]).unwrap();
+    run(&server, &["net", "add", "tap", "--id", "n"]).unwrap();
+    for (words, refusal) in [
+        (
+            ["disk", "remove", "n", "--wait"],
+            "n is no disk: it is a virtio-net-pci; `unplug n` removes whatever it is",
+        ),
+        (
+            ["disk", "remove", "dimm0", "--force"],
+            "dimm0 is no disk: it is a pc-dimm; `unplug dimm0` removes whatever it is",
+        ),
+        (
+            ["net", "remove", "d", "--wait"],
+            "d is no network device: it is a virtio-blk-pci; `unplug d` removes whatever it is",
+        ),
+    ] {
+        assert_eq!(fail(&server, &words), refusal);
+    }
+    std::thread::sleep(Duration::from_millis(300));
+    for id in ["dimm0", "d", "n"] {
+        let path = format!("/machine/peripheral/{id}");
+        assert!(qmp(&server, "qom-list", json!({ "path": path })).is_ok());
+    }
+    for words in [
+        ["disk", "remove", "d", "--wait"],
+        ["net", "remove", "n", "--wait"],
+    ] {
+        assert_eq!(run(&server, &words).unwrap().0, Outcome::Done);
+    }
+}
+
 #[test]
 fn usage_errors_of_devices() {
     for (words, parts) in [

@@ -64,6 +64,13 @@ fn make(
     properties: &mut Properties,
     model: PortModel,
 ) -> Result<Made, QmpError> {
+    // The bus behind it is named as it is, by which devices and ejects find it.
+    if devices.has_bus(name) {
+        return Err(QmpError::generic(format!(
+            "Bus '{name}' exists already: a {} needs an id of its own for the bus behind it",
+            model.name()
+        )));
+    }
     let hotplug = model.has_slot() && properties.take_bool("hotplug")?.unwrap_or(true);
     let slot_number = match model.has_slot() {
         true => properties.take_uint::<u16>("slot")?,
