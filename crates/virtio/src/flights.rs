@@ -27,11 +27,15 @@ impl Flights {
         }
     }
 
-    /// The request of chain `head` begins `at`.
-    pub(crate) fn begin(&self, queue: u16, head: u16, at: Instant) {
+    /// A time as [`begin`](Self::begin) takes it: in nanoseconds, from some time on.
+    pub(crate) fn ns(&self, at: Instant) -> u64 {
         let since = at.saturating_duration_since(self.base).as_nanos();
-        let since = u64::try_from(since).unwrap_or(u64::MAX);
-        self.set(queue, head, since.saturating_add(1));
+        u64::try_from(since).unwrap_or(u64::MAX)
+    }
+
+    /// The request of chain `head` begins at this time.
+    pub(crate) fn begin(&self, queue: u16, head: u16, at_ns: u64) {
+        self.set(queue, head, at_ns.saturating_add(1));
     }
 
     /// It is answered.
@@ -74,13 +78,14 @@ mod tests {
     fn the_oldest_is_found() {
         let flights = Flights::new(&[4, 2]);
         let at = |ms| flights.base + Duration::from_millis(ms);
+        let begin = |queue, head, ms| flights.begin(queue, head, flights.ns(at(ms)));
         assert_eq!(flights.in_flight(at(9)), InFlight::default());
-        flights.begin(0, 3, at(5));
-        flights.begin(1, 0, at(0));
-        flights.begin(1, 1, at(7));
+        begin(0, 3, 5);
+        begin(1, 0, 0);
+        begin(1, 1, 7);
         // Of no queue.
-        flights.begin(1, 2, at(1));
-        flights.begin(2, 0, at(1));
+        begin(1, 2, 1);
+        begin(2, 0, 1);
         let in_flight = |requests, ms| InFlight {
             requests,
             oldest: Some(Duration::from_millis(ms)),

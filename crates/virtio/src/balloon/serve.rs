@@ -65,12 +65,16 @@ impl Service for Pages {
     type Job = Job;
     type Kept = ();
 
-    fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, ()>, Unanswerable> {
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, ()>, Unanswerable> {
         let Chain {
             head,
             readable,
             writable,
-        } = chain;
+        } = chain.take();
         let buffers = match self.kind {
             Kind::Inflate | Kind::Deflate => readable,
             Kind::Report => writable,

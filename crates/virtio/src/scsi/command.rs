@@ -180,7 +180,11 @@ impl Service for Commands {
     type Job = Job;
     type Kept = Kept;
 
-    fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, Kept>, Unanswerable> {
         let Opened {
             head,
             answer,
@@ -189,7 +193,7 @@ impl Service for Commands {
             readable,
             writable,
             room,
-        } = self.open(guard, chain)?;
+        } = self.open(guard, chain.take())?;
         let counters = &self.shared.counters;
         let mut tag = 0;
         let judged = match header {
@@ -199,7 +203,8 @@ impl Service for Commands {
         match judged {
             Ok((action, bytes, hold, address)) => {
                 counters.begin();
-                self.shared.flights.begin(self.index, head, Instant::now());
+                let flights = &self.shared.flights;
+                flights.begin(self.index, head, flights.ns(Instant::now()));
                 let task = self.shared.tasks.begin(self.queue, address, tag);
                 Ok(Begun::Job(Job {
                     head,

@@ -41,19 +41,19 @@ impl Service for Controls {
     fn begin(
         &self,
         guard: &ReadGuard<'_>,
-        chain: Chain,
+        chain: &mut Chain,
     ) -> Result<Begun<Job, AnswerPlace>, Unanswerable> {
         let counters = &self.shared.counters;
-        self.parse(guard, chain)
+        self.parse(guard, chain.take())
             .inspect_err(|_| counters.count(&counters.malformed))
     }
 
     fn refuse(
         &self,
         guard: &ReadGuard<'_>,
-        chain: Chain,
+        mut chain: Chain,
     ) -> Result<Answered<AnswerPlace>, Unanswerable> {
-        let begun = self.begin(guard, chain)?;
+        let begun = self.begin(guard, &mut chain)?;
         Ok(match begun {
             Begun::Answered(answered) => answered,
             Begun::Job(Job { head, answer, .. }) => Answered {
