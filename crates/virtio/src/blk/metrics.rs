@@ -173,3 +173,34 @@ fn index(kind: Kind) -> usize {
         Kind::GetId => 5,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn queues_are_added_up() {
+        let queues = [Arc::new(Counters::default()), Arc::default()];
+        for (latency_ns, queue) in [7, 5].into_iter().zip(&queues) {
+            for _ in 0..3 {
+                queue.begin();
+            }
+            queue.end();
+            queue.answered(Kind::Read, Some(512), latency_ns);
+            queue.end();
+            queue.answered(Kind::Write, None, latency_ns);
+            queue.refused.add(1);
+        }
+        let all = Counters::snapshot(&queues);
+        let read = KindMetrics {
+            requests: 2,
+            failures: 0,
+            bytes: 1024,
+            latency_sum: Duration::from_nanos(12),
+            latency_max: Duration::from_nanos(7),
+        };
+        assert_eq!(all.read, read);
+        assert_eq!((all.write.requests, all.write.failures), (2, 2));
+        assert_eq!((all.in_flight, all.refused), (2, 2));
+    }
+}
