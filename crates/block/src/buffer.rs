@@ -51,6 +51,25 @@ unsafe impl Buffer for PinList {
     }
 }
 
+// SAFETY: what is in the box is as good as by itself, and moves even less.
+unsafe impl<B: Buffer> Buffer for Box<B> {
+    fn iovecs(&self) -> &[libc::iovec] {
+        B::iovecs(self)
+    }
+
+    fn total_len(&self) -> usize {
+        B::total_len(self)
+    }
+
+    fn copy_to(&self, offset: usize, bytes: &mut [u8]) -> io::Result<()> {
+        B::copy_to(self, offset, bytes)
+    }
+
+    fn copy_from(&mut self, offset: usize, bytes: &[u8]) -> io::Result<()> {
+        B::copy_from(self, offset, bytes)
+    }
+}
+
 /// Memory of our own, for what the VMM itself reads and writes.
 pub struct OwnedBuffer {
     bytes: Box<[u8]>,

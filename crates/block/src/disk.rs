@@ -2,6 +2,7 @@
 //! A disk and its use on one iothread.
 
 use std::io;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use ebbtide_iothread::{Local, Sender};
@@ -223,8 +224,10 @@ impl Disk {
     /// The disk for tasks of one iothread. Several may exist.
     pub fn attach(&self, local: &Local) -> LocalDisk {
         LocalDisk {
-            local: local.clone(),
-            shared: Arc::clone(&self.shared),
+            here: Rc::new(Here {
+                local: local.clone(),
+                shared: Arc::clone(&self.shared),
+            }),
         }
     }
 }
@@ -232,8 +235,13 @@ impl Disk {
 /// A disk on one iothread.
 #[derive(Clone)]
 pub struct LocalDisk {
-    local: Local,
-    shared: Arc<Shared>,
+    here: Rc<Here>,
+}
+
+/// What every operation of a [`LocalDisk`] refers to.
+pub(crate) struct Here {
+    pub(crate) local: Local,
+    pub(crate) shared: Arc<Shared>,
 }
 
 impl LocalDisk {
@@ -247,7 +255,7 @@ impl LocalDisk {
     /// changes to a read-only disk; `UnexpectedEof` where the image has become shorter; and whatever the host says:
     /// `ENOSPC`, `EIO`, ... A failed write may have written a part.
     pub fn submit<B: Buffer>(&self, op: Op, buf: B) -> Operation<B> {
-        Operation::start(&self.local, &self.shared, op, buf)
+        Operation::start(&self.here, op, buf)
     }
 }
 

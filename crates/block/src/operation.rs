@@ -5,13 +5,11 @@ use std::fmt;
 use std::future::Future;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::rc::Rc;
 use std::task::{Context, Poll, ready};
 
-use ebbtide_iothread::Local;
-
 use crate::buffer::Buffer;
-use crate::disk::{Backend, Shared};
+use crate::disk::{Backend, Here};
 use crate::op::{Op, OpKind};
 use crate::transfer::{Answered, Direction, Transfer};
 
@@ -19,7 +17,7 @@ use crate::transfer::{Answered, Direction, Transfer};
 /// the ring keeps: a guest makes one for each request. Made by [`LocalDisk::submit`](crate::LocalDisk::submit).
 #[must_use = "an operation that is dropped is cancelled"]
 pub struct Operation<B: Buffer> {
-    shared: Arc<Shared>,
+    here: Rc<Here>,
     kind: OpKind,
     state: State<B>,
 }
@@ -37,26 +35,27 @@ enum State<B: Buffer> {
 impl<B: Buffer> Unpin for Operation<B> {}
 
 impl<B: Buffer> Operation<B> {
-    pub(crate) fn start(local: &Local, shared: &Arc<Shared>, op: Op, buf: B) -> Operation<B> {
+    pub(crate) fn start(here: &Rc<Here>, op: Op, buf: B) -> Operation<B> {
         let kind = op.kind();
-        shared.life.begin(kind);
+        here.shared.life.begin(kind);
         Operation {
-            shared: Arc::clone(shared),
+            here: Rc::clone(here),
             kind,
-            state: State::start(local, shared, op, buf),
+            state: State::start(here, op, buf),
         }
     }
 }
 
 impl<B: Buffer> State<B> {
-    fn start(local: &Local, shared: &Arc<Shared>, op: Op, mut buf: B) -> State<B> {
+    fn start(here: &Rc<Here>, op: Op, mut buf: B) -> State<B> {
+        let Here { local, shared } = &**here;
         if let Err(error) = shared.check(&op, buf.total_len()) {
             return State::Done(Err(error), buf);
         }
         if !shared.faults.is_empty() {
-            let (shared, local) = (Arc::clone(shared), local.clone());
+            let here = Rc::clone(here);
             return State::Other(Box::pin(async move {
-                shared.perform_with_faults(&local, op, buf).await
+                here.shared.perform_with_faults(&here.local, op, buf).await
             }));
         }
         match (&*shared.backend, op) {
@@ -75,10 +74,10 @@ impl<B: Buffer> State<B> {
             }
             _ => {}
         }
-        let (shared, local) = (Arc::clone(shared), local.clone());
-        State::Other(Box::pin(
-            async move { shared.perform(&local, op, buf).await },
-        ))
+        let here = Rc::clone(here);
+        State::Other(Box::pin(async move {
+            here.shared.perform(&here.local, op, buf).await
+        }))
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<(io::Result<()>, B)> {
@@ -105,7 +104,7 @@ impl<B: Buffer> Future for Operation<B> {
         let (result, buf) = ready!(self.state.poll(cx));
         self.state = State::Finished;
         if let Err(error) = &result {
-            self.shared.failures.tell(self.kind, error);
+            self.here.shared.failures.tell(self.kind, error);
         }
         Poll::Ready((result, buf))
     }
@@ -113,7 +112,7 @@ impl<B: Buffer> Future for Operation<B> {
 
 impl<B: Buffer> Drop for Operation<B> {
     fn drop(&mut self) {
-        self.shared.life.end(self.kind);
+        self.here.shared.life.end(self.kind);
     }
 }
 

@@ -44,24 +44,28 @@ impl Flights {
         }
     }
 
-    /// The request of chain `head` begins `at`. It has taken `pins`: the number of a list of pins, and host addresses that
+    /// A time as [`begin`](Self::begin) takes it: in nanoseconds, from some time on.
+    pub(crate) fn ns(&self, at: Instant) -> u64 {
+        let since = at.saturating_duration_since(self.base).as_nanos();
+        u64::try_from(since).unwrap_or(u64::MAX)
+    }
+
+    /// The request of chain `head` begins at this time. It has taken `pins`: the number of a list of pins, and host addresses that
     /// it is on.
     pub(crate) fn begin(
         &self,
         queue: u16,
         head: u16,
-        at: Instant,
+        at_ns: u64,
         pins: impl Iterator<Item = (u8, Range<u64>)>,
     ) {
-        let since = at.saturating_duration_since(self.base).as_nanos();
-        let since = u64::try_from(since).unwrap_or(u64::MAX);
         if let Some(flight) = self.flight(queue, head) {
             let mut pinned = flight.pinned();
             pinned.clear();
             pinned.extend(pins);
             flight
                 .since
-                .store(since.saturating_add(1), Ordering::Relaxed);
+                .store(at_ns.saturating_add(1), Ordering::Relaxed);
         }
     }
 
@@ -127,7 +131,9 @@ mod tests {
         let flights = Flights::new(&[4, 2]);
         let at = |ms| flights.base + Duration::from_millis(ms);
         assert_eq!(flights.in_flight(at(9)), InFlight::default());
-        let begin = |queue, head, ms| flights.begin(queue, head, at(ms), std::iter::empty());
+        let begin = |queue, head, ms| {
+            flights.begin(queue, head, flights.ns(at(ms)), std::iter::empty());
+        };
         begin(0, 3, 5);
         begin(1, 0, 0);
         begin(1, 1, 7);
@@ -152,7 +158,7 @@ mod tests {
         let flights = Flights::new(&[4]);
         let now = Instant::now();
         let begin = |head, pins: &[(u8, Range<u64>)]| {
-            flights.begin(0, head, now, pins.iter().cloned());
+            flights.begin(0, head, flights.ns(now), pins.iter().cloned());
         };
         assert!(flights.pinned().is_empty());
         begin(1, &[(0, 1..2), (1, 10..20), (1, 30..40)]);

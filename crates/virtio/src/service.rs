@@ -12,8 +12,10 @@
 //!
 //! While chains keep coming the driver is told not to kick, and the queue is looked at again after the backend had its
 //! turn. Jobs are futures that this task polls (`jobs.rs`): those of a turn are handed to the backend together, and those
-//! that end together are given back together. A job holds its pins and a lease of the activation's gate from its pop until it is given back, or until its
-//! backend operation ends after a reset closed the gate; then nobody touches the queue any more.
+//! that end together are given back together. A job holds its pins from its pop until it is given back, or until its
+//! backend operation ends after a reset closed the gate; then nobody touches the queue any more. The task holds a lease of
+//! the activation's gate in every turn, and from one turn to the next as long as jobs are under way: one for all of them,
+//! as none is begun after the gate has closed.
 //!
 //! When the device is removed instead, the driver may be alive: jobs are given back as ever, and what is not begun is
 //! answered with an error, until nothing comes any more (`removal/rest.rs`).
@@ -44,19 +46,18 @@ use jobs::Jobs;
 pub(crate) trait Service: 'static {
     /// A request that takes time. Owns the right to the guest memory it needs.
     type Job: 'static;
-    /// A request after the time it took. Owns what it needs to be answered.
-    type Carried: 'static;
     /// What an answered request keeps until it is given back.
     type Kept: 'static;
 
-    /// Begins a request, inside a read section: whatever blocks belongs into [`carry_out`](Self::carry_out).
+    /// Begins a request, inside a read section: whatever blocks belongs into [`carry_out`](Self::carry_out). What it leaves
+    /// of the chain is not looked at any more.
     ///
     /// # Errors
     /// There is no place to answer at.
     fn begin(
         &self,
         guard: &ReadGuard<'_>,
-        chain: Chain,
+        chain: &mut Chain,
     ) -> Result<Begun<Self::Job, Self::Kept>, Unanswerable>;
 
     /// Answers a request that will never begin: its device is being removed. Inside a read section.
@@ -69,15 +70,21 @@ pub(crate) trait Service: 'static {
         chain: Chain,
     ) -> Result<Answered<Self::Kept>, Unanswerable>;
 
-    /// Carries a job out.
-    fn carry_out(self: Rc<Self>, job: Self::Job) -> impl Future<Output = Self::Carried> + 'static;
+    /// Carries a job out and answers it.
+    fn carry_out(
+        self: Rc<Self>,
+        job: Self::Job,
+    ) -> impl Future<Output = Answered<Self::Kept>> + 'static;
 
-    /// Writes the answer to what was carried out; returns how many bytes of the chain are written from its start. Not
-    /// called when the driver's memory is another guest's.
-    fn answer(&self, carried: &Self::Carried) -> u32;
+    /// Writes an answer that is still to be written, as it is going to be given back now; the right to write it is held.
+    fn write_answer(&self, answered: &mut Answered<Self::Kept>) {
+        let _ = answered;
+    }
 
-    /// The request has ended, answered or not: its chain, and what is kept until that is given back.
-    fn end(&self, carried: Self::Carried) -> (u16, Self::Kept);
+    /// Lets go of what an answered request has kept: the driver can see the answer.
+    fn let_go(&self, kept: Self::Kept) {
+        drop(kept);
+    }
 }
 
 /// A request after its first look.
@@ -88,14 +95,13 @@ pub(crate) enum Begun<J, K> {
     Job(J),
 }
 
-/// A request whose answer is written.
+/// A request whose answer is known.
 pub(crate) struct Answered<K> {
     /// The chain.
     pub head: u16,
     /// Bytes of the chain the device wrote, from its start.
     pub written: u32,
-    /// Dropped when the driver can see the answer.
-    #[expect(dead_code, reason = "its drop is what matters")]
+    /// Kept until the driver can see the answer.
     pub kept: K,
 }
 
@@ -137,7 +143,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         removed,
         ..
     } = queue;
-    let inbox = Inbox::new(Rc::new(service), interrupt.clone(), kick.signals(&local));
+    let inbox = Inbox::new(Rc::new(service), kick.signals(&local));
     // Its count is left alone from here on.
     drop(kick);
     let reader = space.memory().register();
@@ -153,6 +159,7 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         queue,
         interrupt,
         kicks_on: true,
+        chain: Chain::new(0),
     };
     let served = match turns.until_closed(&mut rings).await {
         Ok(()) => turns.answer_rest(&mut rings).await,
@@ -167,9 +174,9 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         control.needs_reset();
     }
     // Nobody gives anything back any more, and a removal need not wait for this task.
-    let jobs = turns.into_jobs();
-    drop(rings);
-    jobs.end().await;
+    let Rings { interrupt, .. } = rings;
+    let (jobs, answered) = turns.into_jobs();
+    jobs.end(answered, &interrupt).await;
 }
 
 /// Why a queue is not served any further.
@@ -194,6 +201,8 @@ struct Rings {
     interrupt: QueueInterrupt,
     /// The driver was told to kick.
     kicks_on: bool,
+    /// The chain that was popped last.
+    chain: Chain,
 }
 
 /// What the turns of one queue work with.
@@ -207,16 +216,18 @@ struct Turns<S: Service> {
 }
 
 impl<S: Service> Turns<S> {
-    fn into_jobs(self) -> Underway<S> {
-        self.inbox.close()
+    /// What is under way, and what is answered and not given back.
+    fn into_jobs(self) -> (Underway<S>, Vec<Answered<S::Kept>>) {
+        let Inbox { underway, done, .. } = self.inbox;
+        (underway.into_inner(), done.into_inner())
     }
 
     /// Serves until the gate closes, or is about to.
     async fn until_closed(&self, rings: &mut Rings) -> Result<(), Fault> {
         let mut drained = pin!(self.gate.drained());
-        while let Some(lease) = self.gate.enter(Entry::Io) {
+        while let Some(lease) = self.enter() {
             let turn = self.turn(rings);
-            drop(lease);
+            self.leave(lease);
             if let Turn::Busy = turn? {
                 self.local.yield_now().await;
                 continue;
@@ -233,6 +244,23 @@ impl<S: Service> Turns<S> {
             }
         }
         Ok(())
+    }
+
+    /// The right to touch the queue, unless the gate is closed.
+    fn enter(&self) -> Option<Lease> {
+        if self.gate.is_closed() {
+            // What is kept for the jobs that are under way stays.
+            return None;
+        }
+        let kept = self.inbox.underway.borrow_mut().lease.take();
+        kept.or_else(|| self.gate.enter(Entry::Io))
+    }
+
+    /// Ends a turn: jobs that are under way or to be given back keep the lease.
+    fn leave(&self, lease: Lease) {
+        if self.inbox.jobs.get() > 0 || !self.inbox.done.borrow().is_empty() {
+            self.inbox.underway.borrow_mut().lease = Some(lease);
+        }
     }
 
     /// Answers what is in the queue, if its device is being removed.
@@ -256,12 +284,9 @@ impl<S: Service> Turns<S> {
             while refused < rest::CHAINS_MAX
                 && let Some(chain) = rings.queue.pop(&guard)?
             {
+                // The removal's lease covers it.
                 let answered = self.inbox.service.refuse(&guard, chain)?;
-                // The removal's lease covers it: no other is to be had.
-                self.inbox.put(Done {
-                    answered,
-                    lease: None,
-                });
+                self.inbox.put(answered);
                 refused += 1;
             }
             (refused, self.give_back(&guard, rings)?)
@@ -310,21 +335,15 @@ impl<S: Service> Turns<S> {
     /// Begins everything that is available; returns how much that was.
     fn take_chains(&self, guard: &ReadGuard<'_>, rings: &mut Rings) -> Result<usize, Fault> {
         let mut popped = 0;
-        // A chain without a lease could not be answered any more.
-        while let Some(lease) = self.gate.enter(Entry::Io) {
-            let Some(chain) = rings.queue.pop(guard)? else {
-                break;
-            };
+        // The turn's lease covers them all, but who closes the gate waits: for no more than is necessary.
+        while !self.gate.is_closed() && rings.queue.pop_into(guard, &mut rings.chain)? {
             if std::mem::take(&mut rings.kicks_on) {
                 rings.queue.disable_kick(guard)?;
             }
             popped += 1;
-            match self.inbox.service.begin(guard, chain)? {
-                Begun::Answered(answered) => self.inbox.put(Done {
-                    answered,
-                    lease: Some(lease),
-                }),
-                Begun::Job(job) => self.inbox.begun.borrow_mut().push((job, lease)),
+            match self.inbox.service.begin(guard, &mut rings.chain)? {
+                Begun::Answered(answered) => self.inbox.put(answered),
+                Begun::Job(job) => self.inbox.begun.borrow_mut().push(job),
             }
         }
         Ok(popped)
@@ -336,25 +355,33 @@ impl<S: Service> Turns<S> {
         if done.is_empty() {
             return Ok(false);
         }
-        for Done { answered, .. } in &*done {
+        write_answers(&*self.inbox.service, &rings.interrupt, &mut done);
+        for answered in &*done {
             rings
                 .queue
                 .add_used(guard, answered.head, answered.written)?;
         }
         rings.queue.publish_used(guard)?;
         // The driver may give back memory it has its answer for: pins go before it is told.
-        done.clear();
+        for answered in done.drain(..) {
+            self.inbox.service.let_go(answered.kept);
+        }
         drop(done);
         Ok(rings.queue.needs_interrupt(guard)?)
     }
 }
 
-/// A job that is answered but not yet given back.
-struct Done<K> {
-    answered: Answered<K>,
-    /// Held to the end. `None`: that of the removal covers it.
-    #[expect(dead_code, reason = "its drop is what matters")]
-    lease: Option<Lease>,
+/// Writes the answers of all that is `done`, unless the machine was reset meanwhile without waiting for it.
+fn write_answers<S: Service>(
+    service: &S,
+    interrupt: &QueueInterrupt,
+    done: &mut [Answered<S::Kept>],
+) {
+    if let Some(_right) = interrupt.answer() {
+        for answered in done {
+            service.write_answer(answered);
+        }
+    }
 }
 
 /// What there is for the queue's task to do.
@@ -364,17 +391,18 @@ struct Inbox<S: Service> {
     /// `None`: it failed, and there are no more kicks.
     kicks: RefCell<Option<Signals>>,
     /// Begun in this turn, to be carried out.
-    begun: RefCell<Vec<(S::Job, Lease)>>,
+    begun: RefCell<Vec<S::Job>>,
+    /// Answered, and not yet given back.
+    done: RefCell<Vec<Answered<S::Kept>>>,
     underway: RefCell<Underway<S>>,
-    done: RefCell<Vec<Done<S::Kept>>>,
     /// Jobs that are begun and not answered.
     jobs: Cell<usize>,
 }
 
 impl<S: Service> Inbox<S> {
-    fn new(service: Rc<S>, interrupt: QueueInterrupt, kicks: Signals) -> Inbox<S> {
+    fn new(service: Rc<S>, kicks: Signals) -> Inbox<S> {
         Inbox {
-            underway: RefCell::new(Underway::of(&service, interrupt)),
+            underway: RefCell::new(Underway::of(&service)),
             service,
             kicked: Cell::new(false),
             kicks: RefCell::new(Some(kicks)),
@@ -384,18 +412,18 @@ impl<S: Service> Inbox<S> {
         }
     }
 
-    fn put(&self, done: Done<S::Kept>) {
-        self.done.borrow_mut().push(done);
+    fn put(&self, answered: Answered<S::Kept>) {
+        self.done.borrow_mut().push(answered);
     }
 
     /// Hands on what was begun.
     fn start_begun(&self) {
         let mut underway = self.underway.borrow_mut();
         let mut done = self.done.borrow_mut();
-        for (job, lease) in self.begun.borrow_mut().drain(..) {
-            done.extend(underway.0.start(job, lease));
-        }
-        self.jobs.set(underway.0.len());
+        underway
+            .table
+            .start(&mut self.begun.borrow_mut(), &mut done);
+        self.jobs.set(underway.table.len());
     }
 
     /// Lets the jobs go on that can; `task` is woken when others can, if it is going to wait.
@@ -404,8 +432,8 @@ impl<S: Service> Inbox<S> {
             return;
         }
         let mut underway = self.underway.borrow_mut();
-        underway.0.poll_woken(task, &mut self.done.borrow_mut());
-        self.jobs.set(underway.0.len());
+        underway.table.poll_woken(task, &mut self.done.borrow_mut());
+        self.jobs.set(underway.table.len());
     }
 
     fn poll_news(&self, waker: &Waker) -> Poll<()> {
@@ -429,48 +457,38 @@ impl<S: Service> Inbox<S> {
             }
         }
     }
-
-    fn close(self) -> Underway<S> {
-        self.underway.into_inner()
-    }
 }
 
 /// The jobs of a queue that are under way.
-struct Underway<S: Service>(Box<dyn Table<S>>);
+struct Underway<S: Service> {
+    service: Rc<S>,
+    table: Box<dyn Table<S>>,
+    /// Between turns, as long as there are any or answers of theirs. Dropped after them.
+    lease: Option<Lease>,
+}
 
 impl<S: Service> Underway<S> {
-    fn of(service: &Rc<S>, interrupt: QueueInterrupt) -> Underway<S> {
-        let shared = Rc::new((Rc::clone(service), interrupt));
-        let carry_out = move |job, lease| {
-            let shared = Rc::clone(&shared);
-            let running = Rc::clone(&shared.0).carry_out(job);
-            async move {
-                let carried = running.await;
-                let (service, interrupt) = &*shared;
-                // None: the machine was reset meanwhile and did not wait for this.
-                let right = interrupt.answer();
-                let written = right.as_ref().map_or(0, |_| service.answer(&carried));
-                drop(right);
-                let (head, kept) = service.end(carried);
-                Done {
-                    answered: Answered {
-                        head,
-                        written,
-                        kept,
-                    },
-                    lease: Some(lease),
-                }
-            }
+    fn of(service: &Rc<S>) -> Underway<S> {
+        let carry_out = {
+            let service = Rc::clone(service);
+            move |job| Rc::clone(&service).carry_out(job)
         };
-        Underway(Box::new((carry_out, Jobs::new())))
+        Underway {
+            service: Rc::clone(service),
+            table: Box::new((carry_out, Jobs::new())),
+            lease: None,
+        }
     }
 
-    /// Waits for all of them. What they answer goes nowhere.
-    async fn end(mut self) {
+    /// Waits for all of them. Their answers, and those that are there, are written, but their chains not given back.
+    async fn end(mut self, mut done: Vec<Answered<S::Kept>>, interrupt: &QueueInterrupt) {
         poll_fn(|cx| {
-            let mut done = Vec::new();
-            self.0.poll_woken(Some(cx.waker()), &mut done);
-            if self.0.len() > 0 {
+            self.table.poll_woken(Some(cx.waker()), &mut done);
+            if !done.is_empty() {
+                write_answers(&*self.service, interrupt, &mut done);
+                done.clear();
+            }
+            if self.table.len() > 0 {
                 return Poll::Pending;
             }
             Poll::Ready(())
@@ -481,22 +499,26 @@ impl<S: Service> Underway<S> {
 
 /// [`Jobs`], whatever the type of their futures.
 trait Table<S: Service> {
-    fn start(&mut self, job: S::Job, lease: Lease) -> Option<Done<S::Kept>>;
-    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Done<S::Kept>>);
+    /// Starts all that was `begun`; what was done at once is added to `done`.
+    fn start(&mut self, begun: &mut Vec<S::Job>, done: &mut Vec<Answered<S::Kept>>);
+    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Answered<S::Kept>>);
     fn len(&self) -> usize;
 }
 
 impl<S, M, F> Table<S> for (M, Jobs<F>)
 where
     S: Service,
-    M: Fn(S::Job, Lease) -> F,
-    F: Future<Output = Done<S::Kept>>,
+    M: Fn(S::Job) -> F,
+    F: Future<Output = Answered<S::Kept>>,
 {
-    fn start(&mut self, job: S::Job, lease: Lease) -> Option<Done<S::Kept>> {
-        self.1.start((self.0)(job, lease))
+    fn start(&mut self, begun: &mut Vec<S::Job>, done: &mut Vec<Answered<S::Kept>>) {
+        let (carry_out, jobs) = self;
+        for job in begun.drain(..) {
+            done.extend(jobs.start(carry_out(job)));
+        }
     }
 
-    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Done<S::Kept>>) {
+    fn poll_woken(&mut self, task: Option<&Waker>, done: &mut Vec<Answered<S::Kept>>) {
         self.1.poll_woken(task, |answered| done.push(answered));
     }
 

@@ -63,15 +63,18 @@ impl Pages {
 
 impl Service for Pages {
     type Job = Job;
-    type Carried = u16;
     type Kept = ();
 
-    fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, ()>, Unanswerable> {
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, ()>, Unanswerable> {
         let Chain {
             head,
             readable,
             writable,
-        } = chain;
+        } = chain.take();
         let buffers = match self.kind {
             Kind::Inflate | Kind::Deflate => readable,
             Kind::Report => writable,
@@ -99,7 +102,7 @@ impl Service for Pages {
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> u16 {
+    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<()> {
         let Job { head, mut buffers } = job;
         while !self.gate.is_closed() {
             let pieces = match self.kind {
@@ -112,15 +115,11 @@ impl Service for Pages {
             }
             self.local.yield_now().await;
         }
-        head
-    }
-
-    fn answer(&self, _carried: &u16) -> u32 {
-        0
-    }
-
-    fn end(&self, carried: u16) -> (u16, ()) {
-        (carried, ())
+        Answered {
+            head,
+            written: 0,
+            kept: (),
+        }
     }
 }
 

@@ -14,6 +14,7 @@ mod prepare;
 mod request;
 mod run;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -25,6 +26,7 @@ use ebbtide_iothread::Remote;
 use self::config::{Config, WRITEBACK_OFFSET};
 use self::metrics::Counters;
 pub use self::metrics::{BlkMetrics, KindMetrics};
+use self::prepare::Spare;
 use self::request::{Terms, id_bytes};
 use self::run::Requests;
 use crate::device::{ActivateError, Activation, InFlight, PinnedList, VirtioDevice};
@@ -97,7 +99,8 @@ pub struct VirtioBlk {
     config: Config,
     /// The one field a driver can write: 5.2.5.
     writeback: Arc<AtomicBool>,
-    counters: Arc<Counters>,
+    /// By queue.
+    counters: Box<[Arc<Counters>]>,
     flights: Arc<Flights>,
     complaints: Arc<LogLimit>,
 }
@@ -128,19 +131,23 @@ impl VirtioBlk {
             remotes,
             config,
             writeback: Arc::new(AtomicBool::new(true)),
-            counters: Arc::default(),
+            counters: (0..queues).map(|_| Arc::default()).collect(),
             complaints: Arc::default(),
         })
     }
 
     /// What it has done so far.
     pub fn metrics(&self) -> BlkMetrics {
-        self.counters.snapshot()
+        Counters::snapshot(&self.counters)
     }
 
-    fn remote_of(&self, queue: u16) -> Result<&Remote, ActivateError> {
-        let index = usize::from(queue) % self.remotes.len().max(1);
-        self.remotes.get(index).ok_or(ActivateError::ThreadStopped)
+    /// Where a queue is served, and its counters, which nobody else counts with.
+    fn place_of(&self, queue: u16) -> Result<(&Remote, &Arc<Counters>), ActivateError> {
+        let index = usize::from(queue);
+        let remote = self.remotes.get(index % self.remotes.len().max(1));
+        remote
+            .zip(self.counters.get(index))
+            .ok_or(ActivateError::ThreadStopped)
     }
 
     /// The disk behind it.
@@ -223,7 +230,7 @@ impl VirtioDevice for VirtioBlk {
             write_zeroes: has(feature::WRITE_ZEROES),
         };
         for queue in queues {
-            let remote = self.remote_of(queue.index)?;
+            let (remote, counters) = self.place_of(queue.index)?;
             queue.removed.listen();
             let index = queue.index;
             let setup = Setup {
@@ -235,7 +242,7 @@ impl VirtioDevice for VirtioBlk {
                 complaints: Arc::clone(&self.complaints),
             };
             let disk = Arc::clone(&self.disk);
-            let (counters, writeback) = (Arc::clone(&self.counters), Arc::clone(&self.writeback));
+            let (counters, writeback) = (Arc::clone(counters), Arc::clone(&self.writeback));
             let flights = Arc::clone(&self.flights);
             let (id, flushes, may_unmap) = (self.id, has(feature::FLUSH), self.config.discard);
             remote
@@ -252,6 +259,8 @@ impl VirtioDevice for VirtioBlk {
                         writeback,
                         flushes,
                         may_unmap,
+                        spare: Spare::default(),
+                        turn: Cell::new(None),
                     };
                     serve(local, setup, requests)
                 })

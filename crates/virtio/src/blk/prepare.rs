@@ -1,48 +1,98 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From a chain to a job: finds header, data and status wherever the driver put them, checks, pins.
 
+use std::cell::RefCell;
 use std::ops::Range;
 
 use ebbtide_memory::{Access, AccessError, Pin, PinList, ReadGuard};
 use smallvec::SmallVec;
 
 use super::request::{
-    HEADER_BYTES, Header, ID_BYTES, Kind, SEGMENT_BYTES, SEGMENTS_MAX, Segments, Status, Terms,
+    Header, ID_BYTES, Kind, SEGMENT_BYTES, SEGMENTS_MAX, Segments, Status, Terms,
 };
 use crate::service::Unanswerable;
 use crate::virtq::{Buffers, Chain};
 
-/// What to do for a request. Owns the right to the guest memory it needs.
+/// What to do for a request.
+#[derive(Default)]
 pub(super) enum Work {
-    /// The answer is known.
-    Answer {
-        status: Status,
-        written: u32,
-    },
+    /// Nothing: the answer is known.
+    #[default]
+    Done,
     Read {
         offset: u64,
-        data: PinList,
     },
     Write {
         offset: u64,
-        data: PinList,
     },
     Flush,
     Discard(Segments),
     WriteZeroes(Segments),
 }
 
-/// A request that can be worked on.
+/// A request from its first look until it is given back. What is large of it stays where it is all that time.
+#[derive(Default)]
 pub(super) struct Job {
+    pub request: Box<Request>,
+    /// The right to the memory of its data.
+    pub data: Box<PinList>,
+}
+
+impl Job {
+    /// Its pins, for [`Flights::begin`](crate::flights::Flights::begin).
+    pub(super) fn pins(&self) -> impl Iterator<Item = (u8, Range<u64>)> {
+        let status = self.request.answer.host_range().into_iter();
+        let data = self.data.host_ranges();
+        status
+            .map(|range| (0, range))
+            .chain(data.map(|range| (1, range)))
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Request {
     pub head: u16,
     pub kind: Option<Kind>,
     /// Bytes of data the driver asks to be moved.
     pub data_bytes: u32,
     pub work: Work,
+    /// When it was taken, in nanoseconds of the [flights](crate::flights::Flights).
+    pub began_ns: u64,
+    /// Its answer, once it is done.
+    pub status: Status,
+    /// Bytes of data that were written for it.
+    pub written: u32,
     pub answer: AnswerPlace,
 }
 
+/// Jobs that are over, to be used again: a request then allocates nothing, and nothing of it is moved about.
+#[derive(Default)]
+pub(super) struct Spare(RefCell<Vec<Job>>);
+
+impl Spare {
+    /// As many as a busy queue mostly has under way.
+    const MAX: usize = 128;
+    /// Lists of more pieces of memory are not kept: a guest decides how long they are.
+    const PIECES_MAX: usize = 32;
+
+    pub(super) fn take(&self) -> Job {
+        self.0.borrow_mut().pop().unwrap_or_default()
+    }
+
+    /// Lets go of the memory of a job.
+    pub(super) fn put(&self, mut job: Job) {
+        let long = job.data.iovecs().len() > Spare::PIECES_MAX;
+        job.request.answer = AnswerPlace::default();
+        job.data.clear();
+        let mut spare = self.0.borrow_mut();
+        if !long && spare.len() < Spare::MAX {
+            spare.push(job);
+        }
+    }
+}
+
 /// Where the answer goes: behind the data the device writes.
+#[derive(Default)]
 pub(super) struct AnswerPlace {
     /// `None`: the memory is gone.
     status: Option<Pin>,
@@ -68,12 +118,7 @@ impl AnswerPlace {
         head: u16,
         writable: &mut Buffers,
     ) -> Result<AnswerPlace, Unanswerable> {
-        let last = writable
-            .split_back(1)
-            .ok_or(Unanswerable::NoRoom { head })?;
-        let &[(gpa, _)] = &*last else {
-            return Err(Unanswerable::NoRoom { head });
-        };
+        let gpa = writable.pop_byte().ok_or(Unanswerable::NoRoom { head })?;
         let status = match guard.pin(gpa, 1, Access::Write) {
             Ok(pin) => Some(pin),
             // The guest has just given this memory back. It cannot expect an answer there; other requests go on.
@@ -87,7 +132,7 @@ impl AnswerPlace {
     }
 
     /// The host address of the status.
-    pub(super) fn host_range(&self) -> Option<Range<u64>> {
+    fn host_range(&self) -> Option<Range<u64>> {
         self.status.as_ref().map(Pin::host_range)
     }
 
@@ -103,21 +148,6 @@ impl AnswerPlace {
         } else {
             data
         }
-    }
-}
-
-impl Job {
-    /// Its pins, for [`Flights::begin`](crate::flights::Flights::begin).
-    pub(super) fn pins(&self) -> impl Iterator<Item = (u8, Range<u64>)> {
-        let data = match &self.work {
-            Work::Read { data, .. } | Work::Write { data, .. } => Some(data),
-            Work::Answer { .. } | Work::Flush | Work::Discard(_) | Work::WriteZeroes(_) => None,
-        };
-        let data = data.into_iter().flat_map(PinList::host_ranges);
-        let status = self.answer.host_range().into_iter();
-        status
-            .map(|range| (0, range))
-            .chain(data.map(|range| (1, range)))
     }
 }
 
@@ -140,12 +170,6 @@ impl From<AccessError> for Failure {
     }
 }
 
-/// A job, and whether it failed for the memory it names.
-pub(super) struct Prepared {
-    pub job: Job,
-    pub bad_memory: bool,
-}
-
 /// What a request is prepared with.
 pub(super) struct Preparation<'a, 'g> {
     pub terms: &'a Terms,
@@ -154,88 +178,77 @@ pub(super) struct Preparation<'a, 'g> {
 }
 
 impl Preparation<'_, '_> {
+    /// Makes `job` what `chain` asks for; false: it failed for the memory it names.
+    ///
     /// # Errors
     /// No status byte can be written.
-    pub(super) fn prepare(&self, chain: Chain) -> Result<Prepared, Unanswerable> {
-        let Chain {
-            head,
-            readable,
-            mut writable,
-        } = chain;
-        let answer = AnswerPlace::take(self.guard, head, &mut writable)?;
-        let room = answer.room;
-        let mut kind = None;
-        let (work, bad_memory) = match self.work(readable, &writable, &mut kind) {
-            Ok(work) => (work, false),
-            Err(Failure::Status(status)) => (Work::Answer { status, written: 0 }, false),
+    pub(super) fn prepare(&self, chain: &mut Chain, job: &mut Job) -> Result<bool, Unanswerable> {
+        let Job { request, data } = job;
+        request.head = chain.head;
+        request.kind = None;
+        request.status = Status::Ok;
+        request.written = 0;
+        request.answer = AnswerPlace::take(self.guard, chain.head, &mut chain.writable)?;
+        let (work, good_memory) = match self.work(chain, request, data) {
+            Ok(work) => (work, true),
+            Err(Failure::Status(status)) => {
+                request.status = status;
+                (Work::Done, true)
+            }
             Err(Failure::Memory) => {
-                let status = Status::IoErr;
-                (Work::Answer { status, written: 0 }, true)
+                request.status = Status::IoErr;
+                (Work::Done, false)
             }
         };
-        let data_bytes = match &work {
-            Work::Read { .. } => room,
-            Work::Write { data, .. } => u32::try_from(data.total_len()).unwrap_or(u32::MAX),
-            Work::Answer { written, .. } => *written,
+        request.data_bytes = match &work {
+            Work::Read { .. } => request.answer.room,
+            Work::Write { .. } => u32::try_from(data.total_len()).unwrap_or(u32::MAX),
+            Work::Done => request.written,
             _ => 0,
         };
-        let job = Job {
-            head,
-            kind,
-            data_bytes,
-            work,
-            answer,
-        };
-        Ok(Prepared { job, bad_memory })
+        request.work = work;
+        Ok(good_memory)
     }
 
     fn work(
         &self,
-        mut readable: Buffers,
-        writable: &Buffers,
-        kind: &mut Option<Kind>,
+        chain: &mut Chain,
+        request: &mut Request,
+        data: &mut PinList,
     ) -> Result<Work, Failure> {
-        let header = readable.split_front(HEADER_BYTES).ok_or(Status::IoErr)?;
-        let mut bytes = [0; HEADER_BYTES as usize];
-        header.copy_to(self.guard, &mut bytes)?;
-        let header = Header::parse(&bytes);
-        *kind = header.kind;
+        let Chain {
+            readable, writable, ..
+        } = chain;
+        let header = readable.read_front(self.guard)?.ok_or(Status::IoErr)?;
+        let header = Header::parse(&header);
+        request.kind = header.kind;
         match header.kind.ok_or(Status::Unsupported)? {
             Kind::Read => {
                 let offset = self
                     .terms
                     .transfer_offset(header.sector, writable.total_len())?;
-                let data = self.pin(writable, Access::Write)?;
-                Ok(Work::Read { offset, data })
+                self.guard.pin_list(writable, Access::Write, data)?;
+                Ok(Work::Read { offset })
             }
             Kind::Write => {
                 self.terms.writable()?;
                 let offset = self
                     .terms
                     .transfer_offset(header.sector, readable.total_len())?;
-                let data = self.pin(&readable, Access::Read)?;
-                Ok(Work::Write { offset, data })
+                self.guard.pin_list(readable, Access::Read, data)?;
+                Ok(Work::Write { offset })
             }
             Kind::Flush => Ok(Work::Flush),
             Kind::GetId => {
                 let written = writable.copy_from(self.guard, self.id)?;
-                let written = u32::try_from(written).unwrap_or(0);
-                Ok(Work::Answer {
-                    status: Status::Ok,
-                    written,
-                })
+                request.written = u32::try_from(written).unwrap_or(0);
+                Ok(Work::Done)
             }
-            Kind::Discard => Ok(Work::Discard(self.segments(Kind::Discard, &readable)?)),
+            Kind::Discard => Ok(Work::Discard(self.segments(Kind::Discard, readable)?)),
             Kind::WriteZeroes => Ok(Work::WriteZeroes(
-                self.segments(Kind::WriteZeroes, &readable)?,
+                self.segments(Kind::WriteZeroes, readable)?,
             )),
         }
-    }
-
-    fn pin(&self, buffers: &Buffers, access: Access) -> Result<PinList, AccessError> {
-        let mut pins = PinList::new();
-        self.guard.pin_list(buffers, access, &mut pins)?;
-        Ok(pins)
     }
 
     fn segments(&self, kind: Kind, readable: &Buffers) -> Result<Segments, Failure> {

@@ -6,7 +6,7 @@ use smallvec::SmallVec;
 /// The unit of sector numbers, whatever the block size.
 pub(crate) const SECTOR_BYTES: u64 = 512;
 /// Bytes of the header in front of every request.
-pub(crate) const HEADER_BYTES: u32 = 16;
+const HEADER_BYTES: usize = 16;
 /// Bytes of one range of a discard or write-zeroes request.
 pub(crate) const SEGMENT_BYTES: u32 = 16;
 /// Bytes of the answer to "get id".
@@ -27,9 +27,10 @@ const TYPE_WRITE_ZEROES: u32 = 13;
 const SEGMENT_FLAG_UNMAP: u32 = 1;
 
 /// The last byte of every answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[repr(u8)]
 pub(crate) enum Status {
+    #[default]
     Ok = 0,
     IoErr = 1,
     Unsupported = 2,
@@ -77,7 +78,7 @@ pub(crate) struct Header {
 }
 
 impl Header {
-    pub(crate) fn parse(bytes: &[u8; HEADER_BYTES as usize]) -> Header {
+    pub(crate) fn parse(bytes: &[u8; HEADER_BYTES]) -> Header {
         let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = *bytes;
         let kind = match u32::from_le_bytes([t0, t1, t2, t3]) {
             TYPE_IN => Some(Kind::Read),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! What a disk makes of its requests, and carrying one out on the backend.
 
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use ebbtide_iothread::Local;
 use ebbtide_memory::{PinList, ReadGuard};
 
 use super::metrics::Counters;
-use super::prepare::{AnswerPlace, Job, Preparation, Work};
+use super::prepare::{AnswerPlace, Job, Preparation, Request, Spare, Work};
 use super::request::{ID_BYTES, Kind, Segments, Status, Terms};
 use crate::flights::Flights;
 use crate::service::{Answered, Begun, Service, Unanswerable};
@@ -37,89 +38,69 @@ pub(super) struct Requests {
     pub flushes: bool,
     /// Zeroed ranges may give space back.
     pub may_unmap: bool,
-}
-
-/// The right to the guest's memory, given up when the chain is given back.
-type Memory = (AnswerPlace, PinList);
-
-/// A request that the backend is done with.
-pub(super) struct Carried {
-    head: u16,
-    kind: Option<Kind>,
-    status: Status,
-    /// Bytes asked to be moved.
-    data_bytes: u32,
-    /// As many of them are in the driver's memory.
-    data_written: u32,
-    began: Instant,
-    memory: Memory,
+    pub spare: Spare,
+    /// The last time of a turn that was asked for, and what it is in the flights' nanoseconds.
+    pub turn: Cell<Option<(Instant, u64)>>,
 }
 
 impl Service for Requests {
-    type Job = (Job, Instant);
-    type Carried = Carried;
-    type Kept = Memory;
+    type Job = Job;
+    type Kept = Job;
 
     fn begin(
         &self,
         guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Begun<(Job, Instant), Memory>, Unanswerable> {
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, Job>, Unanswerable> {
+        let mut job = self.spare.take();
         let preparation = Preparation {
             terms: &self.terms,
             id: &self.id,
             guard,
         };
-        let prepared = preparation
-            .prepare(chain)
-            .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
-        if prepared.bad_memory {
-            self.counters.count(&self.counters.bad_memory);
+        let good_memory = preparation
+            .prepare(chain, &mut job)
+            .inspect_err(|_| self.counters.malformed.add(1))?;
+        if !good_memory {
+            self.counters.bad_memory.add(1);
         }
         self.counters.begin();
-        let (job, began) = (prepared.job, self.local.turn_time());
-        let Work::Answer { status, written } = job.work else {
-            self.flights.begin(self.queue, job.head, began, job.pins());
-            return Ok(Begun::Job((job, began)));
-        };
-        let moved = (status == Status::Ok).then_some(u64::from(written));
-        self.count(job.kind, moved, began);
+        let request = &mut *job.request;
+        request.began_ns = self.turn_ns();
+        if !matches!(request.work, Work::Done) {
+            let (head, began_ns) = (request.head, request.began_ns);
+            self.flights.begin(self.queue, head, began_ns, job.pins());
+            return Ok(Begun::Job(job));
+        }
+        self.count(request);
         Ok(Begun::Answered(Answered {
-            head: job.head,
-            written: job.answer.give(status, written),
-            kept: (job.answer, PinList::new()),
+            head: request.head,
+            written: 0,
+            kept: job,
         }))
     }
 
-    fn refuse(
-        &self,
-        guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Answered<Memory>, Unanswerable> {
+    fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Job>, Unanswerable> {
         let head = chain.head;
-        let answer = AnswerPlace::of(guard, chain)
-            .inspect_err(|_| self.counters.count(&self.counters.malformed))?;
-        self.counters.count(&self.counters.refused);
+        let mut job = self.spare.take();
+        job.request.answer =
+            AnswerPlace::of(guard, chain).inspect_err(|_| self.counters.malformed.add(1))?;
+        job.request.status = Status::IoErr;
+        job.request.written = 0;
+        self.counters.refused.add(1);
         Ok(Answered {
             head,
-            written: answer.give(Status::IoErr, 0),
-            kept: (answer, PinList::new()),
+            written: 0,
+            kept: job,
         })
     }
 
-    async fn carry_out(self: Rc<Self>, (job, began): (Job, Instant)) -> Carried {
-        let Job {
-            head,
-            kind,
-            data_bytes,
-            work,
-            answer,
-        } = job;
-        let reads = matches!(work, Work::Read { .. });
+    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<Job> {
+        let Job { mut request, data } = job;
         // Boxed, to keep the future of a read small: it is moved, and reads are most of what there is.
-        let (result, data) = match work {
-            Work::Read { offset, data } => self.disk.submit(Op::Read { offset }, data).await,
-            Work::Write { offset, data } => {
+        let (result, data) = match request.work {
+            Work::Read { offset } => self.disk.submit(Op::Read { offset }, data).await,
+            Work::Write { offset } => {
                 let (written, data) = self.disk.submit(Op::Write { offset }, data).await;
                 if written.is_ok() && !self.is_written_back() {
                     (Box::pin(self.flush()).await, data)
@@ -127,51 +108,59 @@ impl Service for Requests {
                     (written, data)
                 }
             }
-            other => (Box::pin(self.perform(other)).await, PinList::new()),
+            ref mut other => {
+                let work = std::mem::take(other);
+                (Box::pin(self.perform(work)).await, data)
+            }
         };
-        let status = match &result {
-            Ok(()) => Status::Ok,
-            Err(error) => status_of(error),
-        };
-        let data_written = if reads && result.is_ok() {
-            data_bytes
-        } else {
-            0
-        };
-        Carried {
-            head,
-            kind,
-            status,
-            data_bytes,
-            data_written,
-            began,
-            memory: (answer, data),
+        match &result {
+            Ok(()) if request.kind == Some(Kind::Read) => request.written = request.data_bytes,
+            Ok(()) => {}
+            Err(error) => request.status = status_of(error),
+        }
+        self.flights.end(self.queue, request.head);
+        self.count(&request);
+        Answered {
+            head: request.head,
+            written: 0,
+            kept: Job { request, data },
         }
     }
 
-    fn answer(&self, carried: &Carried) -> u32 {
-        let (answer, _) = &carried.memory;
-        answer.give(carried.status, carried.data_written)
+    fn write_answer(&self, answered: &mut Answered<Job>) {
+        let request = &answered.kept.request;
+        answered.written = request.answer.give(request.status, request.written);
     }
 
-    fn end(&self, carried: Carried) -> (u16, Memory) {
-        self.flights.end(self.queue, carried.head);
-        let moved = (carried.status == Status::Ok).then_some(u64::from(carried.data_bytes));
-        self.count(carried.kind, moved, carried.began);
-        (carried.head, carried.memory)
+    fn let_go(&self, kept: Job) {
+        self.spare.put(kept);
     }
 }
 
 impl Requests {
-    /// An answer is written; `moved` bytes of data, or `None`: it failed.
-    fn count(&self, kind: Option<Kind>, moved: Option<u64>, began: Instant) {
+    /// The answer of a request is known.
+    fn count(&self, request: &Request) {
         self.counters.end();
-        match kind {
+        match request.kind {
             Some(kind) => {
-                let latency = self.local.turn_time().saturating_duration_since(began);
-                self.counters.answered(kind, moved, latency);
+                let moved = (request.status == Status::Ok).then_some(request.data_bytes.into());
+                let latency_ns = self.turn_ns().saturating_sub(request.began_ns);
+                self.counters.answered(kind, moved, latency_ns);
             }
-            None => self.counters.count(&self.counters.unsupported),
+            None => self.counters.unsupported.add(1),
+        }
+    }
+
+    /// The time of this turn.
+    fn turn_ns(&self) -> u64 {
+        let now = self.local.turn_time();
+        match self.turn.get() {
+            Some((at, ns)) if at == now => ns,
+            _ => {
+                let ns = self.flights.ns(now);
+                self.turn.set(Some((now, ns)));
+                ns
+            }
         }
     }
 
@@ -180,7 +169,7 @@ impl Requests {
             Work::Flush => self.flush().await,
             Work::Discard(segments) => self.ranges(segments, false).await,
             Work::WriteZeroes(segments) => self.ranges(segments, true).await,
-            Work::Read { .. } | Work::Write { .. } | Work::Answer { .. } => Ok(()),
+            Work::Read { .. } | Work::Write { .. } | Work::Done => Ok(()),
         }
     }
 
@@ -238,6 +227,6 @@ mod tests {
     fn the_future_of_a_request_is_small() {
         // It is moved once for each request.
         let bytes = bytes_of_future(Requests::carry_out);
-        assert!(bytes <= 1024, "{bytes} bytes; job {}", size_of::<Job>());
+        assert!(bytes <= 256, "{bytes} bytes");
     }
 }

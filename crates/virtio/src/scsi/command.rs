@@ -90,26 +90,6 @@ pub(super) struct Job {
     task: Task,
 }
 
-/// What an answered command keeps: memory, then the unit, then its place among the tasks.
-pub(super) struct Kept {
-    _answer: AnswerPlace,
-    _data: Option<PinList>,
-    _hold: Option<Hold>,
-    _task: Option<Task>,
-}
-
-/// A command that the disk is done with.
-pub(super) struct Carried {
-    head: u16,
-    outcome: Outcome,
-    sizes: Sizes,
-    room: u32,
-    answer: AnswerPlace,
-    data: Option<PinList>,
-    hold: Hold,
-    task: Task,
-}
-
 impl Job {
     /// Its pins, for [`Flights::begin`](crate::flights::Flights::begin).
     fn pins(&self) -> impl Iterator<Item = (u8, Range<u64>)> {
@@ -124,10 +104,21 @@ impl Job {
     }
 }
 
+/// What an answered command keeps: memory, then the unit, then its place among the tasks.
+pub(super) struct Kept {
+    answer: AnswerPlace,
+    /// What is to be written there, and what it says of the data: how much there is room for.
+    unwritten: Option<(Outcome, u32, Sizes)>,
+    _data: Option<PinList>,
+    _hold: Option<Hold>,
+    _task: Option<Task>,
+}
+
 impl Kept {
     fn answer(answer: AnswerPlace) -> Kept {
         Kept {
-            _answer: answer,
+            answer,
+            unwritten: None,
             _data: None,
             _hold: None,
             _task: None,
@@ -202,10 +193,13 @@ type Judged = Result<(Action, u32, Hold, Address), Outcome>;
 
 impl Service for Commands {
     type Job = Job;
-    type Carried = Carried;
     type Kept = Kept;
 
-    fn begin(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
+    fn begin(
+        &self,
+        guard: &ReadGuard<'_>,
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, Kept>, Unanswerable> {
         let Opened {
             head,
             answer,
@@ -214,7 +208,7 @@ impl Service for Commands {
             readable,
             writable,
             room,
-        } = self.open(guard, chain)?;
+        } = self.open(guard, chain.take())?;
         let counters = &self.shared.counters;
         let mut tag = 0;
         let judged = match header {
@@ -236,11 +230,11 @@ impl Service for Commands {
                     task,
                 };
                 let flights = &self.shared.flights;
-                flights.begin(self.index, head, Instant::now(), job.pins());
+                flights.begin(self.index, head, flights.ns(Instant::now()), job.pins());
                 Ok(Begun::Job(job))
             }
             Err(outcome) => {
-                let written = self.give(&answer, outcome, room, sizes);
+                let written = self.answer(&answer, outcome, room, sizes);
                 Ok(Begun::Answered(Answered {
                     head,
                     written,
@@ -262,12 +256,12 @@ impl Service for Commands {
         let outcome = Outcome::response(Response::BadTarget);
         Ok(Answered {
             head,
-            written: self.give(&answer, outcome, room, sizes),
+            written: self.answer(&answer, outcome, room, sizes),
             kept: Kept::answer(answer),
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> Carried {
+    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<Kept> {
         let Job {
             head,
             answer,
@@ -288,52 +282,33 @@ impl Service for Commands {
             (Fate::Running, Err(sense)) => Outcome::check(sense),
             (Fate::Running, Ok(())) => Outcome::good(bytes, if reads { bytes } else { 0 }),
         };
-        Carried {
+        self.shared.flights.end(self.index, head);
+        self.shared.counters.end();
+        Answered {
             head,
-            outcome,
-            sizes,
-            room,
-            answer,
-            data,
-            hold,
-            task,
+            written: 0,
+            kept: Kept {
+                answer,
+                unwritten: Some((outcome, room, sizes)),
+                _data: data,
+                _hold: Some(hold),
+                _task: Some(task),
+            },
         }
     }
 
-    fn answer(&self, carried: &Carried) -> u32 {
-        let Carried {
-            answer,
-            outcome,
-            room,
-            sizes,
-            ..
-        } = carried;
-        self.give(answer, *outcome, *room, *sizes)
-    }
-
-    fn end(&self, carried: Carried) -> (u16, Kept) {
-        let Carried {
-            head,
-            answer,
-            data,
-            hold,
-            task,
-            ..
-        } = carried;
-        self.shared.flights.end(self.index, head);
-        self.shared.counters.end();
-        let kept = Kept {
-            _answer: answer,
-            _data: data,
-            _hold: Some(hold),
-            _task: Some(task),
-        };
-        (head, kept)
+    fn write_answer(&self, answered: &mut Answered<Kept>) {
+        let Kept {
+            answer, unwritten, ..
+        } = &mut answered.kept;
+        if let Some((outcome, room, sizes)) = unwritten.take() {
+            answered.written = self.answer(answer, outcome, room, sizes);
+        }
     }
 }
 
 impl Commands {
-    fn give(&self, place: &AnswerPlace, outcome: Outcome, room: u32, sizes: Sizes) -> u32 {
+    fn answer(&self, place: &AnswerPlace, outcome: Outcome, room: u32, sizes: Sizes) -> u32 {
         let Outcome {
             response,
             sense,

@@ -34,55 +34,39 @@ pub(super) struct Job {
     tag: u64,
 }
 
-/// A function that was carried out.
-pub(super) struct Carried {
-    head: u16,
-    answer: AnswerPlace,
-    response: Response,
-}
+/// What an answered request keeps: where its answer goes, and the one that is still to be written.
+pub(super) type Kept = (AnswerPlace, Option<Response>);
 
 impl Service for Controls {
     type Job = Job;
-    type Carried = Carried;
-    type Kept = AnswerPlace;
+    type Kept = Kept;
 
     fn begin(
         &self,
         guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Begun<Job, AnswerPlace>, Unanswerable> {
-        let counters = &self.shared.counters;
-        let begun = self
-            .parse(guard, chain)
-            .inspect_err(|_| counters.count(&counters.malformed))?;
+        chain: &mut Chain,
+    ) -> Result<Begun<Job, Kept>, Unanswerable> {
+        let begun = self.parse(guard, chain.take())?;
         if let Begun::Job(Job { head, answer, .. }) = &begun {
             let pins = answer.host_ranges().map(|range| (0, range));
             let flights = &self.shared.flights;
-            flights.begin(self.index, *head, Instant::now(), pins);
+            flights.begin(self.index, *head, flights.ns(Instant::now()), pins);
         }
         Ok(begun)
     }
 
-    fn refuse(
-        &self,
-        guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Answered<AnswerPlace>, Unanswerable> {
-        let counters = &self.shared.counters;
-        let begun = self
-            .parse(guard, chain)
-            .inspect_err(|_| counters.count(&counters.malformed))?;
-        Ok(match begun {
+    fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Kept>, Unanswerable> {
+        Ok(match self.parse(guard, chain)? {
             Begun::Answered(answered) => answered,
             Begun::Job(Job { head, answer, .. }) => Answered {
                 head,
                 written: answer.give(&[Response::BadTarget as u8], 0),
-                kept: answer,
+                kept: (answer, None),
             },
         })
     }
 
-    async fn carry_out(self: Rc<Self>, job: Job) -> Carried {
+    async fn carry_out(self: Rc<Self>, job: Job) -> Answered<Kept> {
         let Job {
             head,
             answer,
@@ -91,29 +75,24 @@ impl Service for Controls {
             tag,
         } = job;
         let response = self.manage(function, address, tag).await;
-        Carried {
+        self.shared.flights.end(self.index, head);
+        Answered {
             head,
-            answer,
-            response,
+            written: 0,
+            kept: (answer, Some(response)),
         }
     }
 
-    fn answer(&self, carried: &Carried) -> u32 {
-        carried.answer.give(&[carried.response as u8], 0)
-    }
-
-    fn end(&self, carried: Carried) -> (u16, AnswerPlace) {
-        self.shared.flights.end(self.index, carried.head);
-        (carried.head, carried.answer)
+    fn write_answer(&self, answered: &mut Answered<Kept>) {
+        let (answer, response) = &mut answered.kept;
+        if let Some(response) = response.take() {
+            answered.written = answer.give(&[response as u8], 0);
+        }
     }
 }
 
 impl Controls {
-    fn parse(
-        &self,
-        guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Begun<Job, AnswerPlace>, Unanswerable> {
+    fn parse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
         let Chain {
             head,
             readable,
@@ -226,10 +205,10 @@ impl Controls {
     }
 }
 
-fn at_once(head: u16, answer: AnswerPlace, bytes: &[u8]) -> Begun<Job, AnswerPlace> {
+fn at_once(head: u16, answer: AnswerPlace, bytes: &[u8]) -> Begun<Job, Kept> {
     Begun::Answered(Answered {
         head,
         written: answer.give(bytes, 0),
-        kept: answer,
+        kept: (answer, None),
     })
 }

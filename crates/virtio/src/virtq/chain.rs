@@ -24,12 +24,29 @@ pub struct Chain {
 }
 
 impl Chain {
-    pub(super) fn new(head: u16) -> Self {
+    pub(crate) fn new(head: u16) -> Self {
         Self {
             head,
             readable: Buffers::default(),
             writable: Buffers::default(),
         }
+    }
+
+    /// What it is; leaves an empty one.
+    pub(crate) fn take(&mut self) -> Chain {
+        std::mem::replace(self, Chain::new(self.head))
+    }
+
+    /// Becomes an empty one, without giving up memory.
+    pub(super) fn restart(&mut self, head: u16) {
+        let Self {
+            head: own,
+            readable,
+            writable,
+        } = self;
+        *own = head;
+        readable.clear();
+        writable.clear();
     }
 
     pub(super) fn push(&mut self, descriptor: &Descriptor) -> Result<(), QueueError> {
@@ -75,6 +92,13 @@ impl Buffers {
             self.list.push((gpa, length));
             self.total += length;
         }
+    }
+
+    fn clear(&mut self) {
+        let Self { list, total, seen } = self;
+        list.clear();
+        *total = 0;
+        *seen = false;
     }
 
     fn one((gpa, length): (Gpa, u32)) -> Buffers {
@@ -131,6 +155,45 @@ impl Buffers {
         }
         let front = self.split_front(keep)?;
         Some(std::mem::replace(self, front))
+    }
+
+    /// Takes the last byte away and returns where it is, or `None` when there is none.
+    pub(crate) fn pop_byte(&mut self) -> Option<Gpa> {
+        let (gpa, length) = self.list.last_mut()?;
+        *length -= 1;
+        // A buffer does not wrap (Chain::push).
+        let last = Gpa(gpa.0.wrapping_add(u64::from(*length)));
+        if *length == 0 {
+            self.list.pop();
+        }
+        self.total -= 1;
+        Some(last)
+    }
+
+    /// Takes the first bytes away and returns what they are, or `None` (and changes nothing) when there are fewer.
+    ///
+    /// # Errors
+    /// A buffer is not in readable guest RAM. They are taken away nevertheless.
+    pub(crate) fn read_front<const N: usize>(
+        &mut self,
+        guard: &ReadGuard<'_>,
+    ) -> Result<Option<[u8; N]>, AccessError> {
+        // As drivers mostly cut it: nothing is to be cut.
+        if let Some(&(gpa, length)) = self.list.first()
+            && length as usize == N
+        {
+            self.list.remove(0);
+            self.total -= length;
+            return guard.read(gpa).map(Some);
+        }
+        let mut bytes = [0; N];
+        let front = u32::try_from(N)
+            .ok()
+            .and_then(|count| self.split_front(count));
+        match front {
+            Some(front) => front.copy_to(guard, &mut bytes).map(|_| Some(bytes)),
+            None => Ok(None),
+        }
     }
 
     /// Copies bytes from the start of the list into `to`; returns how many there were, at most `to.len()`.

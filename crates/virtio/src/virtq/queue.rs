@@ -204,7 +204,22 @@ impl Queue {
     /// # Errors
     /// Anything the driver did wrong. The queue is broken from then on: every later call fails too.
     pub fn pop(&mut self, guard: &ReadGuard<'_>) -> Result<Option<Chain>, QueueError> {
-        self.guarded(|queue| queue.take(guard))
+        let mut chain = Chain::new(0);
+        let popped = self.pop_into(guard, &mut chain)?;
+        Ok(popped.then_some(chain))
+    }
+
+    /// As [`pop`](Self::pop), into a chain that is used again: for who takes many. False: there was none, and what `chain`
+    /// is now means nothing.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn pop_into(
+        &mut self,
+        guard: &ReadGuard<'_>,
+        chain: &mut Chain,
+    ) -> Result<bool, QueueError> {
+        self.guarded(|queue| queue.take(guard, chain))
     }
 
     /// Writes a used entry: the chain `head` is done and the device wrote `written` bytes, from the start of its
@@ -284,9 +299,9 @@ impl Queue {
         result
     }
 
-    fn take(&mut self, guard: &ReadGuard<'_>) -> Result<Option<Chain>, QueueError> {
+    fn take(&mut self, guard: &ReadGuard<'_>, chain: &mut Chain) -> Result<bool, QueueError> {
         if self.seen_avail == self.next_avail && !self.look_at_avail(guard)? {
-            return Ok(None);
+            return Ok(false);
         }
         let size = self.config.size;
         if self.in_flight() >= size {
@@ -305,9 +320,9 @@ impl Queue {
             size,
             indirect: self.indirect,
         };
-        let chain = table.chain(guard, head)?;
+        table.read(guard, head, chain)?;
         self.next_avail = self.next_avail.wrapping_add(1);
-        Ok(Some(chain))
+        Ok(true)
     }
 
     /// Reads the available index; true when chains are waiting.

@@ -517,6 +517,24 @@ fn impossible_saved_indices_are_refused() {
 }
 
 #[test]
+fn a_chain_that_is_used_again_keeps_nothing() {
+    let mut rings = Rings::new(0);
+    rings.direct(0, 0x8000, 3, NEXT, 1);
+    rings.direct(1, 0x9000, 4, WRITE, 0);
+    rings.direct(2, 0xa000, 5, 0, 0);
+    rings.make_available(&[0, 2], 2);
+    let guard = rings.space.read(&rings.reader);
+    let mut chain = Chain::new(7);
+    for head in [0, 2] {
+        assert!(rings.queue.pop_into(&guard, &mut chain).unwrap());
+        assert_eq!(chain.head, head);
+    }
+    assert_eq!(&chain.readable[..], [(Gpa(0xa000), 5)]);
+    assert_eq!((chain.writable.len(), chain.writable.total_len()), (0, 0));
+    assert!(!rings.queue.pop_into(&guard, &mut chain).unwrap());
+}
+
+#[test]
 fn buffers_split_anywhere() {
     let mut rings = Rings::new(0);
     rings.direct(0, 0x8000, 3, NEXT, 1);
@@ -561,6 +579,20 @@ fn buffers_split_anywhere() {
         );
     }
     assert!(whole.clone().split_front(9).is_none() && whole.clone().split_back(9).is_none());
+    let (mut front, mut none) = (whole.clone(), whole.clone());
+    assert_eq!(front.read_front(&guard).unwrap(), Some(*b"abc"));
+    assert_eq!(front.read_front(&guard).unwrap(), Some(*b"de"));
+    assert_eq!(text(&front), "fgh");
+    assert_eq!(none.read_front::<9>(&guard).unwrap(), None);
+    assert_eq!(text(&none), "abcdefgh");
+    assert_eq!(none.read_front(&guard).unwrap(), Some(*b"abcdefgh"));
+    let mut last = whole.clone();
+    for at in [0xa004, 0xa003, 0xa002, 0xa001, 0xa000, 0x8002] {
+        assert_eq!(last.pop_byte(), Some(Gpa(at)));
+    }
+    assert_eq!(text(&last), "ab");
+    assert!(last.pop_byte().is_some() && last.pop_byte().is_some());
+    assert_eq!((last.pop_byte(), last.total_len()), (None, 0));
     assert_eq!(whole.copy_from(&guard, b"ABCDEFGHI").unwrap(), 8);
     assert_eq!(text(&whole), "ABCDEFGH");
     assert_eq!(whole.copy_from(&guard, b"xy").unwrap(), 2);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Follows a chain of descriptors and checks every rule of 2.7.5.
 
-use ebbtide_memory::{AccessError, Gpa, GuestSlice, ReadGuard};
+use ebbtide_memory::{Access, AccessError, Gpa, GuestSlice, ReadGuard};
 
 use super::chain::Chain;
 use super::descriptor::Descriptor;
@@ -23,22 +23,26 @@ pub(super) struct Table<'g> {
 }
 
 impl Table<'_> {
-    /// The chain that starts at `head`.
-    pub(super) fn chain(&self, guard: &ReadGuard<'_>, head: u16) -> Result<Chain, QueueError> {
-        let mut chain = Chain::new(head);
+    /// Makes `chain` the one that starts at `head`.
+    pub(super) fn read(
+        &self,
+        guard: &ReadGuard<'_>,
+        head: u16,
+        chain: &mut Chain,
+    ) -> Result<(), QueueError> {
+        chain.restart(head);
         let mut index = head;
         // Every turn takes one descriptor; a chain that visits one twice runs out of turns.
         for taken in 1..=u32::from(self.size) {
             let descriptor = self.descriptor(index)?;
             if descriptor.is_indirect() {
                 self.check_indirect(&descriptor, head)?;
-                walk_indirect(guard, &descriptor, &mut chain, taken - 1, self.size)?;
-                return Ok(chain);
+                return walk_indirect(guard, &descriptor, chain, taken - 1, self.size);
             }
             chain.push(&descriptor)?;
             match descriptor.next() {
                 Some(next) => index = next,
-                None => return Ok(chain),
+                None => return Ok(()),
             }
         }
         Err(QueueError::ChainTooLong {
@@ -94,9 +98,15 @@ fn walk_indirect(
     let head = chain.head;
     let entries = length / Descriptor::SIZE_BYTES;
     let limit = MAX_INDIRECT_CHAIN.max(u32::from(queue_size));
+    // One translation for all, unless the table lies across regions.
+    let table = guard.slice(base, length as usize, Access::Read).ok();
     let mut index = 0u16;
     for _ in 0..entries.min(limit.saturating_sub(taken)) {
-        let descriptor = indirect_descriptor(guard, base, index)?;
+        let offset = usize::from(index) * Descriptor::SIZE_BYTES as usize;
+        let descriptor = match table.as_ref().map(|table| table.read(offset)) {
+            Some(Ok(descriptor)) => descriptor,
+            _ => indirect_descriptor(guard, base, index)?,
+        };
         if descriptor.is_indirect() {
             return Err(QueueError::IndirectNested { head });
         }
