@@ -147,8 +147,13 @@ impl Routes {
     fn give_back(&self, gsi: u32) {
         let mut table = self.lock();
         table.gsis.remove(&gsi);
-        // The entry itself goes with the next change of the table: nothing signals it any more.
-        table.messages.remove(&gsi);
+        // A guest that lost its device under its driver has not taken the message back.
+        if table.messages.remove(&gsi).is_some()
+            && let Err(error) = self.publish(&mut table)
+        {
+            // Nothing signals it any more; it goes with the next change of the table.
+            tracing::warn!(%error, gsi, "kvm keeps the message of an interrupt that is gone");
+        }
     }
 
     /// Sets the message of `gsi`, and whether it has one. On refusal it is left without.
