@@ -19,7 +19,7 @@ const IN_VAIN: Duration = Duration::from_secs(1);
 /// In which everything else is answered meanwhile, by an emulated machine.
 const MEANWHILE: Duration = Duration::from_millis(500);
 /// What the guest's memory is filled with, so that a write to it would be found.
-const FILLED: u64 = 320 * MIB;
+const FILLED: u64 = 704 * MIB;
 /// Reads of several processes at once, a part of the guest's memory for each.
 const READERS: &str = "for i in 0 1 2 3 4 5 6 7; do \
                        dd if=/dev/vda of=/dev/null bs=1M iflag=direct skip=$i count=16 < /dev/null > /dev/null 2>&1 & \
