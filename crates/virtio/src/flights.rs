@@ -4,7 +4,7 @@
 //! own, which nobody else takes but a reset.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,12 @@ struct Flight {
     since: AtomicU64,
     /// Of the request that was the last to begin. Kept when it has ended, for its room.
     pinned: Mutex<Vec<(u8, Range<u64>)>>,
+    /// It has more room than is kept.
+    long: AtomicBool,
 }
+
+/// Pins of a request for which room is kept: a guest decides how many there are.
+const ROOM_MAX: usize = 32;
 
 impl Flight {
     fn pinned(&self) -> MutexGuard<'_, Vec<(u8, Range<u64>)>> {
@@ -63,6 +68,9 @@ impl Flights {
             let mut pinned = flight.pinned();
             pinned.clear();
             pinned.extend(pins);
+            if pinned.capacity() > ROOM_MAX {
+                flight.long.store(true, Ordering::Relaxed);
+            }
             flight
                 .since
                 .store(at_ns.saturating_add(1), Ordering::Relaxed);
@@ -73,6 +81,10 @@ impl Flights {
     pub(crate) fn end(&self, queue: u16, head: u16) {
         if let Some(flight) = self.flight(queue, head) {
             flight.since.store(NONE, Ordering::Relaxed);
+            if flight.long.load(Ordering::Relaxed) {
+                *flight.pinned() = Vec::new();
+                flight.long.store(false, Ordering::Relaxed);
+            }
         }
     }
 
@@ -150,6 +162,18 @@ mod tests {
         flights.end(0, 3);
         flights.end(1, 1);
         assert_eq!(flights.in_flight(at(9)), InFlight::default());
+    }
+
+    #[test]
+    fn room_for_many_pins_is_given_back() {
+        let flights = Flights::new(&[1]);
+        let room = || flights.flight(0, 0).unwrap().pinned().capacity();
+        flights.begin(0, 0, 1, (0..4).map(|at| (0, at..at + 1)));
+        flights.end(0, 0);
+        assert!((4..=ROOM_MAX).contains(&room()));
+        flights.begin(0, 0, 1, (0..1024).map(|at| (0, at..at + 1)));
+        flights.end(0, 0);
+        assert_eq!(room(), 0);
     }
 
     #[test]

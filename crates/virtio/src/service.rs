@@ -226,7 +226,13 @@ impl<S: Service> Turns<S> {
     async fn until_closed(&self, rings: &mut Rings) -> Result<(), Fault> {
         let mut drained = pin!(self.gate.drained());
         while let Some(lease) = self.enter() {
+            // None: the machine was reset and did not wait for this; the queue lies in the memory of the next guest.
+            let Some(right) = rings.interrupt.answer() else {
+                self.leave(lease);
+                break;
+            };
             let turn = self.turn(rings);
+            drop(right);
             self.leave(lease);
             if let Turn::Busy = turn? {
                 self.local.yield_now().await;
@@ -355,7 +361,9 @@ impl<S: Service> Turns<S> {
         if done.is_empty() {
             return Ok(false);
         }
-        write_answers(&*self.inbox.service, &rings.interrupt, &mut done);
+        for answered in &mut *done {
+            self.inbox.service.write_answer(answered);
+        }
         for answered in &*done {
             rings
                 .queue
@@ -368,19 +376,6 @@ impl<S: Service> Turns<S> {
         }
         drop(done);
         Ok(rings.queue.needs_interrupt(guard)?)
-    }
-}
-
-/// Writes the answers of all that is `done`, unless the machine was reset meanwhile without waiting for it.
-fn write_answers<S: Service>(
-    service: &S,
-    interrupt: &QueueInterrupt,
-    done: &mut [Answered<S::Kept>],
-) {
-    if let Some(_right) = interrupt.answer() {
-        for answered in done {
-            service.write_answer(answered);
-        }
     }
 }
 
@@ -485,7 +480,12 @@ impl<S: Service> Underway<S> {
         poll_fn(|cx| {
             self.table.poll_woken(Some(cx.waker()), &mut done);
             if !done.is_empty() {
-                write_answers(&*self.service, interrupt, &mut done);
+                // None: the machine was reset meanwhile without waiting for them.
+                if let Some(_right) = interrupt.answer() {
+                    for answered in &mut done {
+                        self.service.write_answer(answered);
+                    }
+                }
                 done.clear();
             }
             if self.table.len() > 0 {

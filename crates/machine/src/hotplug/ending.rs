@@ -2,12 +2,16 @@
 //! Devices at a reset and at the end of the machine. The vCPUs are parked.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use ebbtide_device::{NodeId, Phase};
 use ebbtide_virtio::PinnedList;
 
 use super::Devices;
 use super::pci::Removable;
+
+/// What is only amid a turn of its queue has ended that by then, and is not called stuck.
+const TURN: Duration = Duration::from_secs(1);
 
 /// A device whose requests did not end in time.
 pub(crate) struct Stuck {
@@ -74,7 +78,7 @@ impl Devices {
             };
             working.filter_map(drain).collect()
         };
-        let deadline = self.local.now() + self.drain_timeout;
+        let deadline = self.local.now() + self.drain_timeout.max(TURN);
         let mut stuck = Vec::new();
         for (device, drained) in drains {
             let left = deadline.saturating_duration_since(self.local.now());

@@ -60,6 +60,11 @@ pub(crate) async fn add(devices: &Devices, args: NetdevAdd) -> Result<(), QmpErr
         }
     };
     // Another client may have taken the id meanwhile.
+    if let Err(error) = devices.netdevs().check_name(&id) {
+        // Closing may block: a process is waited for.
+        devices.blocking().run(move || drop(netdev)).await;
+        return Err(taken(error));
+    }
     devices.netdevs().add(&id, netdev).map_err(taken)
 }
 

@@ -6,6 +6,7 @@
 //! is a file's or the host has none, the reset waits. Why so: docs/decisions/reset.md.
 
 use std::ops::Range;
+use std::pin::pin;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ const SETTLE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_millis(5);
 /// The same for a reset that waits: what takes so long may take a little longer.
 const LATE_LOOK: Duration = Duration::from_millis(50);
+/// Memory that could not be freed is tried again after this.
+const FREE_AGAIN: Duration = Duration::from_secs(1);
 /// How often it is told at most that a reset waits.
 const NAME_AT_LEAST: Duration = Duration::from_secs(1);
 
@@ -109,6 +112,8 @@ impl Parting<'_> {
     /// Sees to it that no memory of `places`, or any other that a guest may see, is in use; nothing begins to use it. Some:
     /// the VM is to end, and it is not so.
     async fn part(&self, places: &[&dyn Place]) -> Option<ShutdownCause> {
+        // Who was looking something up when the gates closed has pinned it by now.
+        self.memory.grace().await;
         self.settled().await;
         for place in places {
             let Some(old) = place.block().filter(|block| block.pins() > 0) else {
@@ -167,8 +172,8 @@ impl Parting<'_> {
     /// Gives the next guest new memory at `place`.
     async fn renew(&self, place: &dyn Place, old: &Arc<RamBlock>) -> Result<(), String> {
         let (memory, block) = (Arc::clone(self.memory), Arc::clone(old));
-        let made = self.blocking.run(move || memory.ram().renew(&block)).await;
-        let new = made.map_err(|e| e.to_string())?;
+        let made = self.run(old, move || memory.ram().renew(&block)).await;
+        let new = made.ok_or("the VM ends")?.map_err(|e| e.to_string())?;
         let ticket = match place.replace(&new) {
             Ok(ticket) => ticket,
             Err(reason) => {
@@ -180,12 +185,15 @@ impl Parting<'_> {
             }
         };
         ticket.reached(Phase::Draining).await;
-        let known = known_pins(old, self.pinned);
+        let known = self.known_pins(old).await;
         let job = move || {
             let kept = known.map(|ranges| ticket.free_but(&ranges));
             (ticket, kept, new.prefault())
         };
-        let (ticket, kept, filled) = self.blocking.run(job).await;
+        let Some((ticket, kept, filled)) = self.run(old, job).await else {
+            // The old memory goes with the process.
+            return Ok(());
+        };
         self.give_back(ticket);
         // What is not known to be free is kept.
         let kept = kept.unwrap_or_else(|| Ok(old.size_bytes()));
@@ -204,25 +212,72 @@ impl Parting<'_> {
         Ok(())
     }
 
+    /// Runs what may block, for memory `old`; `None` when the VM is to end before it has.
+    async fn run<T: Send + 'static>(
+        &self,
+        old: &RamBlock,
+        job: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let mut done = pin!(self.blocking.run(job));
+        let mut next = self.local.now() + self.patience;
+        loop {
+            if let Ok(done) = self.local.timeout(LATE_LOOK, done.as_mut()).await {
+                return Some(done);
+            }
+            if (self.ending)().is_some() {
+                return None;
+            }
+            let now = self.local.now();
+            if now >= next {
+                tracing::warn!("the reset waits for new memory for {}", old.name());
+                next = now + self.patience;
+            }
+        }
+    }
+
+    /// [`known_pins`], asked again for a moment: a request that ends may not have let go yet.
+    async fn known_pins(&self, old: &RamBlock) -> Option<Vec<Range<u64>>> {
+        let until = self.local.now() + SETTLE;
+        loop {
+            let known = known_pins(old, self.pinned);
+            if known.is_some() || self.local.now() >= until {
+                return known;
+            }
+            self.local.sleep(LOOK).await;
+        }
+    }
+
     /// Frees memory when nobody uses it any more.
     fn give_back(&self, ticket: Ticket) {
         let blocking = Arc::downgrade(self.blocking);
+        let local = self.local.clone();
         self.local
-            .spawn(free_when_drained(ticket, blocking))
+            .spawn(free_when_drained(ticket, local, blocking))
             .detach();
     }
 }
 
-async fn free_when_drained(ticket: Ticket, blocking: Weak<Blocking>) {
+async fn free_when_drained(mut ticket: Ticket, local: Local, blocking: Weak<Blocking>) {
     let name = ticket.block().name().to_owned();
-    ticket.drained().await;
-    // With the machine its memory goes anyway.
-    let Some(blocking) = blocking.upgrade() else {
-        return;
-    };
-    match blocking.run(move || ticket.destroy()).await {
-        Ok(()) => tracing::info!("memory {name}: what was kept for the last guest is free"),
-        Err((_kept, error)) => tracing::error!("{error}"),
+    loop {
+        ticket.drained().await;
+        // With the machine its memory goes anyway.
+        let Some(blocking) = blocking.upgrade() else {
+            return;
+        };
+        match blocking.run(move || ticket.destroy()).await {
+            Ok(()) => {
+                tracing::info!("memory {name}: what was kept for the last guest is free");
+                return;
+            }
+            // Part of it is being given to the guest or taken from it, which nobody gave up.
+            Err((kept, error)) => {
+                tracing::debug!("{error}");
+                ticket = kept;
+            }
+        }
+        drop(blocking);
+        local.sleep(FREE_AGAIN).await;
     }
 }
 

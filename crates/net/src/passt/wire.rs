@@ -79,7 +79,9 @@ pub(super) fn ask(
         return Err(io::ErrorKind::OutOfMemory.into());
     }
     let parts = [IoSlice::new(&bytes)];
-    retry_on_intr(|| sendmsg(control, &parts, &mut ancillary, SendFlags::NOSIGNAL))?;
+    // One that hangs does not take its messages any more; who asks must not hang, too.
+    let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+    retry_on_intr(|| sendmsg(control, &parts, &mut ancillary, flags))?;
     Ok(())
 }
 

@@ -197,6 +197,8 @@ impl Preparation<'_, '_> {
             }
             Err(Failure::Memory) => {
                 request.status = Status::IoErr;
+                // What was pinned of it has gone; a list that the guest made long is not kept for the next request.
+                **data = PinList::new();
                 (Work::Done, false)
             }
         };

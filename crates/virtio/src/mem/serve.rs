@@ -118,9 +118,15 @@ impl Service {
                 self.device.abandon(&judged, self.local.now());
                 break;
             };
+            // None: the machine was reset and did not wait for this; the queue lies in the memory of the next guest.
+            let Some(right) = queue.interrupt.answer() else {
+                self.device.abandon(&judged, self.local.now());
+                break;
+            };
             self.device
                 .finish(&judged, answer, setback, self.local.now());
             self.answer(queue, &received, answer)?;
+            drop(right);
             // A driver that always has another request must not keep the thread's other tasks out.
             self.local.yield_now().await;
         }

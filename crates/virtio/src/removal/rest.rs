@@ -75,7 +75,7 @@ pub(crate) struct Look {
     pub jobs: usize,
 }
 
-/// Has `look` answer what is in the queue, if its device is being removed, again and again until nothing comes any more;
+/// Has `look`, which is called with the right to answer, answer what is in the queue, if its device is being removed, again and again until nothing comes any more;
 /// also before a pause is over when `poll_news` says so. After a reset the queue is not touched.
 pub(crate) async fn answer_rest<E>(
     local: &Local,
@@ -92,7 +92,12 @@ pub(crate) async fn answer_rest<E>(
     while interrupt.is_active() {
         // Before the look, which then sees all there will ever be.
         let last = interrupt.driver_has_let_go();
+        // None: the machine was reset, and the queue lies in the memory of the next guest.
+        let Some(right) = interrupt.answer() else {
+            break;
+        };
         let Look { chains, jobs } = look()?;
+        drop(right);
         if last && chains == 0 && jobs == 0 {
             break;
         }
