@@ -311,15 +311,20 @@ fn node_gone(vmm: &mut Vmm, name: &str) -> Result<()> {
 
 /// Writes and verifies, and goes on with that. Something has been written when this returns.
 pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
-    let guest = vmm.guest();
-    guest.disk_start(DiskStart {
+    let (guest, begun) = (vmm.guest(), Instant::now());
+    let start = || DiskStart {
         path: path.into(),
         seed: 7,
         verify: true,
         pause_us: 0,
         span_bytes: 0,
-    })?;
-    let begun = Instant::now();
+    };
+    // Its name is there a moment before it can be opened: ENXIO until then.
+    while let Err(error) = guest.disk_start(start()) {
+        let early = format!("{error:#}").contains("(os error 6)");
+        ensure!(early && begun.elapsed() < GUEST, "{error:#}");
+        std::thread::sleep(LOOK);
+    }
     loop {
         let verify = Command::DiskVerify { path: path.into() };
         let status: DiskStatus = guest.call(verify, STEP_LIMIT)?;
