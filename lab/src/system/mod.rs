@@ -176,12 +176,12 @@ const SCENARIOS: &[Scenario] = &[
         topology::built,
     ),
     one(
-        Series::V6_12,
+        Series::V6_1,
         "a switch goes while its child drains",
         topology::nested,
     ),
     one(
-        Series::V6_12,
+        Series::V6_1,
         "an adapter goes amid a long read",
         topology::adapter,
     ),
