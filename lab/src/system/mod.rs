@@ -127,7 +127,12 @@ const SCENARIOS: &[Scenario] = &[
         mistakes::files,
     ),
     scenario("boot", boot::processors),
-    scenario("grow and shrink with a pattern", resize::rounds),
+    // The demo does so on 6.1.
+    one(
+        Series::V6_12,
+        "grow and shrink with a pattern",
+        resize::rounds,
+    ),
     scenario("targets at random", resize::random_targets),
     scenario(
         "memory grows beside held requests",
@@ -143,7 +148,11 @@ const SCENARIOS: &[Scenario] = &[
     scenario("devices come and go behind a port", hotplug::native),
     scenario("an id, a slot and a node are used again", hotplug::reuse),
     scenario("a disk goes by force while it works", hotplug::forced),
-    scenario("a dead disk goes by force", hotplug::quarantined),
+    one(
+        Series::V6_1,
+        "a dead disk goes by force",
+        hotplug::quarantined,
+    ),
     one(
         Series::V6_12,
         "devices of each kind go by force",

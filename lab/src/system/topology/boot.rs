@@ -16,7 +16,7 @@ use crate::vmm::Vmm;
 /// Time from one to the next in the long form.
 const STEP: Duration = Duration::from_millis(100);
 /// Moments in the short form, over the whole boot.
-const MOMENTS: u32 = 4;
+const MOMENTS: u32 = 3;
 /// A guest that did not listen yet is asked again this much later.
 const AGAIN: Duration = Duration::from_secs(1);
 
