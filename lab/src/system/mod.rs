@@ -190,7 +190,7 @@ const SCENARIOS: &[Scenario] = &[
         topology::nested,
     ),
     one(
-        Series::V6_1,
+        Series::V6_12,
         "an adapter goes amid a long read",
         topology::adapter,
     ),
