@@ -71,13 +71,7 @@ pub fn waited_for(ground: &Ground) -> Result<()> {
 
     let waiting = Waiting::begin(&socket, json!({"id": "d0", "phase": "deleted"}))?;
     for _ in 0..20 {
-        let begun = Instant::now();
-        vmm.qmp().execute("query-status", Value::Null)?;
-        ensure!(
-            begun.elapsed() < MEANWHILE,
-            "query-status took {:?}",
-            begun.elapsed()
-        );
+        answers_meanwhile(&mut vmm)?;
     }
     ensure!(!waiting.is_over(), "the wait is over before the drain");
     refused(&mut vmm, "x-ebbtide-fault-release", "m0", "holds nothing")?;
@@ -221,6 +215,18 @@ pub fn awaited(ground: &Ground) -> Result<()> {
     Ok(())
 }
 
+/// The monitor answers one who does not wait.
+fn answers_meanwhile(vmm: &mut Vmm) -> Result<()> {
+    let begun = Instant::now();
+    vmm.qmp().execute("query-status", Value::Null)?;
+    ensure!(
+        begun.elapsed() < MEANWHILE,
+        "query-status took {:?}",
+        begun.elapsed()
+    );
+    Ok(())
+}
+
 /// The `count`-th reset does not end, and everything else is answered.
 fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
     const SAID: &str = "the reset waits for requests of the last guest in memory ram, for 0 s";
@@ -230,13 +236,7 @@ fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
         std::thread::sleep(LOOK);
     }
     for _ in 0..20 {
-        let begun = Instant::now();
-        vmm.qmp().execute("query-status", Value::Null)?;
-        ensure!(
-            begun.elapsed() < MEANWHILE,
-            "query-status took {:?}",
-            begun.elapsed()
-        );
+        answers_meanwhile(vmm)?;
         std::thread::sleep(LOOK);
     }
     ensure!(
