@@ -48,7 +48,7 @@ pub struct SystemOptions {
     /// Full length instead of the short form
     #[arg(long)]
     long: bool,
-    /// Only scenarios whose name contains this
+    /// Only the scenario of this name, or those whose name contains it
     #[arg(long)]
     only: Option<String>,
 }

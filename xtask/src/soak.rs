@@ -10,7 +10,7 @@ pub struct SoakArgs {
     /// Debian kernel to boot: 6.1 or 6.12; both if not given
     #[arg(long)]
     kernel: Option<String>,
-    /// Run only scenarios whose name contains this
+    /// Run only the scenario of this name, or those whose name contains it
     #[arg(long)]
     only: Option<String>,
 }

@@ -38,8 +38,17 @@ pub fn cycles(ground: &Ground) -> Result<()> {
             continue;
         }
         let cycles = if ground.long { CYCLES.1 } else { CYCLES.0 };
+        let begun = Instant::now();
         come_and_go(&mut vmm, model, None, cycles).with_context(|| model.driver.to_owned())?;
         clean_kernel_log(&mut vmm).with_context(|| model.driver.to_owned())?;
+        if ground.long {
+            // Half an hour in all: what has been done is shown on the way.
+            let (driver, seconds) = (model.driver, begun.elapsed().as_secs());
+            println!(
+                "{:<5} {driver}: {cycles} cycles in {seconds} s",
+                ground.series
+            );
+        }
     }
     finish(vmm)
 }

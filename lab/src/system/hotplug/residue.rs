@@ -26,7 +26,9 @@ pub struct Residue {
     maps: usize,
     /// The memory maps, flat: RAM slots, registers, ioeventfds.
     regions: String,
-    blocks: String,
+    /// The RAM blocks, in order: what each is called, its size, and whether it can be written. A reset that a request
+    /// outlasts puts another in its place, elsewhere.
+    blocks: Vec<String>,
     /// What KVM has: memory slots, ioeventfds, irqfds, messages.
     kvm: Value,
 }
@@ -60,7 +62,7 @@ impl Residue {
             threads: names(&format!("{process}/task"))?,
             maps,
             regions,
-            blocks,
+            blocks: in_any_place(&blocks)?,
             kvm,
         })
     }
@@ -96,12 +98,38 @@ impl Residue {
         );
         ensure!(
             *blocks == later.blocks,
-            "RAM blocks:\n{blocks}\nthen\n{}",
+            "RAM blocks: {blocks:#?}, then {:#?}",
             later.blocks
         );
         ensure!(*kvm == later.kvm, "KVM has {kvm}, then {}", later.kvm);
         Ok(())
     }
+}
+
+/// The lines of `info ramblock` without where each block is, in order.
+fn in_any_place(table: &str) -> Result<Vec<String>> {
+    let mut lines = table.lines();
+    let head = lines.find(|line| line.contains("Block Name"));
+    let columns = head.context("info ramblock has no head")?;
+    // "Block Name" is one column of two words.
+    let columns: Vec<&str> = columns.split_whitespace().skip(1).collect();
+    let mut blocks = Vec::new();
+    for line in lines {
+        // A page size is two words: "4 KiB".
+        let line = line
+            .replace(" KiB", "KiB")
+            .replace(" MiB", "MiB")
+            .replace(" GiB", "GiB");
+        let mut shown = Vec::new();
+        for (column, word) in columns.iter().zip(line.split_whitespace()) {
+            if !["Offset", "HVA"].contains(column) {
+                shown.push(format!("{column} {word}"));
+            }
+        }
+        blocks.push(shown.join(", "));
+    }
+    blocks.sort();
+    Ok(blocks)
 }
 
 /// What the descriptors of a process are, numbers of sockets and pipes left out.
