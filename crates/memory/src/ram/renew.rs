@@ -20,7 +20,8 @@ use crate::Error;
 impl RamList {
     /// Makes a block as `old` was made: of its name, size, backing and policy, with nothing in it, or plugged. It is for the same
     /// place in the map; `old`, which goes, is found by the name no more. Memory is allocated as it is touched, or by
-    /// [`RamBlock::prefault`] once `old` has given back what it can; huge pages of the host's pool are taken now.
+    /// [`RamBlock::prefault`] once `old` has given back what it can; huge pages of the host's pool are taken now. A client of
+    /// the dirty log that was started for `old` alone is not on for it.
     ///
     /// # Errors
     /// As [`RamList::add_with`]; `BadSpec` for one that is made from a file, which means something to others, or whose
