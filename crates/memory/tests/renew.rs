@@ -363,6 +363,31 @@ fn what_others_have_mapped_or_may_not_lose_is_kept_whole() {
     ticket.destroy().map_err(|(_, error)| error).unwrap();
 }
 
+#[test]
+fn what_is_in_a_file_stays_there() {
+    let directory = tempfile::tempdir().unwrap();
+    for (share, kept) in [(true, SIZE), (false, PAGE)] {
+        let path = directory.path().join(format!("ram-{share}"));
+        fs::write(&path, vec![0x55; SIZE as usize]).unwrap();
+        let machine = Machine::new(Backing::File {
+            path: path.clone(),
+            share,
+            readonly: false,
+        });
+        let before = fs::read(&path).unwrap();
+        assert_eq!(before[9 * PAGE as usize], if share { 9 } else { 0x55 });
+        let stuck = machine.pin(0..PAGE, Access::Write);
+        let ticket = machine.memory.update(|t| t.unplug(&machine.shown)).unwrap();
+        assert!(ticket.wait(Phase::Draining, LONG));
+        assert_eq!(ticket.free_but(&[stuck.host_range()]).unwrap(), kept);
+        assert!(fs::read(&path).unwrap() == before, "share {share}");
+        drop(stuck);
+        assert!(ticket.wait(Phase::Drained, LONG));
+        ticket.destroy().map_err(|(_, error)| error).unwrap();
+        assert!(fs::read(&path).unwrap() == before, "share {share}");
+    }
+}
+
 /// What a notifier of the list has heard.
 #[derive(Clone, Default)]
 struct Heard(Arc<Mutex<Vec<(bool, u64, u64)>>>);

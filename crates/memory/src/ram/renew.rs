@@ -69,6 +69,10 @@ impl RamBlock {
     /// block.
     pub(crate) fn free_but(&self, kept: &[Range<u64>]) -> Result<u64, Error> {
         let size = self.size_bytes();
+        if self.is_file() && self.is_shared() {
+            // Its pages are the file's contents, which stay when the block goes.
+            return Ok(size);
+        }
         let kept = whole_pages(kept, self.page_size_bytes(), size);
         let free = || {
             let mut next = 0;
