@@ -124,7 +124,6 @@ fn entry(start: u64, last: u64, name: &str, offset: u64) -> (u64, u64, String, u
     (start, last + 1, name.to_owned(), offset)
 }
 
-/// The map that QEMU's docs/devel/memory.rst takes as its example.
 #[test]
 fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
     let memory = Memory::new(MemoryConfig {
@@ -138,6 +137,7 @@ fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
     assert!(text.contains(line), "{text}");
 }
 
+/// The map that QEMU's docs/devel/memory.rst takes as its example.
 #[test]
 fn the_example_map_of_the_qemu_documentation() {
     let memory = memory(ARENA);
