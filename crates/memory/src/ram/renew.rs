@@ -50,7 +50,8 @@ impl RamList {
 impl RamBlock {
     /// How many pins there are on it: never too few, and exactly as many once nobody can take or let go of any.
     pub fn pins(&self) -> u64 {
-        self.grace().hub().outstanding(self.slot(), &[0, 1])
+        let pins = self.grace().hub().outstanding(self.slot(), &[0, 1]);
+        if self.is_gone() { 0 } else { pins }
     }
 
     /// Allocates all of it, if it was made to have that: for one that was [renewed](RamList::renew). Takes as long as the
