@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! New memory for the next guest while devices use that of the last one.
 #![cfg(not(loom))]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "lists of ranges, some of one"
+)]
 
 use std::fs;
 use std::ops::Range;
