@@ -140,7 +140,8 @@ impl Memory {
     /// Makes an address space that shows `root` and what is put below it.
     ///
     /// # Errors
-    /// `Foreign` when `root` belongs to another memory, `Reentrant` from a listener.
+    /// `Foreign` when `root` belongs to another memory, `Reentrant` from a listener; `Unplugged` when
+    /// it would show RAM on its way out.
     pub fn address_space(
         self: &Arc<Self>,
         name: &str,
@@ -148,7 +149,7 @@ impl Memory {
     ) -> Result<Arc<AddressSpace>, Error> {
         self.bind(root)?;
         let mut tree = self.lock_tree()?;
-        let id = tree.tree.add_space(name, root);
+        let id = tree.tree.add_space(name, root)?;
         let Some(state) = tree.tree.space(id) else {
             return Err(Error::Foreign(name.to_owned()));
         };
