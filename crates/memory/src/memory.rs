@@ -13,7 +13,7 @@ use crate::reader::barrier::Barrier;
 use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
-use crate::tree::Tree;
+use crate::tree::{RegionKind, Tree};
 use crate::turns::{Turn, Turns};
 use crate::{
     AddressSpace, DirtyLog, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction,
@@ -221,10 +221,13 @@ impl Memory {
         &self.sweeper
     }
 
-    /// Makes `region` part of this memory, or refuses when it is part of another.
+    /// Makes `region` part of this memory, and what it is an alias of, or refuses when it is part of another.
     pub(crate) fn bind(&self, region: &Region) -> Result<(), Error> {
         if let Some(block) = region.ram_block() {
             self.check_block(block)?;
+        }
+        if let RegionKind::Alias { target, .. } = region.kind() {
+            self.bind(target)?;
         }
         region.bind(self.id)
     }

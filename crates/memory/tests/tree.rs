@@ -528,6 +528,25 @@ fn misuse_is_refused_by_name() {
         error(&|t| t.add(&root, &foreign, 0, 0)),
         "RAM block foreign belongs to another memory"
     );
+    let window = Region::alias("window", &foreign, 0, 0x1000);
+    let deep = Region::alias("deep", &window, 0, 0x1000);
+    assert_eq!(
+        error(&|t| t.add(&root, &deep, 0x2000, 0)),
+        "RAM block foreign belongs to another memory"
+    );
+    let theirs = Region::container("theirs", 0x1000);
+    other.update(|t| t.add(&theirs, &foreign, 0, 0)).unwrap();
+    let window = Region::alias("window", &theirs, 0, 0x1000);
+    assert_eq!(
+        error(&|t| t.add(&root, &window, 0x2000, 0)),
+        "region theirs belongs to another memory"
+    );
+    assert!(memory.address_space("x", &window).is_err());
+    // Where it belongs it can still go.
+    other
+        .update(|t| t.add(&theirs, &mmio("x", 8), 0, 1))
+        .unwrap();
+    assert!(other.address_space("y", &window).is_ok());
     assert!(other.address_space("x", &root).is_err());
     let nested = memory.update(|_| memory.update(|_| Ok(()))).unwrap_err();
     assert_eq!(
