@@ -63,10 +63,11 @@ struct Row {
 }
 
 impl Row {
-    /// Whether the budget was kept; nothing for a row that has none.
+    /// Whether it is as fast as the peer, and the budget was kept; nothing for a row that has neither to keep.
     fn verdict(&self) -> String {
-        if let Some(ratio) = self.ratio {
-            return match (self.ratio_min, self.ratio_max) {
+        let ratio = self
+            .ratio
+            .map(|ratio| match (self.ratio_min, self.ratio_max) {
                 (Some(min), _) if ratio < min => {
                     format!("MISSED: {ratio:.2} of the peer, below {min}")
                 }
@@ -75,13 +76,13 @@ impl Row {
                 }
                 (None, None) => format!("{ratio:.2} of the peer"),
                 _ => format!("ok: {ratio:.2} of the peer"),
-            };
-        }
-        match self.budget {
-            None => String::new(),
-            Some(budget) if self.max < budget => format!("ok: {:.2} < {budget}", self.max),
-            Some(budget) => format!("MISSED: {:.2}, not below {budget}", self.max),
-        }
+            });
+        let budget = self.budget.map(|budget| match self.max < budget {
+            true => format!("ok: {:.2} < {budget}", self.max),
+            false => format!("MISSED: {:.2}, not below {budget}", self.max),
+        });
+        let both = ratio.into_iter().chain(budget);
+        both.collect::<Vec<_>>().join("; ")
     }
 }
 
@@ -203,6 +204,10 @@ mod tests {
             ),
             ("\"ratio\":0.8,\"ratio_max\":0.8", "ok: 0.80 of the peer"),
             ("\"ratio\":2.0", "2.00 of the peer"),
+            (
+                "\"ratio\":0.14,\"ratio_max\":1.0,\"budget\":2",
+                "ok: 0.14 of the peer; MISSED: 2.00, not below 2",
+            ),
         ] {
             let row = row.replace("\"max\":2", &format!("\"max\":2,{bounds}"));
             assert_eq!(parse(&row).unwrap()[0].verdict(), expected);

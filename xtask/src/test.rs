@@ -36,7 +36,7 @@ const LAYERS: &[Layer] = &[
     },
     Layer {
         name: "models",
-        what: "concurrency models with their seeded bugs, beside the torture of the memory core",
+        what: "concurrency models with their seeded bugs, beside the torture of the memory core, also under AddressSanitizer",
         run: models_and_torture,
     },
     Layer {
@@ -82,7 +82,7 @@ fn unit() -> Result<()> {
 /// Neither minds to be slow, as other tests do: they run side by side.
 fn models_and_torture() -> Result<()> {
     std::thread::scope(|scope| {
-        let torture = scope.spawn(|| torture::run(&torture::TortureArgs::default()));
+        let torture = scope.spawn(torture::run_both);
         let models = models::run(&models::ModelsArgs::default());
         let torture = torture
             .join()

@@ -45,6 +45,27 @@ impl Default for TortureArgs {
     }
 }
 
+/// What it takes under AddressSanitizer besides.
+const ASAN_SECONDS: u32 = 20;
+
+/// The torture in the test of the whole tree: as it is, and under AddressSanitizer where the compiler comes with that.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_both() -> Result<()> {
+    run(&TortureArgs::default())?;
+    if let Err(error) = check_asan() {
+        println!("torture under AddressSanitizer is left out: {error:#}");
+        return Ok(());
+    }
+    println!("torture under AddressSanitizer:");
+    run(&TortureArgs {
+        seconds: ASAN_SECONDS,
+        asan: true,
+        ..TortureArgs::default()
+    })
+}
+
 /// Builds the torture, runs it, prints the summary.
 ///
 /// # Errors

@@ -13,7 +13,7 @@ use crate::reader::barrier::Barrier;
 use crate::reader::row::make_token;
 use crate::reader::wake::Level;
 use crate::sweeper::Sweeper;
-use crate::tree::Tree;
+use crate::tree::{RegionKind, Tree};
 use crate::turns::{Turn, Turns};
 use crate::{
     AddressSpace, DirtyLog, DiscardRules, Error, RamBlock, RamList, Reader, Region, Transaction,
@@ -140,7 +140,8 @@ impl Memory {
     /// Makes an address space that shows `root` and what is put below it.
     ///
     /// # Errors
-    /// `Foreign` when `root` belongs to another memory, `Reentrant` from a listener.
+    /// `Foreign` when `root` belongs to another memory, `Reentrant` from a listener; `Unplugged` when
+    /// it would show RAM on its way out.
     pub fn address_space(
         self: &Arc<Self>,
         name: &str,
@@ -148,7 +149,7 @@ impl Memory {
     ) -> Result<Arc<AddressSpace>, Error> {
         self.bind(root)?;
         let mut tree = self.lock_tree()?;
-        let id = tree.tree.add_space(name, root);
+        let id = tree.tree.add_space(name, root)?;
         let Some(state) = tree.tree.space(id) else {
             return Err(Error::Foreign(name.to_owned()));
         };
@@ -220,10 +221,13 @@ impl Memory {
         &self.sweeper
     }
 
-    /// Makes `region` part of this memory, or refuses when it is part of another.
+    /// Makes `region` part of this memory, and what it is an alias of, or refuses when it is part of another.
     pub(crate) fn bind(&self, region: &Region) -> Result<(), Error> {
         if let Some(block) = region.ram_block() {
             self.check_block(block)?;
+        }
+        if let RegionKind::Alias { target, .. } = region.kind() {
+            self.bind(target)?;
         }
         region.bind(self.id)
     }

@@ -433,7 +433,9 @@ impl Ticket {
     ///
     /// The core counts pins and does not know what they are on: it is the caller who has to name all of it. A page that
     /// is missing from `pinned` is lost to whoever reads it, as a device that carries out a guest's write; what is written
-    /// to it goes nowhere. The addresses stay valid in any case.
+    /// to it goes nowhere. The addresses stay valid in any case. Nobody can name what an external mapper uses: as long as
+    /// there is a hold on the block all of it is kept, and so it is while somebody disables discards that are not told, and of
+    /// a file that is shared, which has its contents for others.
     ///
     /// # Errors
     /// `NotDrained` while sections that have found the memory may run; `Host` when the host refuses.
@@ -442,6 +444,9 @@ impl Ticket {
             let what = format!("RAM block {}", self.block.name());
             let holders = "read sections".to_owned();
             return Err(Error::NotDrained { what, holders });
+        }
+        if self.drain.has_holds() && !seeded!("frees_what_is_held") {
+            return Ok(self.block.size_bytes());
         }
         let host = self.block.host().as_ptr() as u64;
         let inside =

@@ -11,7 +11,7 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
-    Access, AccessError, AddressSpace, Backing, Error, Gpa, Memory, MemoryConfig, Plugged,
+    Access, AccessError, AddressSpace, Backing, Error, Gpa, Memory, MemoryConfig, Phase, Plugged,
     RamBlock, RamSpec, Region,
 };
 
@@ -411,4 +411,59 @@ fn huge_pages_are_refused_with_the_figures() {
     .unwrap();
     let error = memory.ram().add(spec).unwrap_err().to_string();
     assert!(error.contains("2048 KiB pages"), "{error}");
+}
+
+/// A block that has drained and is gone while a fence of it has not begun: the next block must not share its counters.
+#[test]
+fn a_fence_under_way_keeps_its_slot_from_the_next_block() {
+    const LONG: Duration = Duration::from_secs(10);
+    let memory = Memory::new(MemoryConfig {
+        arena_bytes: 64 << 30,
+    })
+    .unwrap();
+    let root = Region::container("root", 1 << 40);
+    let space = memory.address_space("memory", &root).unwrap();
+    let show = |block: &Arc<RamBlock>| {
+        let region = Region::ram(block.name(), block);
+        memory.update(|t| t.add(&root, &region, 0, 0)).unwrap();
+        region
+    };
+    let reader = memory.register();
+    let pin = || space.read(&reader).pin(Gpa(0), 64, Access::Write).unwrap();
+    let block = |name| {
+        let block = sparse(&memory, name, 4, Backing::Anon { thp: false }).unwrap();
+        block.plug(0..4 * BLOCK, false).unwrap();
+        block
+    };
+    let old = block("old");
+    let region = show(&old);
+    let held = pin();
+    let ticket = memory.update(|t| t.unplug(&region)).unwrap();
+    drop(region);
+    assert!(ticket.wait(Phase::Draining, LONG));
+    // A grace period that does not end before this section does: no fence begins meanwhile.
+    let section = space.read(&reader);
+    let grace = memory.grace();
+    while wait(memory.grace(), Duration::from_millis(20)).is_some() {}
+    drop(old.seal(0..BLOCK).unwrap());
+    drop(held);
+    assert!(ticket.wait(Phase::Drained, LONG));
+    ticket.destroy().map_err(|(_, error)| error).unwrap();
+    let refused = old.seal(BLOCK..2 * BLOCK).err();
+    assert!(matches!(refused, Some(Error::Unplugged(_))), "{refused:?}");
+
+    let new = block("new");
+    let _region = show(&new);
+    let held = pin();
+    drop(section);
+    wait(grace, LONG).unwrap();
+    (0..3).for_each(|_| memory.synchronize());
+    let seal = new.seal(0..BLOCK).unwrap();
+    (0..3).for_each(|_| memory.synchronize());
+    assert!(!seal.is_drained(), "drained under a pin");
+    drop(held);
+    assert!(seal.wait(LONG));
+    // Now the fence is over, and the slot serves again.
+    assert_eq!((old.pins(), old.dump().contains("pins ")), (0, false));
+    seal.discard().map_err(|(_, error)| error).unwrap();
 }

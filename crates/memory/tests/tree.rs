@@ -124,7 +124,6 @@ fn entry(start: u64, last: u64, name: &str, offset: u64) -> (u64, u64, String, u
     (start, last + 1, name.to_owned(), offset)
 }
 
-/// The map that QEMU's docs/devel/memory.rst takes as its example.
 #[test]
 fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
     let memory = Memory::new(MemoryConfig {
@@ -138,6 +137,7 @@ fn a_region_of_the_whole_address_space_is_shown_to_its_last_byte() {
     assert!(text.contains(line), "{text}");
 }
 
+/// The map that QEMU's docs/devel/memory.rst takes as its example.
 #[test]
 fn the_example_map_of_the_qemu_documentation() {
     let memory = memory(ARENA);
@@ -528,6 +528,25 @@ fn misuse_is_refused_by_name() {
         error(&|t| t.add(&root, &foreign, 0, 0)),
         "RAM block foreign belongs to another memory"
     );
+    let window = Region::alias("window", &foreign, 0, 0x1000);
+    let deep = Region::alias("deep", &window, 0, 0x1000);
+    assert_eq!(
+        error(&|t| t.add(&root, &deep, 0x2000, 0)),
+        "RAM block foreign belongs to another memory"
+    );
+    let theirs = Region::container("theirs", 0x1000);
+    other.update(|t| t.add(&theirs, &foreign, 0, 0)).unwrap();
+    let window = Region::alias("window", &theirs, 0, 0x1000);
+    assert_eq!(
+        error(&|t| t.add(&root, &window, 0x2000, 0)),
+        "region theirs belongs to another memory"
+    );
+    assert!(memory.address_space("x", &window).is_err());
+    // Where it belongs it can still go.
+    other
+        .update(|t| t.add(&theirs, &mmio("x", 8), 0, 1))
+        .unwrap();
+    assert!(other.address_space("y", &window).is_ok());
     assert!(other.address_space("x", &root).is_err());
     let nested = memory.update(|_| memory.update(|_| Ok(()))).unwrap_err();
     assert_eq!(

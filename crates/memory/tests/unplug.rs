@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
     Access, AddressSpace, Backing, Error, FlatSection, Gpa, Listener, ListenerError, Memory,
-    MemoryConfig, Phase, Pin, RamBlock, RamSpec, Region, RegionHold,
+    MemoryConfig, Phase, Pin, RamBlock, RamSpec, Region, RegionHold, Transaction,
 };
 
 struct Unpark(Thread);
@@ -255,6 +255,42 @@ fn what_is_still_shown_cannot_be_unplugged() {
     );
     assert!(machine.memory.update(|t| t.retire(&block)).is_err());
     wait(ticket.drained(), LONG).unwrap();
+}
+
+/// A region that nobody shows may still be there when its block goes: whoever looks at it later must not find the block.
+#[test]
+fn what_is_gone_is_shown_by_no_address_space_that_comes_later() {
+    let machine = machine();
+    let (block, region) = machine.dimm("dimm0", 0);
+    let attic = Region::container("attic", 1 << 40);
+    let update = |f: &dyn Fn(&mut Transaction<'_>) -> Result<(), Error>| machine.memory.update(f);
+    update(&|t| {
+        t.remove(&region)?;
+        t.add(&attic, &region, 0, 0)
+    })
+    .unwrap();
+    let ticket = machine.memory.update(|t| t.retire(&block)).unwrap();
+    let look = |name: &str| machine.memory.address_space(name, &attic);
+    let refused = |name| {
+        let error = look(name).unwrap_err();
+        assert!(matches!(error, Error::Unplugged(_)), "{error}");
+    };
+    refused("early");
+    wait(ticket.drained(), LONG).unwrap();
+    ticket
+        .destroy()
+        .unwrap_or_else(|(_, error)| panic!("{error}"));
+    refused("late");
+    // The next block has its slot.
+    let _next = machine.dimm("dimm1", 0);
+    refused("later");
+    update(&|t| t.set_enabled(&region, false)).unwrap();
+    let attic_space = look("attic").unwrap();
+    assert_eq!(attic_space.sections().unwrap().len(), 0);
+    let error = update(&|t| t.set_enabled(&region, true)).unwrap_err();
+    assert!(matches!(error, Error::StillMapped { .. }), "{error}");
+    update(&|t| t.remove(&region)).unwrap();
+    assert!(look("again").is_ok());
 }
 
 #[test]

@@ -9,8 +9,9 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
     Backing, DmaSpace, DmaView, Gpa, LocalSpace, Phase, PinnedRam, RamBlock, RamSpace, Reader,
@@ -23,7 +24,7 @@ use vhost::{Error as VhostError, VhostBackend, VhostUserMemoryRegionInfo, VringC
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{
     Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryBackend, GuestMemoryRegion,
-    Permissions, VolatileSlice,
+    MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
 const MIB: u64 = 1 << 20;
@@ -236,6 +237,60 @@ fn a_log_is_told_of_every_write_and_of_no_read() {
     bitmap.slice_at(4096).mark_dirty(0, 1);
     assert!(bitmap.dirty_at(4096) && !bitmap.dirty_at(0));
     assert_eq!(take(), low(&[513]));
+}
+
+/// Notes where in this process the last write was.
+#[derive(Default)]
+struct LastWrite(AtomicU64);
+
+impl WriteLog for LastWrite {
+    fn wrote(&self, block: &RamBlock, range: Range<u64>) {
+        let at = block.host().as_ptr() as u64 + range.start;
+        self.0.store(at, Ordering::Relaxed);
+    }
+
+    fn is_dirty(&self, _block: &RamBlock, _offset: u64) -> bool {
+        false
+    }
+}
+
+/// The map changes while a snapshot of it is taken: each region marks the block that it has pinned.
+#[test]
+fn a_snapshot_of_a_map_that_changes_knows_what_it_has_pinned() {
+    let map = Map::new();
+    let regions = [map.ram("one", MIB), map.ram("other", 2 * MIB)];
+    map.add(&regions[0], 0);
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let (map, done) = (&map, &done);
+        scope.spawn(move || {
+            for at in (0..2).cycle() {
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                map.change(|t| {
+                    t.remove(&regions[at])?;
+                    t.add(&map.root, &regions[1 - at], 0, 0)
+                });
+            }
+        });
+        let log = Arc::new(LastWrite::default());
+        let space = RamSpace::new(&map.space, Some(Arc::clone(&log) as Arc<dyn WriteLog>));
+        let mut wrong = 0;
+        let mut seen = BTreeSet::new();
+        let end = Instant::now() + Duration::from_secs(1);
+        while Instant::now() < end {
+            for region in space.memory().iter() {
+                let host = region.get_host_address(MemoryRegionAddress(4096)).unwrap();
+                region.bitmap().mark_dirty(4096, 1);
+                wrong += u64::from(log.0.load(Ordering::Relaxed) != host as u64);
+                seen.insert(region.len());
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+        assert_eq!(wrong, 0, "marks of a block that is not pinned");
+        assert!(seen.contains(&MIB) && seen.contains(&(2 * MIB)), "{seen:?}");
+    });
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //! The memory core beside vm-memory and a floor, in one run.
 //!
 //! Prints one JSON object per row: medians of paired runs (the contenders take turns), in
-//! nanoseconds per operation. `lookup` and `pin` are throughput over random addresses, `_dep` is
+//! nanoseconds per operation; with what every run of ours should stay below where there is such a
+//! budget, and that nothing should take longer than vm-memory takes. `lookup` and `pin` are throughput over random addresses, `_dep` is
 //! latency: each address depends on the answer before. Arguments other than `--bench` choose the
 //! rows whose id contains them.
 //!

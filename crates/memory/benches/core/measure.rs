@@ -143,6 +143,29 @@ pub fn dependent(addresses: &[u64], look: impl Fn(u64) -> u64) -> u64 {
     last
 }
 
+/// What every run of a row is to stay below, in the row's unit. What gives memory back is measured by its floor.
+fn budget(id: &str, floor: f64) -> Option<f64> {
+    let (kind, size) = id.rsplit_once('/').unwrap_or((id, ""));
+    let budget = match (kind, size) {
+        ("lookup", _) => 2.0,
+        ("lookup_pc", _) => 4.0,
+        ("pin/home" | "pin/home2", _) => 3.0,
+        ("pin/remote" | "pin/remote2", _) => 8.0,
+        ("publish" | "publish_beside", "512") => 5_000.0,
+        ("publish" | "publish_beside", "4096") => 20_000.0,
+        ("dirty_mark", _) => 0.6,
+        ("dirty_harvest_1G", _) => 2_500.0,
+        ("drained", _) => 1_000_000.0,
+        ("destroy_1G", _) => 1.2 * floor,
+        _ => return None,
+    };
+    Some(budget)
+}
+
+const VM_MEMORY: &str = "vm-memory 0.18";
+/// Nothing is to take longer than that peer takes, by more than two runs of the same differ.
+const RATIO_MAX: f64 = 1.05;
+
 /// One line of the result.
 pub struct Row {
     id: String,
@@ -155,7 +178,7 @@ pub struct Row {
 
 impl Row {
     pub fn new(id: &str) -> Row {
-        Row::beside(id, "vm-memory 0.18")
+        Row::beside(id, VM_MEMORY)
     }
 
     /// A row with another peer.
@@ -182,17 +205,30 @@ impl Row {
         self.floor.push(floor);
     }
 
+    /// Ours divided by the peer's, in the median of the rounds.
+    fn ratio(&self) -> f64 {
+        let pairs = self.ours.iter().zip(&self.peer);
+        median(&mut pairs.map(|(ours, peer)| ours / peer).collect::<Vec<_>>())
+    }
+
     pub fn print(mut self) {
         let n = self.ours.len();
+        let mut limits = String::new();
+        if self.peer_name == VM_MEMORY && self.unit == "ns" {
+            limits = format!(",\"ratio\":{:.3},\"ratio_max\":{RATIO_MAX}", self.ratio());
+        }
         let (ours, peer, floor) = (
             median(&mut self.ours),
             median(&mut self.peer),
             median(&mut self.floor),
         );
         let (min, max) = (self.ours[0], self.ours[n - 1]);
+        if let Some(budget) = budget(&self.id, floor) {
+            limits += &format!(",\"budget\":{budget:.1}");
+        }
         println!(
             "{{\"id\":\"{}\",\"ours\":{ours:.2},\"peer\":{peer:.2},\"peer_name\":\"{}\",\
-             \"floor\":{floor:.2},\"unit\":\"{}\",\"n\":{n},\"min\":{min:.2},\"max\":{max:.2}}}",
+             \"floor\":{floor:.2},\"unit\":\"{}\",\"n\":{n},\"min\":{min:.2},\"max\":{max:.2}{limits}}}",
             self.id, self.peer_name, self.unit
         );
     }

@@ -304,13 +304,16 @@ impl RamBlock {
     /// fenced: their guest has been told, or is on its own.
     ///
     /// # Errors
-    /// `NotSparse`, `BadRange`; `BadState` when some of it is not plugged.
+    /// `NotSparse`, `BadRange`; `BadState` when some of it is not plugged; `Unplugged` once the block is gone.
     pub fn seal(self: &Arc<Self>, range: Range<u64>) -> Result<Seal, Error> {
         let sparse = self.sparse()?;
         let blocks = self.whole_blocks(sparse, &range)?;
         let level = Level::new(0);
         let submit = {
             let mut busy = lock(&sparse.busy);
+            if self.life.load(Acquire) == GONE {
+                return Err(Error::Unplugged(self.name().to_owned()));
+            }
             if sparse.fence.map().count(blocks.clone()) != blocks.end - blocks.start {
                 return Err(self.bad_state(&range, "is not plugged, at least in part"));
             }
@@ -416,7 +419,22 @@ impl RamBlock {
 
     /// Pins by the thread that took them.
     pub(crate) fn pin_holders(&self) -> Vec<(String, u64)> {
-        self.grace.hub().holders(self.slot)
+        let holders = self.grace.hub().holders(self.slot);
+        // Of one that is gone they are another's.
+        if self.is_gone() { Vec::new() } else { holders }
+    }
+
+    /// Whether its slot may be another block's. What was counted before that was asked is its own if not.
+    pub(super) fn is_gone(&self) -> bool {
+        self.life.load(Acquire) == GONE
+    }
+
+    /// It is gone: its slot can serve again.
+    pub(super) fn give_up_slot(&self) {
+        match &self.sparse {
+            Some(sparse) => sparse.fence.give_up_slot(),
+            None => self.grace.hub().free_slot(self.slot),
+        }
     }
 
     /// The fence and the shift from offsets to blocks, for the hot path.

@@ -33,9 +33,8 @@ impl RamBlocks {
             places
         };
         let mut by_name: Vec<usize> = (0..blocks.len()).collect();
-        // One that has given its name away is found by no name.
-        by_name.retain(|at| !blocks[*at].is_renewed());
-        by_name.sort_unstable_by_key(|at| blocks[*at].name());
+        // Of one name the older comes first: the sort above is stable, and they have one size.
+        by_name.sort_by_key(|at| blocks[*at].name());
         RamBlocks {
             version,
             by_host: sorted(|block| block.host().as_ptr() as u64),
@@ -67,12 +66,18 @@ impl RamBlocks {
         self.blocks.iter()
     }
 
-    /// The block of that name (QEMU: idstr); of one that was [renewed](super::RamList::renew), the new one.
+    /// The block of that name (QEMU: idstr); of one that was [renewed](super::RamList::renew) the new one, unless that is
+    /// on its way out and the old one is not: the change that was to show it has failed.
     pub fn by_name(&self, name: &str) -> Option<&Arc<RamBlock>> {
-        let at = self
+        let end = self
             .by_name
-            .binary_search_by_key(&name, |at| self.blocks[*at].name());
-        Some(&self.blocks[self.by_name[at.ok()?]])
+            .partition_point(|at| self.blocks[*at].name() <= name);
+        let newest_first = self.by_name[..end].iter().rev().map(|at| &self.blocks[*at]);
+        let mut same = newest_first.take_while(|block| block.name() == name);
+        same.clone()
+            .find(|block| block.is_live())
+            // One on its way out that has given its name away is found by no name.
+            .or_else(|| same.find(|block| !block.is_renewed()))
     }
 
     /// The block at a host address, and the offset in it in bytes, which is below its maximum

@@ -149,6 +149,8 @@ struct FenceState {
     queued: Vec<Arc<Level>>,
     /// Seals the running fence is for.
     running: Vec<Arc<Level>>,
+    /// The block is gone; its slot goes with the last fence.
+    orphaned: bool,
 }
 
 impl Fence {
@@ -201,10 +203,24 @@ impl Fence {
         let mut state = lock(&self.state);
         let done = std::mem::take(&mut state.running);
         state.active = !state.queued.is_empty();
-        let again = state.active;
+        let (again, orphaned) = (state.active, state.orphaned);
         drop(state);
         done.iter().for_each(|level| level.raise(1));
+        if orphaned && !again {
+            self.hub.free_slot(self.slot);
+        }
         again
+    }
+
+    /// The block is gone, and there will be no seals any more. Frees its slot, or has the fence that is under way do so:
+    /// seals may have been taken back while it was to begin, and it flips the bank of that slot (M5).
+    pub(crate) fn give_up_slot(&self) {
+        let mut state = lock(&self.state);
+        state.orphaned = true;
+        if !state.active {
+            drop(state);
+            self.hub.free_slot(self.slot);
+        }
     }
 }
 

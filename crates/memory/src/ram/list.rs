@@ -353,7 +353,7 @@ impl ListShared {
         );
         block.destroy()?;
         if !seeded!("slot_at_unpublish") {
-            block.grace().hub().free_slot(block.slot());
+            block.give_up_slot();
         }
         Ok(())
     }

@@ -20,7 +20,8 @@ use crate::Error;
 impl RamList {
     /// Makes a block as `old` was made: of its name, size, backing and policy, with nothing in it, or plugged. It is for the same
     /// place in the map; `old`, which goes, is found by the name no more. Memory is allocated as it is touched, or by
-    /// [`RamBlock::prefault`] once `old` has given back what it can; huge pages of the host's pool are taken now.
+    /// [`RamBlock::prefault`] once `old` has given back what it can; huge pages of the host's pool are taken now. A client of
+    /// the dirty log that was started for `old` alone is not on for it.
     ///
     /// # Errors
     /// As [`RamList::add_with`]; `BadSpec` for one that is made from a file, which means something to others, or whose
@@ -49,7 +50,8 @@ impl RamList {
 impl RamBlock {
     /// How many pins there are on it: never too few, and exactly as many once nobody can take or let go of any.
     pub fn pins(&self) -> u64 {
-        self.grace().hub().outstanding(self.slot(), &[0, 1])
+        let pins = self.grace().hub().outstanding(self.slot(), &[0, 1]);
+        if self.is_gone() { 0 } else { pins }
     }
 
     /// Allocates all of it, if it was made to have that: for one that was [renewed](RamList::renew). Takes as long as the
@@ -68,6 +70,10 @@ impl RamBlock {
     /// block.
     pub(crate) fn free_but(&self, kept: &[Range<u64>]) -> Result<u64, Error> {
         let size = self.size_bytes();
+        if self.is_file() && self.is_shared() {
+            // Its pages are the file's contents, which stay when the block goes.
+            return Ok(size);
+        }
         let kept = whole_pages(kept, self.page_size_bytes(), size);
         let free = || {
             let mut next = 0;

@@ -42,10 +42,12 @@ pub(crate) struct SpaceState {
 
 impl Tree {
     /// Adds an address space that shows `root`. The view must be published by the caller.
-    pub(crate) fn add_space(&mut self, name: &str, root: &Arc<Region>) -> u64 {
+    ///
+    /// # Errors
+    /// `Unplugged` when it would show RAM on its way out, which nobody else shows.
+    pub(crate) fn add_space(&mut self, name: &str, root: &Arc<Region>) -> Result<u64, Error> {
         self.next_space += 1;
         let id = self.next_space;
-        root.state().spaces.push(id);
         let mut state = SpaceState {
             id,
             name: name.to_owned(),
@@ -57,10 +59,15 @@ impl Tree {
             index: Index::new(),
         };
         if let Some(mut delta) = state.delta(0, std::slice::from_ref(&(0..u64::MAX))) {
+            let mut blocks = delta.added.iter().filter_map(|flat| flat.block());
+            if let Some(block) = blocks.find(|block| !block.is_live()) {
+                return Err(Error::Unplugged(block.name().to_owned()));
+            }
             state.apply(&mut delta, None);
         }
+        root.state().spaces.push(id);
         self.spaces.push(state);
-        id
+        Ok(id)
     }
 
     pub(crate) fn space(&mut self, id: u64) -> Option<&mut SpaceState> {

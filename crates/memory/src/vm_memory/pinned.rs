@@ -16,7 +16,9 @@ use super::guarded::{self, guarded_bytes};
 use super::pieces::Pieces;
 use super::{Marks, WriteLog, Written};
 use crate::fault::Fault;
-use crate::{Access, AccessError, AddressSpace, Gpa, Pin, Plugged, RamBlock, Reader, SectionKind};
+use crate::{
+    Access, AccessError, AddressSpace, Gpa, Pin, Plugged, RamBlock, ReadGuard, Reader, SectionKind,
+};
 
 /// The writable, plugged RAM of the machine that an address space showed at one moment, pinned: what
 /// linux-loader and vhost take. RAM of devices is not in it
@@ -71,27 +73,25 @@ impl PinnedRam {
             else {
                 continue;
             };
-            // No place for a kernel, and nothing that vhost's kernel side could be told of as RAM.
-            if section.is_ram_device() {
-                continue;
-            }
-            // Shared by the regions; for vhost-user. A process out of descriptors has none.
-            let file = block.fd().and_then(|fd| fd.try_clone_to_owned().ok());
-            let file = file.map(|fd| Arc::new(File::from(fd)));
+            // Shared by the regions of a section.
+            let file = file_of(block);
             let mut at = section.range.start;
             while at < section.range.end {
                 let offset = block_offset + (at - section.range.start);
                 let (len, plugged) = run(block, offset, section.range.end - at);
                 if plugged {
-                    // What was unplugged since is left out.
                     let guard = space.read(reader);
-                    let pin = guard.pin(Gpa(at), len as usize, Access::ReadWrite);
-                    regions.extend(pin.map(|pin| PinnedRegion {
-                        pin,
-                        block: Arc::clone(block),
-                        block_offset: offset,
-                        file: file.clone().map(|file| FileOffset::from_arc(file, offset)),
-                        log: log.cloned(),
+                    let found = pinned(&guard, Gpa(at), len as usize);
+                    regions.extend(found.map(|(pin, now, block_offset)| {
+                        let same = Arc::ptr_eq(&now, block);
+                        let file = if same { file.clone() } else { file_of(&now) };
+                        PinnedRegion {
+                            pin,
+                            block: now,
+                            block_offset,
+                            file: file.map(|file| FileOffset::from_arc(file, block_offset)),
+                            log: log.cloned(),
+                        }
                     }));
                 }
                 at += len;
@@ -99,6 +99,34 @@ impl PinnedRam {
         }
         Ok(PinnedRam { regions })
     }
+}
+
+/// Pins `len` bytes of RAM of the machine: with the block that they are in, and where. The map may have changed since it was
+/// looked at: it is what is there now that counts. What has gone is left out.
+fn pinned(guard: &ReadGuard<'_>, gpa: Gpa, len: usize) -> Option<(Pin, Arc<RamBlock>, u64)> {
+    let section = guard.lookup(gpa)?;
+    // RAM of a device is no place for a kernel, and nothing that vhost's kernel side could be told of as RAM.
+    if section.region().is_ram_device() {
+        return None;
+    }
+    let SectionKind::Ram {
+        block,
+        block_offset,
+        ..
+    } = section.kind()
+    else {
+        return None;
+    };
+    // In the same section, and of one region.
+    let pin = guard.pin(gpa, len, Access::ReadWrite).ok()?;
+    let offset = block_offset + (gpa.0 - section.range().start);
+    Some((pin, Arc::clone(block), offset))
+}
+
+/// The file behind a block, for vhost-user. A process out of descriptors has none.
+fn file_of(block: &RamBlock) -> Option<Arc<File>> {
+    let fd = block.fd()?.try_clone_to_owned().ok()?;
+    Some(Arc::new(File::from(fd)))
 }
 
 /// How many of `len` bytes at `offset` of a block are plugged, or are not, as the first one.

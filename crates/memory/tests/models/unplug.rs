@@ -53,11 +53,15 @@ const SEARCHES: [Limits; 2] = [
 const CONTROL: usize = 9;
 const AT: Gpa = Gpa(0x10_0000);
 const BYTES: u64 = 4096;
+/// At the start of each block.
+const STAMP: u64 = 0x5a5a_5a5a_5a5a_5a5a;
 
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Plug,
     Unplug(usize),
+    /// Other memory takes its place in the change that unplugs it.
+    Replace(usize),
     /// By a thread, which registers if it has to.
     Enter(usize),
     Leave(usize),
@@ -172,9 +176,13 @@ impl World {
         if self.shown().is_none() && self.blocks.len() < self.limits.blocks {
             steps.push(Step::Plug);
         }
+        let more = self.blocks.len() < self.limits.blocks;
         for (at, plugged) in self.blocks.iter().enumerate() {
             match plugged.phase {
-                Phase::Live => steps.push(Step::Unplug(at)),
+                Phase::Live => {
+                    steps.push(Step::Unplug(at));
+                    steps.extend(more.then_some(Step::Replace(at)));
+                }
                 Phase::Drained => steps.push(Step::Destroy(at)),
                 _ => {}
             }
@@ -214,6 +222,7 @@ impl World {
                 let ticket = self.memory.update(|t| t.unplug(region)).unwrap();
                 self.blocks[at].ticket = Some(ticket);
             }
+            Step::Replace(at) => self.replace(at),
             Step::Enter(by) => {
                 play(by);
                 self.opened += 1;
@@ -266,12 +275,52 @@ impl World {
         let region = Region::ram(name, &block);
         let add = self.memory.update(|t| t.add(&self.root, &region, AT.0, 0));
         add.unwrap();
+        self.plugged(region, block);
+    }
+
+    fn plugged(&mut self, region: Arc<Region>, block: Arc<RamBlock>) {
+        // SAFETY: the block's first word, which nobody else writes to.
+        unsafe { block.host().cast::<u64>().write_volatile(STAMP) };
         self.blocks.push(Plugged {
             region,
             block,
             ticket: None,
             phase: Phase::Live,
         });
+    }
+
+    fn replace(&mut self, at: usize) {
+        play(CONTROL);
+        let old = Arc::clone(&self.blocks[at].region);
+        let block = self.memory.ram().renew(&self.blocks[at].block).unwrap();
+        let region = Region::ram(self.blocks.len().to_string(), &block);
+        let ticket = self.memory.update(|t| {
+            let ticket = t.unplug(&old)?;
+            t.add(&self.root, &region, AT.0, 0)?;
+            Ok(ticket)
+        });
+        self.blocks[at].ticket = Some(ticket.unwrap());
+        self.plugged(region, block);
+    }
+
+    /// Gives back what is not used of memory on its way out.
+    fn free_unused(&self, at: usize) {
+        play(CONTROL);
+        let Some(ticket) = &self.blocks[at].ticket else {
+            return;
+        };
+        let pins = self.pins.iter().filter(|(_, _, block)| *block == at);
+        let pinned: Vec<_> = pins.map(|(pin, _, _)| pin.host_range()).collect();
+        match ticket.free_but(&pinned) {
+            Ok(kept) => assert_eq!(kept != 0, self.is_used(at), "it keeps {kept} bytes"),
+            Err(error) => assert!(ticket.phase() < Phase::Draining, "{error}"),
+        }
+    }
+
+    /// The word that was written to a block when it was plugged.
+    fn stamp(&self, at: usize) -> u64 {
+        // SAFETY: a word of a block that is not gone.
+        unsafe { self.blocks[at].block.host().cast::<u64>().read_volatile() }
     }
 
     fn unplug_again(&mut self, at: usize) {
@@ -374,6 +423,7 @@ impl World {
                 self.unplug_again(at);
                 // Too early, says the check in there.
                 self.destroy(at);
+                self.free_unused(at);
             }
         }
         for (at, plugged) in self.blocks.iter().enumerate() {
@@ -385,6 +435,9 @@ impl World {
                 plugged.phase < Phase::Drained || !self.is_used(at),
                 "still used"
             );
+            if self.is_used(at) {
+                assert_eq!(self.stamp(at), STAMP, "freed while used");
+            }
             let Some(ticket) = plugged.ticket.as_ref() else {
                 continue;
             };
@@ -394,7 +447,14 @@ impl World {
             }
         }
         for (pin, _, _) in &self.pins {
-            pin.read_at(0, &mut [0; 8]).unwrap();
+            let mut word = [0; 8];
+            pin.read_at(0, &mut word).unwrap();
+            assert_eq!(u64::from_ne_bytes(word), STAMP);
+        }
+        if let Some(at) = self.shown() {
+            let block = &self.blocks[at].block;
+            let named = self.memory.ram().by_name(block.name());
+            assert!(named.is_some_and(|named| Arc::ptr_eq(&named, block)));
         }
     }
 
@@ -518,7 +578,7 @@ fn search(limits: Limits) -> (u64, usize) {
 
 #[test]
 fn search_unplug() {
-    const INVARIANT: &str = "in every order of plug, unplug, unplug again, sections, pins, ends of threads, acknowledgements and their loss: nothing is given back while used, and what is not used drains";
+    const INVARIANT: &str = "in every order of plug, unplug, unplug again, replacement, sections, pins, ends of threads, acknowledgements and their loss: nothing is given back while used, and what is not used drains";
     let mut orders = 0;
     for limits in SEARCHES {
         let (played, states) = search(limits);

@@ -25,7 +25,7 @@ pub fn acknowledge(world: &World, removals: &Receiver<Removed>) {
     }
 }
 
-/// Plugs, grows and unplugs DIMMs.
+/// Plugs, grows, renews and unplugs DIMMs.
 pub fn plugger(world: &World) {
     let mut random = Random(42);
     let mut present: Vec<Option<(u64, Arc<Region>)>> = (0..DIMMS).map(|_| None).collect();
@@ -40,6 +40,10 @@ pub fn plugger(world: &World) {
             }
             Some((number, region)) if random.next(3) == 0 && grow(world, number, &region) => {
                 present[at as usize] = Some((number, region));
+            }
+            Some((_, region)) if random.next(3) == 0 => {
+                let region = renew(world, round, at << 30, &region);
+                present[at as usize] = Some((round, region));
             }
             Some((_, region)) => world.unplug(&region),
         }
@@ -61,6 +65,22 @@ fn plug(world: &World, number: u64, at: u64) -> Arc<Region> {
         .update(|t| t.add(&world.root, &region, at, 0))
         .unwrap();
     add(&world.done.plugs);
+    region
+}
+
+/// Other memory takes its place.
+fn renew(world: &World, number: u64, at: u64, old: &Arc<Region>) -> Arc<Region> {
+    let block = old.ram_block().unwrap();
+    let block = world.memory.ram().renew(block).unwrap();
+    stamp(&block, 0..block.size_bytes(), number);
+    let region = Region::ram(format!("dimm{number}"), &block);
+    let ticket = world.memory.update(|t| {
+        let ticket = t.unplug(old)?;
+        t.add(&world.root, &region, at, 0)?;
+        Ok(ticket)
+    });
+    world.give_back(ticket.unwrap());
+    add(&world.done.renewals);
     region
 }
 

@@ -28,7 +28,7 @@ counts! {
     Done {
         pins_home, pins_remote, pins_cloned, pins_refused,
         look_ups, cached, loads,
-        plugs, unplugs, resizes, publications, mappings,
+        plugs, unplugs, resizes, renewals, publications, mappings,
         seals_undone, discards, populates, refills,
         writes, pages_harvested, blocks_logged,
     }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Everything at once, on real memory: pins dropped at home, elsewhere and as clones, look-ups,
-//! cached translations, an external mapper, DIMMs that come, grow and go, ranges that are sealed,
+//! cached translations, an external mapper, DIMMs that come, grow, are renewed and go, ranges that are sealed,
 //! discarded and plugged again, registers that move, writes and harvests of the dirty log.
 //!
 //! What was given back is inaccessible, so that a pin or a section that is not waited for ends

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_memory::{
     AddressSpace, Backing, FlatSection, Listener, ListenerError, ListenerId, Memory, MemoryConfig,
-    Mmio, RamBlock, RamSpec, Reader, Region, RegionHold,
+    Mmio, RamBlock, RamSpec, Reader, Region, RegionHold, Ticket,
 };
 
 use crate::counts::{Done, Wrong, add};
@@ -201,13 +201,18 @@ impl World {
     /// Unplugs RAM, waits for its users and gives it back.
     pub fn unplug(&self, region: &Arc<Region>) {
         let ticket = self.memory.update(|t| t.unplug(region)).unwrap();
+        self.give_back(ticket);
+        add(&self.done.unplugs);
+    }
+
+    /// Waits for the users of RAM on its way out and gives it back.
+    pub fn give_back(&self, ticket: Ticket) {
         self.tickets.fetch_add(1, Ordering::Relaxed);
         wait("an unplug", ticket.drained());
         ticket
             .destroy()
             .unwrap_or_else(|(_, error)| panic!("{error}"));
         self.tickets.fetch_sub(1, Ordering::Relaxed);
-        add(&self.done.unplugs);
     }
 
     /// Unplugs the blocks that have been there all the time; the regions there were.
