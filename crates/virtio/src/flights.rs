@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The requests that are under way: since when, for reports, and which memory they have pinned, for a reset that does not
-//! wait for them. A relaxed store when one begins and one when it ends; the memory is noted under a lock of the request's
-//! own, which nobody else takes but a reset.
+//! wait for them. Plain stores when one begins and one when it ends, for every request of a disk does this; what more than
+//! a few pieces have pinned is noted under a lock of the request's own, which nobody else takes but a reset.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ebbtide_models::seeded;
+
 use crate::device::{InFlight, PinnedList};
+use crate::sync::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Mutex, Ordering, lock};
 
 /// Nothing is under way.
 const NONE: u64 = 0;
@@ -24,18 +25,102 @@ pub(crate) struct Flights {
 struct Flight {
     /// Nanoseconds from `base` to the begin, and 1; or [`NONE`].
     since: AtomicU64,
-    /// Of the request that was the last to begin. Kept when it has ended, for its room.
-    pinned: Mutex<Vec<(u8, Range<u64>)>>,
-    /// It has more room than is kept.
-    long: AtomicBool,
+    /// What the request that was the last to begin has pinned: so many of these, and what is in `more`.
+    count: AtomicU32,
+    few: [Noted; FEW],
+    /// Empty but for a request that is under way. Keeps its room.
+    more: Mutex<Vec<(u8, Range<u64>)>>,
+    has_more: AtomicBool,
 }
+
+/// Pins that are noted without a lock: an answer's, and data in three pieces.
+const FEW: usize = if cfg!(loom) { 1 } else { 4 };
 
 /// Pins of a request for which room is kept: a guest decides how many there are.
 const ROOM_MAX: usize = 32;
 
+/// Host addresses, and the number of the list of pins that they are on.
+#[derive(Debug, Default)]
+struct Noted {
+    start: AtomicU64,
+    end: AtomicU64,
+    list: AtomicU8,
+}
+
+impl Noted {
+    fn set(&self, (list, range): (u8, Range<u64>)) {
+        let Self {
+            start,
+            end,
+            list: own,
+        } = self;
+        start.store(range.start, Ordering::Relaxed);
+        end.store(range.end, Ordering::Relaxed);
+        own.store(list, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> (u8, Range<u64>) {
+        let get = |at: &AtomicU64| at.load(Ordering::Relaxed);
+        let range = get(&self.start)..get(&self.end);
+        (self.list.load(Ordering::Relaxed), range)
+    }
+}
+
 impl Flight {
-    fn pinned(&self) -> MutexGuard<'_, Vec<(u8, Range<u64>)>> {
-        self.pinned.lock().unwrap_or_else(PoisonError::into_inner)
+    fn note(&self, pins: impl Iterator<Item = (u8, Range<u64>)>) {
+        let (mut pins, mut count) = (pins.fuse(), 0);
+        for (place, pin) in self.few.iter().zip(pins.by_ref()) {
+            place.set(pin);
+            count += 1;
+        }
+        self.count.store(count, Ordering::Relaxed);
+        if let Some(next) = pins.next() {
+            let mut more = lock(&self.more);
+            more.push(next);
+            more.extend(pins);
+            self.has_more.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn begin(&self, since: u64, pins: impl Iterator<Item = (u8, Range<u64>)>) {
+        if seeded!("under_way_before_noted") {
+            self.since.store(since, Ordering::Release);
+            return self.note(pins);
+        }
+        self.note(pins);
+        // Release: who sees that it is under way sees what it has pinned.
+        self.since.store(since, Ordering::Release);
+    }
+
+    fn end(&self) {
+        if seeded!("forgotten_under_way") {
+            self.forget_more();
+        }
+        self.since.store(NONE, Ordering::Relaxed);
+        if self.has_more.load(Ordering::Relaxed) {
+            self.forget_more();
+        }
+    }
+
+    fn forget_more(&self) {
+        let mut more = lock(&self.more);
+        if more.capacity() > ROOM_MAX {
+            *more = Vec::new();
+        }
+        more.clear();
+        self.has_more.store(false, Ordering::Relaxed);
+    }
+
+    /// Calls `f` with what it has pinned, if it is under way.
+    fn each_pin(&self, f: impl FnMut((u8, Range<u64>))) {
+        // A request that ends forgets under this lock, after it is not under way.
+        let more = lock(&self.more);
+        if self.since.load(Ordering::Acquire) == NONE {
+            return;
+        }
+        let count = self.count.load(Ordering::Relaxed) as usize;
+        let few = self.few.iter().take(count).map(Noted::get);
+        few.chain(more.iter().cloned()).for_each(f);
     }
 }
 
@@ -55,8 +140,8 @@ impl Flights {
         u64::try_from(since).unwrap_or(u64::MAX)
     }
 
-    /// The request of chain `head` begins at this time. It has taken `pins`: the number of a list of pins, and host addresses that
-    /// it is on.
+    /// The request of chain `head`, of which none is under way, begins at this time. It has taken `pins`: the number of a list
+    /// of pins, and host addresses that it is on.
     pub(crate) fn begin(
         &self,
         queue: u16,
@@ -65,26 +150,14 @@ impl Flights {
         pins: impl Iterator<Item = (u8, Range<u64>)>,
     ) {
         if let Some(flight) = self.flight(queue, head) {
-            let mut pinned = flight.pinned();
-            pinned.clear();
-            pinned.extend(pins);
-            if pinned.capacity() > ROOM_MAX {
-                flight.long.store(true, Ordering::Relaxed);
-            }
-            flight
-                .since
-                .store(at_ns.saturating_add(1), Ordering::Relaxed);
+            flight.begin(at_ns.saturating_add(1), pins);
         }
     }
 
     /// It is answered, and will let its pins go.
     pub(crate) fn end(&self, queue: u16, head: u16) {
         if let Some(flight) = self.flight(queue, head) {
-            flight.since.store(NONE, Ordering::Relaxed);
-            if flight.long.load(Ordering::Relaxed) {
-                *flight.pinned() = Vec::new();
-                flight.long.store(false, Ordering::Relaxed);
-            }
+            flight.end();
         }
     }
 
@@ -94,22 +167,19 @@ impl Flights {
     }
 
     /// The host addresses of what is pinned by requests under way, for each of their lists of pins. None that has let go
-    /// of its pins is among them, if none begins meanwhile.
+    /// of its pins is among them, and all of each is, if none begins meanwhile: to be called when the gate is closed and no
+    /// turn that began before is under way any more.
     pub(crate) fn pinned(&self) -> Vec<PinnedList> {
         let mut lists: Vec<PinnedList> = Vec::new();
         for flight in self.queues.iter().flatten() {
-            let pinned = flight.pinned();
-            if flight.since.load(Ordering::Relaxed) == NONE {
-                continue;
-            }
             let mut last = None;
-            for (list, range) in &*pinned {
+            flight.each_pin(|(list, range)| {
                 match lists.last_mut() {
-                    Some(ranges) if last == Some(list) => ranges.push(range.clone()),
-                    _ => lists.push(vec![range.clone()]),
+                    Some(ranges) if last == Some(list) => ranges.push(range),
+                    _ => lists.push(vec![range]),
                 }
                 last = Some(list);
-            }
+            });
         }
         lists
     }
@@ -134,7 +204,40 @@ impl Flights {
     }
 }
 
-#[cfg(test)]
+/// For the models.
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod modelled {
+    use super::*;
+
+    /// A chain, and the request that it may be.
+    pub struct Chain(Flights);
+
+    impl Chain {
+        /// None is under way.
+        pub fn new() -> Chain {
+            Chain(Flights::new(&[1]))
+        }
+
+        /// A request begins, which has pinned memory in so many pieces.
+        pub fn begin(&self, pieces: u64) {
+            self.0
+                .begin(0, 0, 0, (1..=pieces).map(|at| (0, at..at + 1)));
+        }
+
+        /// It ends.
+        pub fn end(&self) {
+            self.0.end(0, 0);
+        }
+
+        /// What is pinned by it.
+        pub fn pinned(&self) -> PinnedList {
+            self.0.pinned().concat()
+        }
+    }
+}
+
+#[cfg(all(test, not(loom)))]
 mod tests {
     use super::*;
 
@@ -167,13 +270,21 @@ mod tests {
     #[test]
     fn room_for_many_pins_is_given_back() {
         let flights = Flights::new(&[1]);
-        let room = || flights.flight(0, 0).unwrap().pinned().capacity();
-        flights.begin(0, 0, 1, (0..4).map(|at| (0, at..at + 1)));
-        flights.end(0, 0);
-        assert!((4..=ROOM_MAX).contains(&room()));
-        flights.begin(0, 0, 1, (0..1024).map(|at| (0, at..at + 1)));
-        flights.end(0, 0);
-        assert_eq!(room(), 0);
+        let room = || lock(&flights.flight(0, 0).unwrap().more).capacity();
+        let begin = |pins: u64| flights.begin(0, 0, 1, (0..pins).map(|at| (0, at..at + 1)));
+        let counted = || flights.pinned().concat().len() as u64;
+        for (pins, rooms) in [
+            (4, 0..=0),
+            (16, 12..=ROOM_MAX),
+            (4, 12..=ROOM_MAX),
+            (1024, 0..=0),
+        ] {
+            begin(pins);
+            assert_eq!(counted(), pins);
+            flights.end(0, 0);
+            assert_eq!(counted(), 0);
+            assert!(rooms.contains(&room()), "{} for {pins}", room());
+        }
     }
 
     #[test]
@@ -196,5 +307,13 @@ mod tests {
         assert_eq!(flights.pinned(), [vec![5..6]]);
         begin(1, &[(0, 7..8)]);
         assert_eq!(flights.pinned(), [vec![7..8], vec![5..6]]);
+        // A list may go on where no place is left for it.
+        for data in 2..6_u64 {
+            flights.end(0, 1);
+            let data = (1..=data).map(|at| at * 10..at * 10 + 1);
+            let pins: Vec<_> = data.clone().map(|range| (1, range)).collect();
+            begin(1, &[&[(0, 7..8)], &*pins].concat());
+            assert_eq!(flights.pinned(), [vec![7..8], data.collect(), vec![5..6]]);
+        }
     }
 }

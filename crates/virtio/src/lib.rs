@@ -36,6 +36,9 @@ pub mod virtq;
 
 pub use control::{Change, Link, TransportControl};
 pub use device::{ActivateError, Activation, ActiveQueue, InFlight, PinnedList, VirtioDevice};
+#[cfg(loom)]
+#[doc(hidden)]
+pub use flights::modelled;
 pub use interrupt::{Interrupts, QueueInterrupt};
 pub use pci::{TransportError, VirtioPci};
 pub use removal::{Removal, Removed};

@@ -85,6 +85,10 @@ pub(crate) trait Service: 'static {
     fn let_go(&self, kept: Self::Kept) {
         drop(kept);
     }
+
+    /// The driver broke the queue, of which nothing is given back any more: a chain is none, or has no place to answer at.
+    /// Called once at most.
+    fn broken(&self);
 }
 
 /// A request after its first look.
@@ -165,6 +169,9 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         Ok(()) => turns.answer_rest(&mut rings).await,
         fault => fault,
     };
+    if served.is_err() {
+        turns.inbox.service.broken();
+    }
     if let Err(fault) = served
         && let Some(_lease) = gate.enter(Entry::Io)
     {

@@ -15,6 +15,8 @@
 //! seeded: silent_change_keeps_generation breaks model_config_silent
 //! seeded: driver_ok_unlocked breaks model_config_pending
 //! seeded: early_needs_reset_unannounced breaks model_early_needs_reset
+//! seeded: under_way_before_noted breaks model_flights
+//! seeded: forgotten_under_way breaks model_flights
 //! seeded: function_does_not_wait breaks model_task_management
 //! seeded: wakes_before_it_is_gone breaks model_task_management
 #![cfg(loom)]
@@ -23,6 +25,7 @@ use std::sync::Arc;
 
 use ebbtide_gate::{Entry, Gate};
 use ebbtide_models::explore;
+use ebbtide_virtio::modelled::Chain;
 use ebbtide_virtio::scsi::modelled::Commands;
 use ebbtide_virtio::{Change, Interrupts, Link, Removal, Reset, status};
 use loom::cell::UnsafeCell;
@@ -295,6 +298,29 @@ fn model_early_needs_reset() {
         device.join().expect("device");
         assert_ne!(link.status().get() & status::NEEDS_RESET, 0);
         assert_eq!(announced.0.load(Ordering::Acquire), 1, "announced once");
+    });
+}
+
+#[test]
+fn model_flights() {
+    const INVARIANT: &str = "a reset knows all or nothing of what a request has pinned that begins and ends meanwhile, \
+                             and nothing once it has ended";
+    explore("virtio/flights", INVARIANT, 3, || {
+        let chain = Arc::new(Chain::new());
+        let device = {
+            let chain = Arc::clone(&chain);
+            thread::spawn(move || {
+                chain.begin(3);
+                chain.end();
+            })
+        };
+        let pinned = chain.pinned();
+        assert!(
+            pinned.is_empty() || pinned == [1..2, 2..3, 3..4],
+            "{pinned:?}"
+        );
+        device.join().expect("device");
+        assert!(chain.pinned().is_empty());
     });
 }
 

@@ -476,3 +476,67 @@ fn a_silent_backend_keeps_only_its_request() {
     rig.driver.wait_used(&mut rig.queue).unwrap();
     assert_eq!(stuck[0].status(), status::OK);
 }
+
+/// Which of two requests an answer is for could not be told; and what the first has pinned is known by the head.
+#[test]
+fn a_chain_that_is_made_available_again_in_flight_breaks_the_queue() {
+    let mut rig = Rig::new();
+    hold_all(&rig, Point::Before);
+    let ram = rig.board.ram().clone();
+    let first = Request::read(&ram, 0, SECTOR);
+    let heads = rig.add_all(std::slice::from_ref(&first));
+    wait_held(&rig, 1);
+    let pinned = rig.function.pinned();
+    assert_eq!(rig.board.ram_block().pins(), pinned.len() as u64);
+    // The same descriptors, for other data.
+    let second = Request::read(&ram, 1, 2 * SECTOR);
+    for (part, index) in second.parts().iter().zip(heads[0]..) {
+        let flags = if part.writable { Descriptor::WRITE } else { 0 };
+        let flags = flags | if part.len > 1 { Descriptor::NEXT } else { 0 };
+        let descriptor = Descriptor::new(part.gpa.0, part.len, flags, index + 1);
+        rig.queue.set_descriptor(index, &descriptor);
+    }
+    rig.queue.make_available(heads[0]);
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(rig.blk.metrics().malformed, 1);
+    assert_eq!(rig.function.in_flight().requests, 1);
+    assert_eq!(rig.function.pinned(), pinned);
+    assert_eq!(rig.board.ram_block().pins(), pinned.len() as u64);
+    rig.faults.clear();
+    assert_eq!(rig.faults.release(Order::Arrival), 1);
+    assert!(poll(|| rig.blk.metrics().in_flight == 0));
+    assert!(poll(|| rig.board.ram_block().pins() == 0));
+    assert_eq!(rig.queue.device_used_idx(), 0);
+    assert_eq!(second.status(), status::UNTOUCHED);
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
+/// A head is free as soon as its chain is given back, however many requests are under way.
+#[test]
+fn a_head_may_be_used_again_among_others_in_flight() {
+    let mut rig = Rig::new();
+    rig.faults
+        .inject(Rule::always(Fault::Hold).only(OpKind::Write));
+    let ram = rig.board.ram().clone();
+    let stuck = [Request::write(&ram, 100, &[1; 512])];
+    rig.add_all(&stuck);
+    wait_held(&rig, 1);
+    let mut seen = Vec::new();
+    for sector in 0..600 {
+        let request = Request::read(&ram, sector, SECTOR);
+        let heads = rig.add_all(std::slice::from_ref(&request));
+        rig.driver.wait_used(&mut rig.queue).unwrap();
+        assert_eq!(request.status(), status::OK);
+        seen.extend(heads);
+    }
+    seen.sort_unstable();
+    seen.dedup();
+    assert!(seen.len() < 100, "heads are used again");
+    assert!(!rig.driver.needs_reset());
+    rig.faults.clear();
+    rig.faults.release(Order::Arrival);
+    rig.driver.wait_used(&mut rig.queue).unwrap();
+    assert_eq!(rig.blk.metrics().malformed, 0);
+}

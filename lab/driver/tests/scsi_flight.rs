@@ -391,6 +391,29 @@ fn memory_that_is_none() {
 }
 
 #[test]
+fn a_command_that_is_made_available_again_in_flight_breaks_the_queue() {
+    let (mut rig, image) = Rig::with_unit();
+    hold(&image);
+    let ram = rig.board.ram().clone();
+    let read = Command::read(&ram, scsi::address(0, 0), 1, 0, 1);
+    let head = rig.send(0, &read);
+    wait_held(&image, 1);
+    let (used, pinned) = (rig.requests[0].device_used_idx(), rig.function.pinned());
+    rig.requests[0].make_available(head);
+    rig.driver.kick(scsi::REQUEST);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(rig.scsi.metrics().malformed, 1);
+    assert_eq!(rig.function.pinned(), pinned);
+    image.faults.clear();
+    assert_eq!(image.faults.release(Order::Arrival), 1);
+    assert!(poll(|| rig.board.ram_block().pins() == 0));
+    assert_eq!(rig.requests[0].device_used_idx(), used);
+    rig.restart();
+    rig.attention(0, 0);
+    assert_eq!(rig.read(0, 0, 0, 1), (Answer::GOOD, pattern(0, 512, 0)));
+}
+
+#[test]
 fn control_requests_that_are_none() {
     for bytes in [&[][..], &[9, 0, 0, 0][..], &[0; 23][..], &[1; 8][..]] {
         let (mut rig, _image) = Rig::with_unit();
@@ -398,9 +421,20 @@ fn control_requests_that_are_none() {
         let control = Control::raw(&ram, bytes, 5);
         rig.send_control(&control);
         assert!(rig.driver.wait_needs_reset(), "{bytes:?}");
+        assert_eq!(rig.scsi.metrics().malformed, 1, "{bytes:?}");
         rig.restart();
         assert_eq!(rig.manage(function::QUERY_TASK, 0, 0, 0), response::OK);
     }
+}
+
+/// An event that has nowhere to go to is the driver's fault, as any other of its queues is.
+#[test]
+fn a_broken_event_queue_is_counted() {
+    let (mut rig, _image) = Rig::with_unit();
+    rig.events.set_avail_idx(1000);
+    rig.scsi.capacity_changed(0, 0).unwrap();
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(rig.scsi.metrics().malformed, 1);
 }
 
 /// Random CDBs for random units: each is answered, and what is not written stays what it is.

@@ -20,7 +20,7 @@ pub struct BalloonMetrics {
     pub refused_bytes: u64,
     /// Pages and reports that are not in RAM, or not any more.
     pub not_ram: u64,
-    /// Chains that could not be read: the device wanted a reset.
+    /// Queues of pages the driver broke, by chains that are none or could not be read: the device wanted a reset.
     pub malformed: u64,
     /// How often the driver sent statistics.
     pub stats: u64,

@@ -121,6 +121,10 @@ impl Service for Pages {
             kept: (),
         }
     }
+
+    fn broken(&self) {
+        add(&self.shared.counters.malformed, 1);
+    }
 }
 
 impl Pages {
@@ -128,10 +132,7 @@ impl Pages {
         match guard.read_bytes(gpa, &mut [0]) {
             // The guest has just given the memory of its own list back.
             Ok(()) | Err(AccessError::Unplugged { .. }) => Ok(()),
-            Err(source) => {
-                add(&self.shared.counters.malformed, 1);
-                Err(Unanswerable::Memory { head, source })
-            }
+            Err(source) => Err(Unanswerable::Memory { head, source }),
         }
     }
 

@@ -41,7 +41,7 @@ pub struct BlkMetrics {
     pub unsupported: u64,
     /// Requests whose data did not lie in RAM; counted as failures, too.
     pub bad_memory: u64,
-    /// Chains no answer could be found for: the device wanted a reset.
+    /// Queues the driver broke, by chains that are none or have no place for an answer: the device wanted a reset.
     pub malformed: u64,
     /// Requests that had not begun when the device was removed: answered with an error.
     pub refused: u64,

@@ -58,9 +58,7 @@ impl Service for Requests {
             id: &self.id,
             guard,
         };
-        let good_memory = preparation
-            .prepare(chain, &mut job)
-            .inspect_err(|_| self.counters.malformed.add(1))?;
+        let good_memory = preparation.prepare(chain, &mut job)?;
         if !good_memory {
             self.counters.bad_memory.add(1);
         }
@@ -83,8 +81,7 @@ impl Service for Requests {
     fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Job>, Unanswerable> {
         let head = chain.head;
         let mut job = self.spare.take();
-        job.request.answer =
-            AnswerPlace::of(guard, chain).inspect_err(|_| self.counters.malformed.add(1))?;
+        job.request.answer = AnswerPlace::of(guard, chain)?;
         job.request.status = Status::IoErr;
         job.request.written = 0;
         self.counters.refused.add(1);
@@ -134,6 +131,10 @@ impl Service for Requests {
 
     fn let_go(&self, kept: Job) {
         self.spare.put(kept);
+    }
+
+    fn broken(&self) {
+        self.counters.malformed.add(1);
     }
 }
 

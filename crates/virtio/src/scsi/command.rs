@@ -305,6 +305,10 @@ impl Service for Commands {
             answered.written = self.answer(answer, outcome, room, sizes);
         }
     }
+
+    fn broken(&self) {
+        self.shared.counters.broken();
+    }
 }
 
 impl Commands {
@@ -331,11 +335,9 @@ impl Commands {
             mut readable,
             mut writable,
         } = chain;
-        let counters = &self.shared.counters;
         let sizes = self.shared.config.sizes();
         let place = RESPONSE_HEADER_BYTES + sizes.sense;
-        let answer = AnswerPlace::take(guard, head, &mut writable, place)
-            .inspect_err(|_| counters.count(&counters.malformed))?;
+        let answer = AnswerPlace::take(guard, head, &mut writable, place)?;
         // What is in front of the data is none.
         let header = readable.split_front(COMMAND_HEADER_BYTES + sizes.cdb);
         let room = readable.total_len().max(writable.total_len());

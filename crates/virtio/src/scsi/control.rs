@@ -46,7 +46,7 @@ impl Service for Controls {
         guard: &ReadGuard<'_>,
         chain: &mut Chain,
     ) -> Result<Begun<Job, Kept>, Unanswerable> {
-        let begun = self.parse_counted(guard, chain.take())?;
+        let begun = self.parse(guard, chain.take())?;
         if let Begun::Job(Job { head, answer, .. }) = &begun {
             let pins = answer.host_ranges().map(|range| (0, range));
             let flights = &self.shared.flights;
@@ -56,7 +56,7 @@ impl Service for Controls {
     }
 
     fn refuse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Answered<Kept>, Unanswerable> {
-        Ok(match self.parse_counted(guard, chain)? {
+        Ok(match self.parse(guard, chain)? {
             Begun::Answered(answered) => answered,
             Begun::Job(Job { head, answer, .. }) => Answered {
                 head,
@@ -89,19 +89,13 @@ impl Service for Controls {
             answered.written = answer.give(&[response as u8], 0);
         }
     }
+
+    fn broken(&self) {
+        self.shared.counters.broken();
+    }
 }
 
 impl Controls {
-    fn parse_counted(
-        &self,
-        guard: &ReadGuard<'_>,
-        chain: Chain,
-    ) -> Result<Begun<Job, Kept>, Unanswerable> {
-        let counters = &self.shared.counters;
-        self.parse(guard, chain)
-            .inspect_err(|_| counters.count(&counters.malformed))
-    }
-
     fn parse(&self, guard: &ReadGuard<'_>, chain: Chain) -> Result<Begun<Job, Kept>, Unanswerable> {
         let Chain {
             head,

@@ -15,6 +15,7 @@ use ebbtide_iothread::Local;
 use ebbtide_memory::{AccessError, ReadGuard};
 
 use super::request::Event;
+use super::shared::Shared;
 use crate::device::ActiveQueue;
 use crate::service::Setup;
 use crate::sync::{Mutex, lock};
@@ -101,7 +102,8 @@ enum Fault {
 }
 
 /// Serves the event queue until the gate closes or the driver breaks the queue.
-pub(super) async fn serve(local: Local, setup: Setup, events: Arc<Events>) {
+pub(super) async fn serve(local: Local, setup: Setup, shared: Arc<Shared>) {
+    let events = &shared.events;
     let Setup {
         name,
         mut queue,
@@ -112,11 +114,12 @@ pub(super) async fn serve(local: Local, setup: Setup, events: Arc<Events>) {
     } = setup;
     let reader = space.memory().register();
     while let Some(lease) = gate.enter(Entry::Io) {
-        let delivered = deliver(&mut queue, &space.read(&reader), &events);
+        let delivered = deliver(&mut queue, &space.read(&reader), events);
         drop(lease);
         let left = match delivered {
             Ok(left) => left,
             Err(fault) => {
+                shared.counters.broken();
                 if let Some(_lease) = gate.enter(Entry::Io) {
                     if let Some(suppressed) = complaints.allow() {
                         tracing::warn!(device = &*name, queue = queue.index, suppressed, %fault, "the driver's queue is unusable");
@@ -126,7 +129,7 @@ pub(super) async fn serve(local: Local, setup: Setup, events: Arc<Events>) {
                 return;
             }
         };
-        if !news(&local, &mut queue, &gate, &events, left).await {
+        if !news(&local, &mut queue, &gate, events, left).await {
             return;
         }
     }

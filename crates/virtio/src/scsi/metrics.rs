@@ -20,7 +20,7 @@ pub struct ScsiMetrics {
     pub aborted: u64,
     /// Bytes of data moved.
     pub bytes: u64,
-    /// Chains no answer could be found for: the device wanted a reset.
+    /// Queues the driver broke, by chains that are none or have no place for an answer: the device wanted a reset.
     pub malformed: u64,
     /// Commands that a disk works on now.
     pub in_flight: u64,
@@ -34,12 +34,12 @@ pub(super) struct Counters {
     overruns: AtomicU64,
     aborted: AtomicU64,
     bytes: AtomicU64,
-    pub malformed: AtomicU64,
+    malformed: AtomicU64,
     in_flight: AtomicU64,
 }
 
 impl Counters {
-    pub(super) fn count(&self, counter: &AtomicU64) {
+    fn count(&self, counter: &AtomicU64) {
         counter.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -49,6 +49,11 @@ impl Counters {
 
     pub(super) fn end(&self) {
         self.in_flight.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// The driver broke a queue.
+    pub(super) fn broken(&self) {
+        self.count(&self.malformed);
     }
 
     pub(super) fn answered(&self, response: Response, check_condition: bool, bytes: u32) {

@@ -306,10 +306,7 @@ impl VirtioScsi {
             CONTROL_QUEUE => {
                 remote.spawn(move |local| service::serve(local, setup, Controls { shared, index }))
             }
-            EVENT_QUEUE => {
-                let events = Arc::clone(&shared.events);
-                remote.spawn(move |local| events::serve(local, setup, events))
-            }
+            EVENT_QUEUE => remote.spawn(move |local| events::serve(local, setup, shared)),
             _ => remote.spawn(move |local| {
                 let commands = Commands {
                     shared,

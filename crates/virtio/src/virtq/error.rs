@@ -76,6 +76,12 @@ pub enum QueueError {
         /// The queue size.
         size: u16,
     },
+    /// The driver made a chain available that the device still has.
+    #[error("chain {head} is in flight and the driver made it available again")]
+    HeadInFlight {
+        /// First descriptor of the chain.
+        head: u16,
+    },
     /// A chain's head or `next` lies outside its table.
     #[error("descriptor index {index} is outside a table of {entries} entries")]
     DescriptorIndex {
@@ -136,7 +142,7 @@ pub enum QueueError {
         /// Its bytes.
         length: u32,
     },
-    /// The device returned a chain that cannot be one of this queue's.
+    /// The device returned a chain that it has not got.
     #[error("chain {head} returned to a queue of size {size} with {in_flight} in flight")]
     NotInFlight {
         /// First descriptor of the chain.

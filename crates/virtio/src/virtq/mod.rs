@@ -23,6 +23,7 @@
 mod chain;
 mod descriptor;
 mod error;
+mod heads;
 mod layout;
 mod queue;
 mod walk;

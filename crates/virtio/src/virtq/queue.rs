@@ -10,6 +10,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::chain::Chain;
 use super::error::{QueueError, Ring};
+use super::heads::Heads;
 use super::layout::{ELEMENTS, FLAGS, INDEX, NO_INTERRUPT, NO_NOTIFY, QueueConfig};
 use super::walk::Table;
 use crate::features;
@@ -86,6 +87,7 @@ pub struct Queue {
     /// What the used ring's `idx` says.
     published_used: u16,
     unsignalled: u32,
+    heads: Heads,
     broken: bool,
 }
 
@@ -117,7 +119,8 @@ impl Queue {
         )
     }
 
-    /// The queue that [`save`](Self::save) described, over the same guest memory.
+    /// The queue that [`save`](Self::save) described, over the same guest memory. Chains that were in flight then are known
+    /// by their number only: of those it is not noticed when the driver makes one available again.
     ///
     /// # Errors
     /// [`QueueError::Size`], [`QueueError::Misaligned`]; [`QueueError::State`] for indices that lie further apart than
@@ -132,7 +135,8 @@ impl Queue {
             unsignalled,
         } = *state;
         config.validate()?;
-        if next_avail.wrapping_sub(next_used) > config.size {
+        let in_flight = next_avail.wrapping_sub(next_used);
+        if in_flight > config.size {
             return Err(QueueError::State {
                 next_avail,
                 next_used,
@@ -162,6 +166,7 @@ impl Queue {
             next_used,
             published_used: next_used,
             unsignalled,
+            heads: Heads::new(config.size, in_flight),
             broken: false,
         })
     }
@@ -226,7 +231,7 @@ impl Queue {
     /// writable buffers. The driver does not see it before [`publish_used`](Self::publish_used).
     ///
     /// # Errors
-    /// [`QueueError::NotInFlight`] for a chain the queue cannot have handed out; [`QueueError::Access`].
+    /// [`QueueError::NotInFlight`] for a chain the queue has not handed out, or has got back; [`QueueError::Access`].
     pub fn add_used(
         &mut self,
         guard: &ReadGuard<'_>,
@@ -321,6 +326,9 @@ impl Queue {
             indirect: self.indirect,
         };
         table.read(guard, head, chain)?;
+        if !self.heads.insert(head) {
+            return Err(QueueError::HeadInFlight { head });
+        }
         self.next_avail = self.next_avail.wrapping_add(1);
         Ok(true)
     }
@@ -342,7 +350,7 @@ impl Queue {
 
     fn put(&mut self, guard: &ReadGuard<'_>, head: u16, written: u32) -> Result<(), QueueError> {
         let (size, in_flight) = (self.config.size, self.in_flight());
-        if head >= size || in_flight == 0 {
+        if head >= size || in_flight == 0 || !self.heads.remove(head) {
             return Err(QueueError::NotInFlight {
                 head,
                 size,

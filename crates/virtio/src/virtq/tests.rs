@@ -8,6 +8,8 @@ use ebbtide_memory::{AddressSpace, Backing, Gpa, Memory, MemoryConfig, RamSpec, 
 use super::*;
 use crate::features;
 
+mod in_flight;
+
 const SIZE: u16 = 8;
 const RAM_BYTES: u64 = 0x20_0000;
 const CONFIG: QueueConfig = QueueConfig {
@@ -207,22 +209,6 @@ fn an_index_may_be_ahead_by_the_size_and_no_more() {
 }
 
 #[test]
-fn more_chains_than_the_queue_has_are_refused() {
-    let mut rings = Rings::new(0);
-    rings.direct(0, 0x8000, 1, 0, 0);
-    rings.make_available(&[0; 8], SIZE);
-    for _ in 0..SIZE {
-        assert_eq!(rings.pop().unwrap().unwrap().head, 0);
-    }
-    // None was given back, and the driver goes on.
-    rings.make_available(&[0; 8], SIZE + 1);
-    assert!(matches!(
-        rings.error(),
-        QueueError::TooManyInFlight { size: SIZE }
-    ));
-}
-
-#[test]
 fn heads_and_links_outside_the_table_are_refused() {
     let mut rings = Rings::new(0);
     rings.make_available(&[SIZE], 1);
@@ -416,53 +402,6 @@ fn buffers_do_not_wrap_around_the_address_space() {
         chain.readable.copy_to(&guard, &mut [0; 4]).is_err(),
         "it is not RAM either"
     );
-}
-
-#[test]
-fn only_chains_that_were_taken_can_be_given_back() {
-    let mut rings = Rings::new(0);
-    rings.direct(0, 0x8000, 1, 0, 0);
-    rings.make_available(&[0], 1);
-    rings.pop().unwrap().unwrap();
-    let guard = rings.space.read(&rings.reader);
-    rings.queue.push_used(&guard, 0, 0).unwrap();
-    assert!(matches!(
-        rings.queue.push_used(&guard, 0, 0),
-        Err(QueueError::NotInFlight { in_flight: 0, .. })
-    ));
-
-    let mut queue = Queue::new(&rings.space, CONFIG, 0).unwrap();
-    assert!(queue.pop(&guard).unwrap().is_some());
-    assert!(matches!(
-        queue.push_used(&guard, SIZE, 0),
-        Err(QueueError::NotInFlight { head: SIZE, .. })
-    ));
-}
-
-#[test]
-fn used_entries_show_when_they_are_published() {
-    let mut rings = Rings::new(0);
-    rings.direct(0, 0x8000, 1, 0, 0);
-    rings.make_available(&[0, 0, 0], 3);
-    (0..3).for_each(|_| assert!(rings.pop().unwrap().is_some()));
-    let guard = rings.space.read(&rings.reader);
-    for written in [11, 12, 13] {
-        rings.queue.add_used(&guard, 0, written).unwrap();
-    }
-    assert_eq!(rings.get_u16(CONFIG.used.0 + 2), 0);
-    assert!(
-        !rings.queue.needs_interrupt(&guard).unwrap(),
-        "nothing to see yet"
-    );
-    assert_eq!(
-        rings.queue.save().next_used,
-        0,
-        "saved is what the driver can see"
-    );
-    rings.queue.publish_used(&guard).unwrap();
-    assert_eq!(rings.get_u16(CONFIG.used.0 + 2), 3);
-    assert!(rings.queue.needs_interrupt(&guard).unwrap());
-    assert!(!rings.queue.needs_interrupt(&guard).unwrap(), "once");
 }
 
 #[test]
