@@ -310,17 +310,28 @@ fn nothing_outlives_a_killed_vmm() {
             let mut command = again("launcher", &programs()[0]);
             let launcher = Launcher::start(&mut command, programs()).unwrap();
             let _netdev = Netdev::passt("net0", &launcher, &PasstSpec::default()).unwrap();
+            // One who wants to be outlived gives its end of the launcher's socket away, to the launcher itself.
+            let control = launcher.control.as_fd();
+            let (network, _ours) = wire::pair().unwrap();
+            wire::ask(control, &programs()[0], &[], network.as_fd(), control).unwrap();
             loop {
                 std::thread::sleep(LIMIT);
             }
         }
         Err(_) => {}
     }
-    let script =
-        "trap '' TERM INT HUP; echo $PPID > $pid.launcher; echo $$ > $pid; exec sleep 1000";
+    let script = "trap '' TERM INT HUP; echo $PPID > $pid.launcher; echo $$ >> $pid.all; echo $$ > $pid; exec sleep 1000";
     let ground = Ground::new(script);
     let mut vmm = again("vmm", &ground.program).spawn().unwrap();
     let pid = ground.pid();
+    let all = ground.directory.path().join("pid.all");
+    let both = wait(
+        || match std::fs::read_to_string(&all).map(|all| all.lines().count()) {
+            Ok(2) => Ok(()),
+            _ => Err(ErrorKind::WouldBlock.into()),
+        },
+    );
+    both.unwrap();
     let launcher = ground.directory.path().join("pid.launcher");
     let launcher: u32 = std::fs::read_to_string(launcher)
         .unwrap()
