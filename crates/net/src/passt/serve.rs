@@ -22,6 +22,8 @@ const PROGRAMS_MAX: usize = 64;
 const TAIL_BYTES: usize = 16 << 10;
 /// Of the last that one which has ended has said, so many pieces are looked at: others may have its descriptor, and go on.
 const LAST_PIECES: usize = 64;
+/// All of the environment that a program gets.
+const SEARCH_PATH: &str = "PATH";
 /// The longest line of it that is passed on.
 const LINE_BYTES: usize = 400;
 
@@ -158,10 +160,13 @@ fn start(
     if !room {
         return Err(format!("{PROGRAMS_MAX} are running, which is the most"));
     }
-    // Standard input is the one descriptor that can be given to a process without others getting it, too.
+    // Standard input is the one descriptor that can be given to a process without others getting it, too. What else is in
+    // the environment is for whoever started the machine; a guest that takes its passt over reads it there.
     let spawned = Command::new(program)
         .args(["--foreground", "--fd", "0"])
         .args(arguments)
+        .env_clear()
+        .envs(std::env::var_os(SEARCH_PATH).map(|path| (SEARCH_PATH, path)))
         .stdin(network)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())

@@ -95,6 +95,20 @@ fn a_program_gets_its_arguments_and_our_socket_and_ends_with_it() {
 }
 
 #[test]
+fn a_program_gets_nothing_of_the_environment_but_the_search_path() {
+    assert!(std::env::var_os("PATH").is_some() && std::env::vars_os().count() > 1);
+    let ground = Ground::new("cat /proc/$$/environ > $pid.environment; exec sleep 1000");
+    let _netdev = ground.start(&[]).unwrap();
+    let path = ground.directory.path().join("pid.environment");
+    let environment = std::fs::read_to_string(path).unwrap();
+    let names: Vec<&str> = environment
+        .split_terminator('\0')
+        .map(|entry| entry.split('=').next().unwrap_or_default())
+        .collect();
+    assert_eq!(names, ["PATH"]);
+}
+
+#[test]
 fn what_can_not_be_started_is_named_with_the_reason() {
     let missing = Launcher::thread(vec!["/nowhere/passt".into()]).unwrap();
     let error = Netdev::passt("net0", &missing, &PasstSpec::default()).unwrap_err();
