@@ -467,6 +467,7 @@ pub fn commands(toy: Rc<Toy>) -> CommandTable<Toy> {
         .on(EBBTIDE_QUERY_STATUS, async |toy, _, Empty {}| {
             Ok(Status {
                 status: toy.state.get(),
+                reset: None,
                 vcpus: 2,
                 pid: std::process::id().into(),
                 version: env!("CARGO_PKG_VERSION").into(),
