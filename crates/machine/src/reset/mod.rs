@@ -53,6 +53,7 @@ impl Machine {
         }
         // Until its devices are quiet the old guest may still ask for something: a watchdog does.
         self.requests.next_guest();
+        self.devices.ejector().next_guest();
         under_way.step(ResetStep::Memory);
         if let Some(cause) = self.part_memory(&under_way).await {
             return Ok(Outcome::Ended(cause));
