@@ -4,8 +4,10 @@
 //! It is there before the machine has opened anything, so it has nothing of a guest's; it is no child of a process with
 //! memory to copy. It starts the programs that its command line names, at the machine's request
 //! ([`serve_launcher`](ebbtide_machine::serve_launcher)), and ends with the machine: when its socket does. Landlock is
-//! not for it: passt, which inherits that, makes itself a file system of its own, and landlock forbids to mount. What
-//! it does not need, passt gives up by itself.
+//! not for it: passt, which inherits that, makes itself a file system of its own, and landlock forbids to mount. A seccomp
+//! filter refuses both what neither needs ([`confine_launcher`](ebbtide_machine::confine_launcher)); the rest passt gives up by
+//! itself. It is not told to die with its launcher (PR_SET_PDEATHSIG): guests are to keep their networks then, and passt, when root
+//! starts it, changes its user, with which the kernel forgets that anyway.
 
 use std::ffi::OsString;
 use std::io;
@@ -14,11 +16,13 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
-use ebbtide_machine::Launcher;
 use ebbtide_machine::config::MachineConfig;
+use ebbtide_machine::{Launcher, Seccomp};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior, setsid};
 use rustix::thread::{set_name, set_no_new_privs};
+
+use crate::run::SeccompMode;
 
 /// The hidden command.
 pub const COMMAND: &str = "passt-launcher";
@@ -28,6 +32,9 @@ const FIRST_INHERITED: libc::c_uint = 3;
 
 #[derive(clap::Args)]
 pub struct LauncherArgs {
+    /// What it may not do: refuse it, log it, or let it pass
+    #[arg(long, default_value = "on")]
+    seccomp: SeccompMode,
     /// What may be started
     #[arg(required = true)]
     programs: Vec<PathBuf>,
@@ -35,7 +42,11 @@ pub struct LauncherArgs {
 
 /// Serves until standard input, which is a socket, is closed at its other end.
 pub fn main(args: LauncherArgs) -> ExitCode {
-    match isolated().and_then(|socket| ebbtide_machine::serve_launcher(socket, &args.programs)) {
+    let served = isolated().and_then(|socket| {
+        ebbtide_machine::confine_launcher(args.seccomp.into())?;
+        ebbtide_machine::serve_launcher(socket, &args.programs)
+    });
+    match served {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("ebbtide {COMMAND}: {e}");
@@ -74,10 +85,16 @@ pub fn of(config: &MachineConfig, program: &OsString) -> io::Result<Option<Launc
     if programs.is_empty() {
         return Ok(None);
     }
+    let mode = match config.confinement.seccomp {
+        Seccomp::On => "on",
+        Seccomp::Log => "log",
+        Seccomp::Off => "off",
+    };
     let mut command = Command::new(std::env::current_exe()?);
     command
         .arg0("ebbtide")
         .arg(COMMAND)
+        .args(["--seccomp", mode])
         .arg("--")
         .args(&programs);
     Launcher::start(&mut command, programs).map(Some)

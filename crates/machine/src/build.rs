@@ -191,6 +191,7 @@ impl Prepared {
             layout,
             config,
             state: Cell::new(RunState::PreLaunch),
+            resetting: Default::default(),
             requests: sender,
             local: local.clone(),
         };

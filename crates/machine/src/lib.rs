@@ -38,7 +38,7 @@ mod reset;
 mod size_events;
 
 pub use build::{Built, Prepared};
-pub use confine::{ConfinementConfig, Seccomp};
+pub use confine::{ConfinementConfig, Seccomp, confine_launcher};
 pub use cpus::CpuEvent;
 pub use ebbtide_memory::Backing;
 pub use ebbtide_net::{Launcher, serve_launcher};

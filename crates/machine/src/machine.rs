@@ -33,7 +33,7 @@ use crate::layout::Layout;
 use crate::lifecycle::{self, Ending, Posted, Request, Requests, Step};
 use crate::platform::Platform;
 use crate::provision::Provision;
-use crate::reset::Outcome;
+use crate::reset::{Outcome, Progress};
 
 /// Name of the RAM block the machine boots with.
 pub(crate) const BOOT_RAM: &str = "ram";
@@ -125,6 +125,7 @@ pub struct Machine {
     pub(crate) layout: Arc<Layout>,
     pub(crate) config: MachineConfig,
     pub(crate) state: Cell<RunState>,
+    pub(crate) resetting: Progress,
     pub(crate) requests: Requests,
     pub(crate) local: Local,
 }
@@ -341,7 +342,7 @@ impl Machine {
                 events.emit(events::RESUME.with(Empty {}));
             }
             Step::Reset { cause, then_run } => {
-                match self.reset().await {
+                match self.reset(cause).await {
                     Ok(Outcome::Fresh) => {}
                     Ok(Outcome::Ended(cause)) => return Some(cause),
                     Err(e) => {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Who carries commands out.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -30,8 +30,15 @@ pub trait Executor {
     /// Starts a command of [`Executor::commands`] with arguments that fit its declaration.
     ///
     /// The next command of the same client starts when the future is ready; other clients go on. The future
-    /// is run to its end when the client goes away, and is dropped when the server is.
+    /// is run to its end when the client goes away, unless the command [only waits](Executor::only_waits), and is dropped
+    /// when the server is.
     fn execute(&self, client: ClientId, command: &str, arguments: Map<String, Value>) -> Answer;
+
+    /// Whether a command changes nothing and may take for ever, so that it is of no use to anybody but its client.
+    fn only_waits(&self, command: &str) -> bool {
+        let _ = command;
+        false
+    }
 
     /// The commands there are, besides those the server answers itself.
     fn commands(&self) -> Vec<CommandInfo>;
@@ -52,6 +59,7 @@ type Run<S> = Box<dyn Fn(Rc<S>, ClientId, Map<String, Value>) -> Answer>;
 pub struct CommandTable<S> {
     state: Rc<S>,
     entries: HashMap<&'static str, (CommandInfo, Run<S>)>,
+    waits: HashSet<&'static str>,
 }
 
 impl<S: 'static> CommandTable<S> {
@@ -60,6 +68,7 @@ impl<S: 'static> CommandTable<S> {
         Self {
             state,
             entries: HashMap::new(),
+            waits: HashSet::new(),
         }
     }
 
@@ -93,7 +102,20 @@ impl<S: 'static> CommandTable<S> {
     }
 }
 
+impl<S: 'static> CommandTable<S> {
+    /// Declares that a command of the table [only waits](Executor::only_waits).
+    #[must_use]
+    pub fn waits<A: Qapi, R: Qapi>(mut self, command: Command<A, R>) -> Self {
+        self.waits.insert(command.name());
+        self
+    }
+}
+
 impl<S: 'static> Executor for CommandTable<S> {
+    fn only_waits(&self, command: &str) -> bool {
+        self.waits.contains(command)
+    }
+
     fn execute(&self, client: ClientId, command: &str, arguments: Map<String, Value>) -> Answer {
         match self.entries.get(command) {
             Some((_, run)) => run(Rc::clone(&self.state), client, arguments),

@@ -7,6 +7,7 @@ mod toy;
 mod wire;
 
 use std::io::Write as _;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use ebbtide_qmp::schema::Empty;
 use proptest::prelude::*;
 use serde_json::json;
 use toy::server::{Setup, ToyServer};
-use toy::{TOY_EVENTS, ToyNumber};
+use toy::{TOY_EVENTS, TOY_WAITING, ToyNumber};
 use wire::Wire;
 
 #[test]
@@ -192,6 +193,45 @@ fn too_many_clients_are_told_so() {
     clients.pop();
     server.wait_clients(2);
     Client::connect(&server.path()).unwrap();
+}
+
+/// A client that was told to stop asking, or has crashed, takes nobody's place, whatever is still done for it.
+#[test]
+fn clients_that_go_while_their_commands_take_long_make_room() {
+    let limits = ServerLimits {
+        clients: 2,
+        ..ServerLimits::default()
+    };
+    let server = ToyServer::start(Setup {
+        limits,
+        ..Setup::default()
+    });
+    for _ in 0..3 {
+        let mut gone = Wire::negotiated(&server.path());
+        // Half closed, as by a script that has said all it has to say: it still gets its answer.
+        let mut finished = Wire::negotiated(&server.path());
+        gone.send(r#"{"execute": "x-toy-sleep", "arguments": {"value": 1000000}}"#);
+        finished.send(r#"{"execute": "x-toy-sleep", "arguments": {"value": 2500}}"#);
+        finished.socket.shutdown(Shutdown::Write).unwrap();
+        drop(gone);
+        assert_eq!(finished.line()["return"], 2500);
+        drop(finished);
+        server.wait_clients(0);
+    }
+    // What is done for nobody but its client ends with that.
+    let mut gone = Wire::negotiated(&server.path());
+    gone.send(r#"{"execute": "x-toy-wait", "arguments": {"value": 1000000}}"#);
+    let mut other = Client::connect(&server.path()).unwrap();
+    let mut waiting = || other.call(&TOY_WAITING, Empty {}).unwrap();
+    let begun = Instant::now();
+    while waiting() == 0 {
+        assert!(begun.elapsed() < wire::PATIENCE);
+    }
+    drop(gone);
+    while waiting() > 0 {
+        assert!(begun.elapsed() < wire::PATIENCE, "it still waits");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[test]

@@ -412,6 +412,7 @@ impl Bus {
     ) {
         if within_dword(offset, size) {
             self.with(own, target, offset, |function| {
+                function.config().note_guest_write(offset, size);
                 function.write_config(offset, size, value);
             });
         }

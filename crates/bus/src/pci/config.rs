@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! A function's configuration space: header of type 0 or 1, capabilities, 4 KiB (PCI 3.0, 6; PCIe 5.0, 7.5).
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ebbtide_gate::Gate;
@@ -100,6 +100,7 @@ pub struct Config {
     refused: LogLimit,
     /// Vendor and device id as they read while the gate is closed.
     kept_identity: AtomicU32,
+    enumerated: Arc<AtomicBool>,
 }
 
 struct State {
@@ -175,6 +176,7 @@ impl Config {
             }),
             refused: LogLimit::default(),
             kept_identity: AtomicU32::new(u32::MAX),
+            enumerated: Arc::default(),
         }
     }
 
@@ -527,6 +529,18 @@ impl Config {
             false => u32::MAX,
         };
         self.kept_identity.store(ids, Ordering::Release);
+    }
+
+    /// Set once a guest has written to BARs, which it does to learn their sizes when it finds the function on the bus.
+    pub fn enumerated(&self) -> &Arc<AtomicBool> {
+        &self.enumerated
+    }
+
+    /// A guest writes to these registers.
+    pub(super) fn note_guest_write(&self, offset: u16, size: u8) {
+        if touches(offset, size, BAR0, ADDRESSES) {
+            self.enumerated.store(true, Ordering::Release);
+        }
     }
 
     /// What the first dword reads as while the gate is closed.

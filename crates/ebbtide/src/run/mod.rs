@@ -99,10 +99,20 @@ pub struct RunArgs {
 }
 
 #[derive(Clone, Copy, clap::ValueEnum)]
-enum SeccompMode {
+pub enum SeccompMode {
     On,
     Log,
     Off,
+}
+
+impl From<SeccompMode> for Seccomp {
+    fn from(mode: SeccompMode) -> Seccomp {
+        match mode {
+            SeccompMode::On => Seccomp::On,
+            SeccompMode::Log => Seccomp::Log,
+            SeccompMode::Off => Seccomp::Off,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, clap::ValueEnum)]
@@ -247,11 +257,7 @@ fn configure(args: RunArgs) -> Result<MachineConfig, OptionError> {
         no_reboot: args.no_reboot,
         drain_timeout: args.drain_timeout,
         confinement: ConfinementConfig {
-            seccomp: match args.seccomp {
-                SeccompMode::On => Seccomp::On,
-                SeccompMode::Log => Seccomp::Log,
-                SeccompMode::Off => Seccomp::Off,
-            },
+            seccomp: args.seccomp.into(),
             landlock: args.landlock == Switch::On,
             allow: args.allow,
         },

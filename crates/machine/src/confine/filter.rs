@@ -37,17 +37,19 @@ impl Filters {
 
     /// Puts the calling thread, and those it starts, under the filters, for good.
     pub(super) fn install(&self) -> io::Result<()> {
-        for program in &self.0 {
-            seccompiler::apply_filter(program).map_err(|error| match error {
-                seccompiler::Error::Prctl(source) | seccompiler::Error::Seccomp(source) => source,
-                other => io::Error::other(other.to_string()),
-            })?;
-        }
-        Ok(())
+        self.0.iter().try_for_each(install)
     }
 }
 
-fn compile(
+/// Puts the calling thread, and those it starts, under a filter, for good.
+pub(super) fn install(program: &BpfProgram) -> io::Result<()> {
+    seccompiler::apply_filter(program).map_err(|error| match error {
+        seccompiler::Error::Prctl(source) | seccompiler::Error::Seccomp(source) => source,
+        other => io::Error::other(other.to_string()),
+    })
+}
+
+pub(super) fn compile(
     rules: Rules,
     otherwise: SeccompAction,
     matching: SeccompAction,

@@ -25,6 +25,7 @@
 
 mod calls;
 mod filter;
+mod launcher;
 mod paths;
 mod settle;
 mod violation;
@@ -42,6 +43,7 @@ use ebbtide_iothread::{Blocking, Config, IoThread, Operations};
 use crate::Error;
 use crate::config::MachineConfig;
 use filter::Filters;
+pub use launcher::confine_launcher;
 use paths::Paths;
 
 /// What to do about system calls that a thread has no need for.

@@ -240,7 +240,7 @@ impl Devices {
         );
         match plugged {
             Ok(node) => {
-                self.ejector.occupy(key, &eject, node);
+                self.ejector.occupy(key, &eject, node, None);
                 Ok(node)
             }
             // The id was free when this began, and nothing was awaited since.

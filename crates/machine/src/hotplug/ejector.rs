@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! From the guest's eject write, on a vCPU thread, to the removal on the control thread.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -30,6 +30,12 @@ pub(crate) struct Occupant {
     guest_refused: AtomicBool,
     /// The guest has ejected it, whoever isolated it.
     let_go: AtomicBool,
+    /// The same, for good.
+    ejected: AtomicBool,
+    /// The one before it in the slot went without the guest's eject, which may still come.
+    is_successor: AtomicBool,
+    /// The guest has found it; `None`: that is not known of a DIMM.
+    enumerated: Option<Arc<AtomicBool>>,
 }
 
 impl Occupant {
@@ -49,6 +55,19 @@ impl Occupant {
     }
 }
 
+impl Occupant {
+    /// Whether an eject is not meant for this one: a guest that was at work with the one before when that was forced out ejects
+    /// *the slot* at the end, whatever is in it by then. What it has not found yet it does not use, and so has no
+    /// reason to eject, but for being asked to.
+    fn is_taken_for_another(&self) -> bool {
+        let is_found = |enumerated: &Arc<AtomicBool>| enumerated.load(Ordering::Acquire);
+        self.is_successor.load(Ordering::Acquire)
+            && !self.enumerated.as_ref().is_none_or(is_found)
+            && !self.eject.is_requested()
+            && !self.eject.is_isolated()
+    }
+}
+
 type Table = BTreeMap<SlotKey, Arc<Occupant>>;
 
 /// Which device is in which slot, for vCPU threads: they take no lock, allocate nothing and wait for nothing. What they
@@ -56,6 +75,8 @@ type Table = BTreeMap<SlotKey, Arc<Occupant>>;
 pub(crate) struct Ejector {
     table: ArcSwap<Table>,
     reports: Mutex<VecDeque<OstReport>>,
+    /// Slots that were left without the guest's eject by those who were in them last. Of the control thread.
+    owed: Mutex<BTreeSet<SlotKey>>,
     news: LaterNotifier,
 }
 
@@ -77,32 +98,52 @@ impl Ejector {
         Arc::new(Ejector {
             table: ArcSwap::default(),
             reports: Mutex::new(VecDeque::with_capacity(REPORTS)),
+            owed: Mutex::default(),
             news,
         })
     }
 
-    /// A device is in `slot`. On the control thread.
-    pub(crate) fn occupy(&self, slot: SlotKey, eject: &Arc<Eject>, node: NodeId) {
+    /// A device is in `slot`; `enumerated` says once the guest has found it. On the control thread.
+    pub(crate) fn occupy(
+        &self,
+        slot: SlotKey,
+        eject: &Arc<Eject>,
+        node: NodeId,
+        enumerated: Option<&Arc<AtomicBool>>,
+    ) {
         let occupant = Arc::new(Occupant {
             eject: Arc::clone(eject),
             node,
             refused: AtomicBool::new(false),
             guest_refused: AtomicBool::new(false),
             let_go: AtomicBool::new(false),
+            ejected: AtomicBool::new(false),
+            is_successor: AtomicBool::new(self.owed().contains(&slot)),
+            enumerated: enumerated.cloned(),
         });
         self.change(|table| table.insert(slot, occupant));
     }
 
     /// `node` is in `slot` no more. On the control thread.
     pub(crate) fn vacate(&self, slot: &SlotKey, node: NodeId) {
-        self.change(|table| {
-            if table
-                .get(slot)
-                .is_some_and(|occupant| occupant.node == node)
-            {
-                table.remove(slot);
-            }
+        let left = self.change(|table| {
+            let is_there = table.get(slot).is_some_and(|it| it.node == node);
+            is_there.then(|| table.remove(slot)).flatten()
         });
+        match left.map(|occupant| occupant.ejected.load(Ordering::Acquire)) {
+            Some(false) => _ = self.owed().insert(slot.clone()),
+            Some(true) => _ = self.owed().remove(slot),
+            None => {}
+        }
+    }
+
+    /// The guest is another one, which has none of the ejects to make that the last one owed. On the control thread, while no
+    /// vCPU runs.
+    pub(crate) fn next_guest(&self) {
+        self.owed().clear();
+        for occupant in self.occupants() {
+            occupant.is_successor.store(false, Ordering::Release);
+        }
     }
 
     /// What is in the slots now. On the control thread.
@@ -119,10 +160,15 @@ impl Ejector {
         self.reports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn change<R>(&self, change: impl FnOnce(&mut Table) -> R) {
+    fn owed(&self) -> MutexGuard<'_, BTreeSet<SlotKey>> {
+        self.owed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change<R>(&self, change: impl FnOnce(&mut Table) -> R) -> R {
         let mut table = Table::clone(&self.table.load());
-        change(&mut table);
+        let result = change(&mut table);
         self.table.store(Arc::new(table));
+        result
     }
 
     /// The guest ejects what is in `slot`: shuts its gates if the guest may do that now, and returns at once.
@@ -131,7 +177,14 @@ impl Ejector {
         let Some(occupant) = table.get(slot) else {
             return;
         };
-        match occupant.eject.eject() {
+        let answer = match occupant.is_taken_for_another() {
+            true => Answer::Refused,
+            false => occupant.eject.eject(),
+        };
+        if answer != Answer::Refused {
+            occupant.ejected.store(true, Ordering::Release);
+        }
+        match answer {
             Answer::Isolated => {
                 occupant.let_go.store(true, Ordering::Release);
                 self.news.announce();
@@ -230,6 +283,15 @@ mod tests {
         }
 
         fn plug(&mut self, key: &SlotKey, policy: GuestEject) -> (NodeId, Arc<Gate>) {
+            self.plug_found(key, policy, None)
+        }
+
+        fn plug_found(
+            &mut self,
+            key: &SlotKey,
+            policy: GuestEject,
+            enumerated: Option<&Arc<AtomicBool>>,
+        ) -> (NodeId, Arc<Gate>) {
             let gate = Gate::new("device");
             let eject = Eject::new(policy, &gate);
             let identity = Identity {
@@ -249,7 +311,7 @@ mod tests {
                 )
                 .map_err(|(error, _)| error)
                 .unwrap();
-            self.ejector.occupy(key.clone(), &eject, node);
+            self.ejector.occupy(key.clone(), &eject, node, enumerated);
             (node, gate)
         }
 
@@ -354,6 +416,48 @@ mod tests {
         assert!(second_gate.is_closed() && !first_gate.is_closed());
         slots.ejector.vacate(&key, second);
         assert!(slots.ejector.occupants().is_empty());
+    }
+
+    /// The guest was at work with a device that was forced out, and ejects the slot at the end. Another is there by then.
+    #[test]
+    fn a_late_eject_does_not_take_what_came_after() {
+        for ejected in [false, true] {
+            let mut slots = Slots::new();
+            let key = SlotKey::Pci(at("rp1", 0));
+            let (first, _) = slots.plug(&key, GuestEject::On);
+            if ejected {
+                slots.eject_all();
+            }
+            slots.ejector.vacate(&key, first);
+            let found = Arc::new(AtomicBool::new(false));
+            let (_, gate) = slots.plug_found(&key, GuestEject::On, Some(&found));
+            slots.eject_all();
+            assert_eq!(gate.is_closed(), ejected);
+            let second = &slots.ejector.occupants()[0];
+            assert_eq!(second.take_refused(), !ejected, "it is told what is there");
+            // By then it has learnt of the second, and ejects that.
+            found.store(true, Ordering::Release);
+            slots.eject_all();
+            assert!(gate.is_closed());
+        }
+    }
+
+    #[test]
+    fn what_is_not_found_yet_is_ejected_when_that_is_asked_for_or_the_guest_is_another() {
+        for is_asked in [false, true] {
+            let mut slots = Slots::new();
+            let key = SlotKey::Pci(at("rp1", 0));
+            let (first, _) = slots.plug(&key, GuestEject::On);
+            slots.ejector.vacate(&key, first);
+            let found = Arc::default();
+            let (second, gate) = slots.plug_found(&key, GuestEject::On, Some(&found));
+            match is_asked {
+                true => slots.tree.request(second, Instant::now()).unwrap(),
+                false => slots.ejector.next_guest(),
+            }
+            slots.eject_all();
+            assert!(gate.is_closed());
+        }
     }
 
     #[test]

@@ -399,7 +399,7 @@ impl Devices {
         }
         for occupant in self.ejector.occupants() {
             let node = occupant.node;
-            if occupant.take_refused() {
+            if occupant.take_refused() && !occupant.eject.is_isolated() {
                 self.answer_uninvited(node);
             }
             if occupant.take_let_go() {
@@ -481,6 +481,7 @@ impl Devices {
             uses,
         } = made;
         let gate = Arc::clone(function.config().gate());
+        let enumerated = Arc::clone(function.config().enumerated());
         let attach = match announced {
             Announced::Later => Bus::attach_hidden_at,
             Announced::Now | Announced::AtBoot => Bus::attach_at,
@@ -517,7 +518,7 @@ impl Devices {
             plug_error(&error)
         })?;
         if let (Some(key), Some(eject)) = (key, eject) {
-            self.ejector.occupy(key, &eject, node);
+            self.ejector.occupy(key, &eject, node, Some(&enumerated));
         }
         self.set_instance(&place);
         if let Some(slot) = place.slot.filter(|_| announced == Announced::Now) {

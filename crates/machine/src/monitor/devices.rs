@@ -37,6 +37,7 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
         .on(commands::EBBTIDE_WAIT, async |m, _, args| {
             wait(&m, args).await
         })
+        .waits(commands::EBBTIDE_WAIT)
         .on(commands::EBBTIDE_DEVICE_FORCE, async |m, _, args| {
             force(&m, &args.id)
         })

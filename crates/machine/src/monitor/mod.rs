@@ -50,6 +50,7 @@ pub fn table(machine: &Rc<Machine>) -> CommandTable<Machine> {
         .on(commands::EBBTIDE_QUERY_STATUS, async |m, _, Empty {}| {
             Ok(Status {
                 status: m.state(),
+                reset: m.resetting.told(m.local.now()),
                 vcpus: m.vcpus(),
                 pid: u64::from(std::process::id()),
                 version: env!("CARGO_PKG_VERSION").into(),

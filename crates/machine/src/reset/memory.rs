@@ -16,6 +16,7 @@ use ebbtide_qmp::sizes::human;
 use ebbtide_qmp::types::run_state::ShutdownCause;
 use ebbtide_virtio::PinnedList;
 
+use super::progress::UnderWay;
 use crate::guest_ram::GuestRam;
 use crate::hotplug::dimm::DimmSite;
 use crate::machine::{Machine, MemorySlot};
@@ -77,7 +78,7 @@ impl Place for DimmSite {
 
 impl Machine {
     /// Sees to it that no memory of the next guest is in use for the last one. Some: the VM is to end, and it is not so.
-    pub(super) async fn part_memory(&self) -> Option<ShutdownCause> {
+    pub(super) async fn part_memory(&self, reset: &UnderWay<'_>) -> Option<ShutdownCause> {
         let parting = Parting {
             memory: &self.memory,
             blocking: &self.blocking,
@@ -85,6 +86,7 @@ impl Machine {
             patience: self.config.drain_timeout.max(NAME_AT_LEAST),
             pinned: &|| self.devices.pinned(),
             ending: &|| self.requests.ending(),
+            waits_for: &|memory| reset.waits_for(memory),
         };
         let dimms = self.devices.dimm_sites();
         let boot: &dyn Place = &self.ram;
@@ -106,6 +108,8 @@ struct Parting<'m> {
     pinned: &'m dyn Fn() -> Vec<PinnedList>,
     /// Who wants the VM to end.
     ending: &'m dyn Fn() -> Option<ShutdownCause>,
+    /// Told the names of memory that is waited for.
+    waits_for: &'m dyn Fn(Vec<String>),
 }
 
 impl Parting<'_> {
@@ -148,16 +152,20 @@ impl Parting<'_> {
     async fn all_let_go(&self) -> Option<ShutdownCause> {
         let (begun, mut next) = (self.local.now(), self.local.now());
         loop {
-            let blocks = self.in_use();
-            if blocks.is_empty() {
+            let names: Vec<_> = self
+                .in_use()
+                .iter()
+                .map(|it| it.name().to_owned())
+                .collect();
+            if names.is_empty() {
                 return None;
             }
+            (self.waits_for)(names.clone());
             if let Some(cause) = (self.ending)() {
                 return Some(cause);
             }
             let now = self.local.now();
             if now >= next {
-                let names: Vec<_> = blocks.iter().map(|block| block.name()).collect();
                 let waited = now.saturating_duration_since(begun).as_secs();
                 tracing::warn!(
                     "the reset waits for requests of the last guest in memory {}, for {waited} s now; x-ebbtide-query-removals says whose",

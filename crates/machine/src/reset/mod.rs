@@ -10,14 +10,17 @@
 //! ```
 
 mod memory;
+mod progress;
 #[cfg(test)]
 mod tests;
 
 use ebbtide_bus::pci::HostBridge;
+use ebbtide_qmp::types::ebbtide::ResetStep;
 use ebbtide_qmp::types::run_state::ShutdownCause;
 
 use crate::Error;
 use crate::machine::Machine;
+pub(crate) use progress::Progress;
 
 /// What came of a reset.
 pub(crate) enum Outcome {
@@ -33,7 +36,8 @@ impl Machine {
     ///
     /// # Errors
     /// The host refuses; the machine is of no use before another reset.
-    pub(crate) async fn reset(&self) -> Result<Outcome, Error> {
+    pub(crate) async fn reset(&self, cause: ShutdownCause) -> Result<Outcome, Error> {
+        let under_way = self.resetting.begin(cause, self.local.now());
         self.cpus.park().await;
         self.devices.finish_requested().await;
         for device in self.devices.quiesce().await {
@@ -49,9 +53,12 @@ impl Machine {
         }
         // Until its devices are quiet the old guest may still ask for something: a watchdog does.
         self.requests.next_guest();
-        if let Some(cause) = self.part_memory().await {
+        self.devices.ejector().next_guest();
+        under_way.step(ResetStep::Memory);
+        if let Some(cause) = self.part_memory(&under_way).await {
             return Ok(Outcome::Ended(cause));
         }
+        under_way.step(ResetStep::Loading);
         self.empty_memory_devices().await;
         power_on(&self.bridge);
         self.platform.reset();

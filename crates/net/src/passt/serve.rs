@@ -9,8 +9,9 @@ use std::process::{Child, ChildStderr, Command, ExitStatus, Stdio};
 
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
-use rustix::io::retry_on_intr;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::sockopt::socket_peercred;
+use rustix::process::{Pid, PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal};
 
 use super::arguments;
 use super::wire::{Asked, Reply, Request, asked, reply};
@@ -21,27 +22,37 @@ const PROGRAMS_MAX: usize = 64;
 const TAIL_BYTES: usize = 16 << 10;
 /// Of the last that one which has ended has said, so many pieces are looked at: others may have its descriptor, and go on.
 const LAST_PIECES: usize = 64;
+/// All of the environment that a program gets.
+const SEARCH_PATH: &str = "PATH";
 /// The longest line of it that is passed on.
 const LINE_BYTES: usize = 400;
 
-/// Serves the other end of a [`Launcher`](super::Launcher) until that is closed, and then ends all that was started.
-/// Of `programs`, each as it is to be asked for, nothing else is ever executed, and only with arguments that
+/// Serves the other end of a [`Launcher`](super::Launcher) until that is closed or the process that made it ends, and then
+/// ends all that was started. Of `programs`, each as it is to be asked for, nothing else is ever executed, and only with arguments that
 /// [`PasstSpec::arguments`](super::PasstSpec::arguments) may hold.
 ///
-/// What it starts inherits the limits, the session and the environment of the process, and its descriptors that are
-/// not close-on-exec.
+/// What it starts inherits the limits, the session and the confinement of the process, and its descriptors that are
+/// not close-on-exec; of the environment only the search path.
 ///
 /// # Errors
-/// The socket can't be read.
+/// The socket can't be read, or who is at its other end not be watched.
 pub fn serve(control: OwnedFd, programs: &[PathBuf]) -> io::Result<()> {
+    let asker = match asker(&control) {
+        Ok(asker) => asker,
+        Err(Errno::SRCH) => return Ok(()),
+        Err(errno) => return Err(errno.into()),
+    };
     let mut running: Vec<Program> = Vec::new();
     let over = loop {
-        let is_asked = match wait(&control, &mut running) {
-            Ok(is_asked) => is_asked,
+        let happened = match wait(&control, asker.as_ref(), &mut running) {
+            Ok(happened) => happened,
             Err(error) => break Err(error),
         };
         running.retain_mut(|program| !program.has_ended());
-        if !is_asked {
+        if happened.asker_ended {
+            break Ok(());
+        }
+        if !happened.is_asked {
             continue;
         }
         match asked(control.as_fd()) {
@@ -70,9 +81,34 @@ pub fn serve(control: OwnedFd, programs: &[PathBuf]) -> io::Result<()> {
     over
 }
 
-/// Waits until something happens; whether a message is there. Lifelines that are cut have their program ended.
-fn wait(control: &OwnedFd, running: &mut [Program]) -> io::Result<bool> {
+/// The process that made the pair of `control`, if it is another one. That its end is closed does not follow from its own:
+/// what it has handed over may be that end, and then this process holds it itself.
+fn asker(control: &OwnedFd) -> rustix::io::Result<Option<OwnedFd>> {
+    let pid = socket_peercred(control)?.pid;
+    if pid == getpid() {
+        return Ok(None);
+    }
+    pidfd_open(pid, PidfdFlags::empty()).map(Some)
+}
+
+/// What concerns all programs.
+struct Happened {
+    /// A message is there.
+    is_asked: bool,
+    /// Who sends them has ended.
+    asker_ended: bool,
+}
+
+/// Waits until something happens. Lifelines that are cut have their program ended.
+fn wait(
+    control: &OwnedFd,
+    asker: Option<&OwnedFd>,
+    running: &mut [Program],
+) -> io::Result<Happened> {
     let mut fds = vec![PollFd::new(control, PollFlags::IN)];
+    if let Some(asker) = asker {
+        fds.push(PollFd::new(asker, PollFlags::IN));
+    }
     for program in running.iter() {
         fds.push(PollFd::new(&program.pidfd, PollFlags::IN));
         if !program.is_to_end {
@@ -83,10 +119,11 @@ fn wait(control: &OwnedFd, running: &mut [Program]) -> io::Result<bool> {
         }
     }
     retry_on_intr(|| poll(&mut fds, None))?;
-    let mut happened = fds.into_iter().map(|fd| !fd.revents().is_empty());
-    let is_asked = happened.next().unwrap_or(false);
-    let happened: Vec<bool> = happened.collect();
+    let happened: Vec<bool> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+    drop(fds);
     let mut happened = happened.into_iter();
+    let is_asked = happened.next().unwrap_or(false);
+    let asker_ended = asker.is_some() && happened.next().unwrap_or(false);
     for program in running {
         let (listened, heard) = (!program.is_to_end, program.said.is_some());
         program.is_over |= happened.next().unwrap_or(false);
@@ -98,7 +135,10 @@ fn wait(control: &OwnedFd, running: &mut [Program]) -> io::Result<bool> {
             program.listen();
         }
     }
-    Ok(is_asked)
+    Ok(Happened {
+        is_asked,
+        asker_ended,
+    })
 }
 
 fn start(
@@ -120,10 +160,13 @@ fn start(
     if !room {
         return Err(format!("{PROGRAMS_MAX} are running, which is the most"));
     }
-    // Standard input is the one descriptor that can be given to a process without others getting it, too.
+    // Standard input is the one descriptor that can be given to a process without others getting it, too. What else is in
+    // the environment is for whoever started the machine; a guest that takes its passt over reads it there.
     let spawned = Command::new(program)
         .args(["--foreground", "--fd", "0"])
         .args(arguments)
+        .env_clear()
+        .envs(std::env::var_os(SEARCH_PATH).map(|path| (SEARCH_PATH, path)))
         .stdin(network)
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -177,8 +220,9 @@ impl Program {
 
     fn end(&mut self) {
         self.is_to_end = true;
-        // It fails only when the process is gone already.
-        let _ = self.child.kill();
+        // It fails only when the process is gone already. By its descriptor: its number may be another's by then, where
+        // the process was started to have its children reaped unseen.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
     }
 
     /// Takes a piece of what it has said; false: there is none. A pipe that is full would stop it.

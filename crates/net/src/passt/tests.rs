@@ -95,6 +95,20 @@ fn a_program_gets_its_arguments_and_our_socket_and_ends_with_it() {
 }
 
 #[test]
+fn a_program_gets_nothing_of_the_environment_but_the_search_path() {
+    assert!(std::env::var_os("PATH").is_some() && std::env::vars_os().count() > 1);
+    let ground = Ground::new("cat /proc/$$/environ > $pid.environment; exec sleep 1000");
+    let _netdev = ground.start(&[]).unwrap();
+    let path = ground.directory.path().join("pid.environment");
+    let environment = std::fs::read_to_string(path).unwrap();
+    let names: Vec<&str> = environment
+        .split_terminator('\0')
+        .map(|entry| entry.split('=').next().unwrap_or_default())
+        .collect();
+    assert_eq!(names, ["PATH"]);
+}
+
+#[test]
 fn what_can_not_be_started_is_named_with_the_reason() {
     let missing = Launcher::thread(vec!["/nowhere/passt".into()]).unwrap();
     let error = Netdev::passt("net0", &missing, &PasstSpec::default()).unwrap_err();
@@ -310,17 +324,28 @@ fn nothing_outlives_a_killed_vmm() {
             let mut command = again("launcher", &programs()[0]);
             let launcher = Launcher::start(&mut command, programs()).unwrap();
             let _netdev = Netdev::passt("net0", &launcher, &PasstSpec::default()).unwrap();
+            // One who wants to be outlived gives its end of the launcher's socket away, to the launcher itself.
+            let control = launcher.control.as_fd();
+            let (network, _ours) = wire::pair().unwrap();
+            wire::ask(control, &programs()[0], &[], network.as_fd(), control).unwrap();
             loop {
                 std::thread::sleep(LIMIT);
             }
         }
         Err(_) => {}
     }
-    let script =
-        "trap '' TERM INT HUP; echo $PPID > $pid.launcher; echo $$ > $pid; exec sleep 1000";
+    let script = "trap '' TERM INT HUP; echo $PPID > $pid.launcher; echo $$ >> $pid.all; echo $$ > $pid; exec sleep 1000";
     let ground = Ground::new(script);
     let mut vmm = again("vmm", &ground.program).spawn().unwrap();
     let pid = ground.pid();
+    let all = ground.directory.path().join("pid.all");
+    let both = wait(
+        || match std::fs::read_to_string(&all).map(|all| all.lines().count()) {
+            Ok(2) => Ok(()),
+            _ => Err(ErrorKind::WouldBlock.into()),
+        },
+    );
+    both.unwrap();
     let launcher = ground.directory.path().join("pid.launcher");
     let launcher: u32 = std::fs::read_to_string(launcher)
         .unwrap()

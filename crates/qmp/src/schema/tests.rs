@@ -141,6 +141,12 @@ fn samples() -> Vec<(CommandInfo, Value)> {
     };
     let status = ebbtide::Status {
         status: RunState::Running,
+        reset: Some(ebbtide::Reset {
+            cause: ShutdownCause::GuestReset,
+            step: ebbtide::ResetStep::Memory,
+            age_ms: 3,
+            memory: vec!["ram".into()],
+        }),
         vcpus: 1,
         pid: 2,
         version: "x".into(),

@@ -159,7 +159,7 @@ impl Server {
 
     /// How many clients are connected.
     pub fn client_count(&self) -> usize {
-        self.shared.clients.borrow().len()
+        self.shared.connected()
     }
 
     /// Stops listening, removes the sockets, waits up to `grace` for commands that are being carried out and for
@@ -243,11 +243,18 @@ async fn accept(shared: Rc<Shared>, listening: Rc<Listening>) {
 }
 
 impl Shared {
+    /// Clients without those that are gone and for whom something is still being done.
+    fn connected(&self) -> usize {
+        let clients = self.clients.borrow();
+        let there = |client: &&Connection| client.peer.ended().is_none();
+        clients.values().filter(there).count()
+    }
+
     /// Begins a session with a client that has connected.
     fn welcome(self: &Rc<Self>, socket: std::os::unix::net::UnixStream) {
         let id = ClientId(self.next_id.get());
         self.next_id.set(id.0 + 1);
-        if self.clients.borrow().len() >= self.limits.clients {
+        if self.connected() >= self.limits.clients {
             tracing::warn!(
                 limit = self.limits.clients,
                 "too many QMP clients, closing another"

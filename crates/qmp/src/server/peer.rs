@@ -17,6 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use ebbtide_iothread::{Local, race};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvFlags, SendFlags, Shutdown};
 
 use super::signal::Signal;
@@ -27,6 +28,9 @@ const PAUSE_BYTES: usize = 64 << 10;
 
 /// How long a client whose connection ends may take for what is still to be sent.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether a client whose command takes long is still there.
+const GONE_LOOK: Duration = Duration::from_secs(1);
 
 /// Why a client is no longer served.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +129,20 @@ impl Peer {
             .until(|| self.ended.get().is_some() || self.output.borrow().len() < PAUSE_BYTES)
             .await;
         self.ended.get().is_none()
+    }
+
+    /// Ready when nobody is there any more who could read an answer; a client that has only said its last may. What it has
+    /// sent before it went is not looked at: it may be much.
+    pub(super) async fn gone(&self, local: &Local) {
+        while self.ended.get().is_none() {
+            race(local.sleep(GONE_LOOK), self.until_ended()).await;
+            // An end of both directions is told unasked.
+            let mut fds = [PollFd::new(&self.socket, PollFlags::empty())];
+            let at_once = Timespec::default();
+            if matches!(poll(&mut fds, Some(&at_once)), Ok(1..)) {
+                return;
+            }
+        }
     }
 
     async fn until_ended(&self) {

@@ -2,8 +2,10 @@
 //! One client's conversation: greeting, negotiation, commands in order.
 
 use std::os::unix::net::UnixStream;
+use std::pin::pin;
 use std::rc::Rc;
 
+use ebbtide_iothread::{Either, race};
 use rustix::net::SendFlags;
 use serde_json::Value;
 
@@ -95,15 +97,34 @@ impl Session {
             Ok(Ok(request)) => {
                 self.peer.set_busy(true);
                 let id = request.id.clone();
-                let result = self.carry_out(request).await;
-                let text = message::answer(id, result);
-                self.peer.send(&text);
+                if let Some(result) = self.carry_out_for_somebody(request).await {
+                    self.peer.send(&message::answer(id, result));
+                }
                 self.peer.set_busy(false);
                 return true;
             }
         };
         self.peer.send(&text);
         true
+    }
+
+    /// Carries a request out. When its client goes meanwhile, that makes room for others at once; what the request does
+    /// is done to its end, unless that is only to wait.
+    async fn carry_out_for_somebody(&self, request: Request) -> Option<Result<Value, QmpError>> {
+        let only_waits = self.shared.executor.only_waits(&request.command);
+        let mut work = pin!(self.carry_out(request));
+        let gone = self.peer.gone(&self.shared.local);
+        match race(work.as_mut(), gone).await {
+            Either::Left(result) => Some(result),
+            Either::Right(()) => {
+                self.peer.end(Ended::Gone);
+                if !only_waits {
+                    // Nobody is told.
+                    let _ = work.await;
+                }
+                None
+            }
+        }
     }
 
     async fn carry_out(&self, request: Request) -> Result<Value, QmpError> {

@@ -2,7 +2,34 @@
 //! What Ebbtide adds to QMP. Bytes and milliseconds throughout.
 
 use crate::schema::{qapi_enum, qapi_struct};
-use crate::types::run_state::RunState;
+use crate::types::run_state::{RunState, ShutdownCause};
+
+qapi_enum! {
+    /// What a reset is at.
+    pub enum ResetStep {
+        /// Removals that were asked for are completed, and requests of the last guest waited for.
+        Draining = "draining",
+        /// Memory that the host still uses for the last guest is replaced, or waited for.
+        Memory = "memory",
+        /// Registers are set to what they are at power-on, and the kernel is loaded.
+        Loading = "loading",
+    }
+}
+
+qapi_struct! {
+    /// A reset that is under way.
+    #[derive(Eq)]
+    pub struct Reset {
+        /// Why the machine is reset.
+        cause as "cause": ShutdownCause,
+        /// What it is at.
+        step as "step": ResetStep,
+        /// Since it began, milliseconds.
+        age_ms as "age-ms": u64,
+        /// The memory that it waits for, by name, as nothing can be put into its place.
+        memory as "memory": Vec<String>,
+    }
+}
 
 qapi_struct! {
     /// The answer to `x-ebbtide-query-status`.
@@ -10,6 +37,8 @@ qapi_struct! {
     pub struct Status {
         /// What the machine is doing.
         status as "status": RunState,
+        /// The reset that is under way; the guest does not run meanwhile, whatever `status` was before.
+        reset as "reset": Option<Reset>,
         /// How many vCPUs it has.
         vcpus as "vcpus": u64,
         /// The process id of the VMM.

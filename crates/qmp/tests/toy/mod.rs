@@ -23,6 +23,10 @@ use serde_json::Value;
 
 /// Waits `value` milliseconds before it answers with it.
 pub const TOY_SLEEP: Command<ToyNumber, u64> = Command::new("x-toy-sleep");
+/// Waits `value` milliseconds, for the client only.
+pub const TOY_WAIT: Command<ToyNumber, u64> = Command::new("x-toy-wait");
+/// Answers how many wait.
+pub const TOY_WAITING: Command<Empty, u64> = Command::new("x-toy-waiting");
 /// Answers with a text of `value` bytes.
 pub const TOY_TEXT: Command<ToyNumber, String> = Command::new("x-toy-text");
 /// Emits `value` RESUME events.
@@ -109,6 +113,8 @@ pub struct Toy {
     plugged: plug::Plugged,
     /// Why it is to end, once it is.
     pub quit: RefCell<Option<ShutdownCause>>,
+    /// Held by those who wait.
+    waiting: Rc<()>,
 }
 
 impl Toy {
@@ -133,6 +139,7 @@ impl Toy {
             events,
             state: Cell::new(RunState::Running),
             quit: RefCell::default(),
+            waiting: Rc::default(),
         });
         let weak = Rc::downgrade(&toy);
         let clock = local.clone();
@@ -460,6 +467,7 @@ pub fn commands(toy: Rc<Toy>) -> CommandTable<Toy> {
         .on(EBBTIDE_QUERY_STATUS, async |toy, _, Empty {}| {
             Ok(Status {
                 status: toy.state.get(),
+                reset: None,
                 vcpus: 2,
                 pid: std::process::id().into(),
                 version: env!("CARGO_PKG_VERSION").into(),
@@ -474,6 +482,15 @@ pub fn commands(toy: Rc<Toy>) -> CommandTable<Toy> {
         .on(TOY_SLEEP, async |toy, _, ToyNumber { value }| {
             toy.local.sleep(Duration::from_millis(value)).await;
             Ok(value)
+        })
+        .on(TOY_WAIT, async |toy, _, ToyNumber { value }| {
+            let _waiting = Rc::clone(&toy.waiting);
+            toy.local.sleep(Duration::from_millis(value)).await;
+            Ok(value)
+        })
+        .waits(TOY_WAIT)
+        .on(TOY_WAITING, async |toy, _, Empty {}| {
+            Ok(Rc::strong_count(&toy.waiting) as u64 - 1)
         })
         .on(TOY_TEXT, async |_, _, ToyNumber { value }| {
             Ok("x".repeat(value as usize))

@@ -239,6 +239,12 @@ fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
         answers_meanwhile(vmm)?;
         std::thread::sleep(LOOK);
     }
+    let status = vmm.qmp().execute("x-ebbtide-query-status", Value::Null)?;
+    let reset = &status["reset"];
+    ensure!(
+        reset["step"] == "memory" && reset["memory"] == json!(["ram"]),
+        "monitors are told of the reset: {status}"
+    );
     ensure!(
         vmm.log().matches("new memory").count() == 0,
         "memory in a file was replaced"

@@ -332,3 +332,19 @@ fn addresses_of_what_left_are_free_for_others() {
         first
     );
 }
+
+#[test]
+fn a_guest_has_found_what_it_has_asked_for_the_size_of() {
+    let (machine, device, _) = machine();
+    let is_found = || device.config().enumerated().load(Ordering::Acquire);
+    // What firmware does says nothing of the guest, nor what a driver does that takes leave of one that was there before.
+    machine.bridge.assign_bars().unwrap();
+    for register in 0..64 {
+        machine.config(3, 4 * register, 4);
+    }
+    machine.set_config(3, 4, 2, 0);
+    machine.set_config(3, 0x3c, 1, 0xff);
+    assert!(!is_found());
+    machine.set_config(3, 0x10, 4, u32::MAX);
+    assert!(is_found());
+}

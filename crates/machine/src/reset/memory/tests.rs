@@ -28,6 +28,8 @@ struct World {
     /// What the disk says that it has pinned.
     pinned: Rc<RefCell<Vec<PinnedList>>>,
     ending: Rc<RefCell<Option<ShutdownCause>>>,
+    /// What monitors are told that the reset waits for.
+    waited_for: Rc<RefCell<Vec<String>>>,
 }
 
 fn run<F: Future>(test: impl FnOnce(World) -> F) {
@@ -59,6 +61,7 @@ fn with<F: Future>(backing: Backing, test: impl FnOnce(World) -> F) {
             local,
             pinned: Rc::default(),
             ending: Rc::default(),
+            waited_for: Rc::default(),
         };
         test(world).await;
     });
@@ -109,6 +112,7 @@ impl World {
             patience: Duration::from_secs(1),
             pinned: &|| self.pinned.borrow().clone(),
             ending: &|| *self.ending.borrow(),
+            waits_for: &|memory| *self.waited_for.borrow_mut() = memory,
         };
         parting.part(places).await
     }
@@ -282,13 +286,15 @@ fn a_file_has_no_other_in_its_place_and_is_waited_for() {
 }
 
 #[test]
-fn who_waits_for_ever_can_be_ended() {
+fn who_waits_for_ever_says_for_what_and_can_be_ended() {
     let directory = tempfile::tempdir().unwrap();
     with(file(&directory), |world| async move {
         let _never = world.request(0, Access::Write);
         let (local, ending) = (world.local.clone(), Rc::clone(&world.ending));
+        let waited_for = Rc::clone(&world.waited_for);
         let ends = world.local.spawn(async move {
             local.sleep(SETTLE * 3).await;
+            assert_eq!(*waited_for.borrow(), ["ram"]);
             *ending.borrow_mut() = Some(ShutdownCause::HostQmpQuit);
         });
         assert_eq!(world.part().await, Some(ShutdownCause::HostQmpQuit));
