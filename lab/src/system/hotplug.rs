@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, KernelLog};
 use serde_json::{Value, json};
 
-use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
+use super::{BOOT, GIB, Ground, MIB, USUAL_CPUS, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 pub(super) use force::{each_by_force, forced, quarantined, until};
 pub(super) use held::{awaited, outlasted, waited_for};
@@ -246,15 +246,30 @@ pub fn reuse(ground: &Ground) -> Result<()> {
     finish(vmm)
 }
 
+/// What can't be taken out of a running machine, and what it is below.
+const FIXED: &[&str] = &[
+    "pcie-root-port,id=rp1",
+    "x3130-upstream,id=sw,bus=rp1",
+    "xio3130-downstream,id=dp0,bus=sw",
+];
+
 /// What is asked for wrongly is refused by name, and nothing changes.
 pub fn mistakes(ground: &Ground) -> Result<()> {
-    let mut vmm = ground.boot(1, BOOT)?;
+    let mut machine = ground.machine(1, BOOT + GIB);
+    for device in FIXED {
+        machine.more.extend(["--device".into(), (*device).into()]);
+    }
+    let mut vmm = ground.start(&machine)?;
+    let images = tempfile::tempdir()?;
+    let image = images.path().join("image");
+    std::fs::File::create(&image)?.set_len(16 * MIB)?;
+    let file = |name: &str| json!({"driver": "file", "node-name": name, "filename": image});
     let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20});
     vmm.qmp().execute("blockdev-add", node.clone())?;
-    let before = vmm.qmp().execute(
-        "human-monitor-command",
-        json!({"command-line": "info mtree"}),
-    )?;
+    vmm.qmp().execute("blockdev-add", file("locked"))?;
+    let memory = json!({"qom-type": "memory-backend-ram", "id": "m0", "size": 128 * MIB});
+    vmm.qmp().execute("object-add", memory)?;
+    let before = all_there_is(&mut vmm)?;
     let disk = |more: Value| {
         let mut disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0"});
         for (key, value) in more.as_object().into_iter().flatten() {
@@ -359,7 +374,44 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
             "blockdev-add",
             json!({"driver": "file", "node-name": "n1", "filename": "/"}),
             "GenericError",
-            "/",
+            "'/': is a directory",
+        ),
+        ("blockdev-add", file("n1"), "GenericError", "image': locked"),
+        (
+            "device_add",
+            json!({"driver": "virtio-net-pci", "id": "x"}),
+            "GenericError",
+            "netdev property not set",
+        ),
+        (
+            "device_add",
+            json!({"driver": "virtio-net-pci", "id": "x", "netdev": "nope"}),
+            "GenericError",
+            "netdev' can't find value 'nope'",
+        ),
+        (
+            "device_add",
+            json!({"driver": "pc-dimm", "id": "x", "memdev": "m0"}),
+            "GenericError",
+            "has no DIMM slots",
+        ),
+        (
+            "device_add",
+            json!({"driver": "AC97", "id": "x"}),
+            "GenericError",
+            "no sound hardware",
+        ),
+        (
+            "device_del",
+            json!({"id": "vmem0"}),
+            "GenericError",
+            "Device 'vmem0' does not support hotplugging",
+        ),
+        (
+            "device_del",
+            json!({"id": "dp0"}),
+            "GenericError",
+            "Device 'dp0' does not support hotplugging",
         ),
         (
             "blockdev-add",
@@ -469,17 +521,32 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
             "{command} {arguments}: {error}: {class} and {part:?} are missed"
         );
     }
-    let after = vmm.qmp().execute(
-        "human-monitor-command",
-        json!({"command-line": "info mtree"}),
-    )?;
-    ensure!(before == after, "the map has changed:\n{before}\n{after}");
-    vmm.qmp().execute("device_add", disk(json!({})))?;
+    unchanged(&mut vmm, &before)?;
+    vmm.qmp()
+        .execute("device_add", disk(json!({"addr": "7"})))?;
     wait_for(&mut vmm, "/dev/vda", true)?;
+    let before = all_there_is(&mut vmm)?;
     for (command, arguments, part) in [
-        ("device_add", disk(json!({})), "d0"),
-        ("device_add", disk(json!({"id": "d1"})), "n0"),
-        ("blockdev-del", json!({"node-name": "n0"}), "n0"),
+        (
+            "device_add",
+            disk(json!({})),
+            "GenericError: Duplicate device ID 'd0'",
+        ),
+        (
+            "device_add",
+            disk(json!({"id": "d1"})),
+            "GenericError: Node 'n0' is in use by 'd0'",
+        ),
+        (
+            "device_add",
+            disk(json!({"id": "d1", "drive": "locked", "addr": "7"})),
+            "GenericError: PCI: slot 0x7 of bus 'pcie.0' is in use by 'd0'",
+        ),
+        (
+            "blockdev-del",
+            json!({"node-name": "n0"}),
+            "GenericError: Node 'n0' is in use by 'd0'",
+        ),
         ("x-ebbtide-device-cancel", json!({"id": "d0"}), "d0"),
         ("x-ebbtide-device-force", json!({"id": "d0"}), "d0"),
         (
@@ -493,5 +560,32 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         };
         ensure!(format!("{error:#}").contains(part), "{command}: {error:#}");
     }
+    unchanged(&mut vmm, &before)?;
     finish(vmm)
+}
+
+/// What the monitor lists of a machine.
+fn all_there_is(vmm: &mut Vmm) -> Result<Vec<Value>> {
+    let mut all = Vec::new();
+    for line in ["info mtree", "info qtree", "info ramblock"] {
+        let line = json!({"command-line": line});
+        all.push(vmm.qmp().execute("human-monitor-command", line)?);
+    }
+    for query in [
+        "query-named-block-nodes",
+        "query-memdev",
+        "query-chardev",
+        "query-iothreads",
+        "x-ebbtide-query-removals",
+    ] {
+        all.push(vmm.qmp().execute(query, Value::Null)?);
+    }
+    Ok(all)
+}
+
+fn unchanged(vmm: &mut Vmm, before: &[Value]) -> Result<()> {
+    for (before, after) in before.iter().zip(all_there_is(vmm)?) {
+        ensure!(*before == after, "what was\n{before}\nis\n{after}");
+    }
+    Ok(())
 }
