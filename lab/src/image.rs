@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 
 use crate::initramfs::Initramfs;
 use crate::kernel::{Kernel, Series};
-use crate::modules::Modules;
+use crate::modules::{Module, Modules};
 use crate::places::target_dir;
 use crate::{agent, packages, places};
 
@@ -49,16 +49,37 @@ pub struct Image {
 /// # Errors
 /// A package, a module or the agent is not to be had.
 pub fn build(series: Series) -> Result<Image> {
-    packages::ensure_packages(&["busybox-static"])?;
     let kernel = Kernel::cloud(series)?;
     let modules = Modules::open(&kernel.modules)?;
     // All of these have to be there.
     modules.resolve(&GUEST_MODULES)?;
     let wanted: Vec<&str> = GUEST_MODULES.into_iter().chain(DEVICE_MODULES).collect();
-    let modules = modules.resolve_known(&wanted)?;
+    pack(kernel, &modules.resolve_known(&wanted)?)
+}
+
+/// The same with the full kernel, if it is of this series, where the small one lacks drivers of devices that come and go.
+///
+/// # Errors
+/// As [`build`].
+pub fn with_all_drivers(series: Series) -> Result<Option<Image>> {
+    let small = Modules::open(&Kernel::cloud(series)?.modules)?;
+    if small.resolve(&DEVICE_MODULES).is_ok() {
+        return Ok(None);
+    }
+    let kernel = Kernel::full()?;
+    if !kernel.version.starts_with(&format!("{series}.")) {
+        return Ok(None);
+    }
+    let wanted: Vec<&str> = GUEST_MODULES.into_iter().chain(DEVICE_MODULES).collect();
+    let modules = Modules::open(&kernel.modules)?.resolve(&wanted)?;
+    pack(kernel, &modules).map(Some)
+}
+
+fn pack(kernel: Kernel, modules: &[Module]) -> Result<Image> {
+    packages::ensure_packages(&["busybox-static"])?;
     let programs = agent::build()?;
     let read = |path: &PathBuf| fs::read(path).with_context(|| format!("read {}", path.display()));
-    let mut archive = Initramfs::bootable(&read(&programs.agent)?, &modules);
+    let mut archive = Initramfs::bootable(&read(&programs.agent)?, modules);
     archive.file("/bin/busybox", 0o755, &read(&packages::static_busybox()?)?);
     archive.symlink("/bin/sh", "busybox");
     let initrd = target_dir()?

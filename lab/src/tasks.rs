@@ -164,6 +164,7 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
             Ok(Ground {
                 ebbtide: options.common.ebbtide.clone(),
                 image: image::build(series)?,
+                all_drivers: image::with_all_drivers(series)?,
                 series,
                 hostile: flat.hostile.clone(),
                 ejector: flat.ejector.clone(),

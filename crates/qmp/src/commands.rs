@@ -11,8 +11,8 @@ use crate::types::block::{
 use crate::types::chardev::{ChardevAdd, ChardevInfo, ChardevRemove, ChardevReturn};
 use crate::types::device::{DeviceAdd, DeviceDel, HotpluggableCpu, IothreadInfo, TypeName};
 use crate::types::ebbtide::{
-    DeviceId, FaultRelease, FaultReleased, Holdings, Memory, QueryResize, Removal, Resize, Status,
-    VcpuStay, Wait, Waited,
+    DeviceId, FaultRelease, FaultReleased, Holdings, Memory, Pins, QueryResize, Removal, Resize,
+    Status, VcpuStay, Wait, Waited,
 };
 use crate::types::introspection::SchemaEntity;
 use crate::types::memory::{Balloon, BalloonInfo, Memdev, MemoryDeviceInfo, MemorySizeSummary};
@@ -133,6 +133,8 @@ pub const EBBTIDE_QUERY_VCPUS: Command<Empty, Vec<VcpuStay>> =
     Command::new("x-ebbtide-query-vcpus");
 /// What the hypervisor has of the machine: slots, ioeventfds, irqfds, messages.
 pub const EBBTIDE_QUERY_KVM: Command<Empty, Holdings> = Command::new("x-ebbtide-query-kvm");
+/// Who keeps memory of the guest from being given back: pins of requests under way.
+pub const EBBTIDE_QUERY_PINS: Command<Empty, Vec<Pins>> = Command::new("x-ebbtide-query-pins");
 /// The guest's memory and what it costs the host.
 pub const EBBTIDE_QUERY_MEMORY: Command<Empty, Memory> = Command::new("x-ebbtide-query-memory");
 /// How far a memory device has come towards its requested size.

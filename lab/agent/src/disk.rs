@@ -3,7 +3,11 @@
 //!
 //! Every block of 4 KiB says whose it is (seed), where it belongs and the
 //! how-manieth write it was, and is filled with words derived from these. A
-//! map of block to last write decides what a read must bring.
+//! map of block to last write decides what a read must bring. What comes next is decided by the seed alone ([`plan`]), so
+//! that it is known of a disk that is gone what its medium must hold: [`kept`].
+
+mod kept;
+mod plan;
 
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
@@ -19,6 +23,9 @@ use anyhow::{Context, Result, bail};
 use crate::boot::millis;
 use crate::pattern::mix;
 use crate::protocol::{DiskStart, DiskStatus};
+use plan::{Kind, Plan, Step};
+
+pub use kept::kept;
 
 pub(crate) const BLOCK_BYTES: usize = 4096;
 const BLOCK_WORDS: usize = BLOCK_BYTES / 8;
@@ -146,10 +153,10 @@ impl Drop for Work {
 pub fn once(path: &str, bytes: u64, seed: u64) -> Result<DiskStatus> {
     let mut session = Session::open(path, seed, 0)?;
     let blocks = bytes / BLOCK_BYTES as u64;
-    if blocks > session.blocks {
+    if blocks > session.plan.blocks() {
         bail!(
             "{path} holds {} bytes, not {bytes}",
-            session.blocks * BLOCK_BYTES as u64
+            session.plan.blocks() * BLOCK_BYTES as u64
         );
     }
     let mut block = 0;
@@ -173,8 +180,7 @@ struct Session {
     path: String,
     file: File,
     seed: u64,
-    blocks: u64,
-    random: u64,
+    plan: Plan,
     last_write: u64,
     written: HashMap<u64, u64>,
     status: DiskStatus,
@@ -203,14 +209,16 @@ impl Session {
         if blocks == 0 {
             bail!("{path} holds {span} bytes: less than one block of {BLOCK_BYTES}");
         }
-        let (random, status) = (mix(seed), DiskStatus::default());
-        let written = HashMap::new();
+        let status = DiskStatus {
+            seed,
+            ..DiskStatus::default()
+        };
+        let (plan, written) = (Plan::new(seed, blocks), HashMap::new());
         Ok(Session {
             path: path.to_owned(),
             file,
             seed,
-            blocks,
-            random,
+            plan,
             last_write: 0,
             written,
             status,
@@ -236,25 +244,18 @@ impl Session {
     }
 
     fn step(&mut self, verify: bool) -> Result<(), Failed> {
-        let (block, count) = self.random_extent();
-        if verify && !self.written.is_empty() && self.next_random().is_multiple_of(2) {
-            return self.read(block, count);
+        let reads = verify && !self.written.is_empty();
+        let Step { kind, block, count } = self.plan.next(reads);
+        match kind {
+            Kind::Read => self.read(block, count),
+            Kind::Write => {
+                self.write(block, count)?;
+                if self.status.writes.is_multiple_of(WRITES_PER_SYNC) {
+                    self.sync()?;
+                }
+                Ok(())
+            }
         }
-        self.write(block, count)?;
-        if self.status.writes.is_multiple_of(WRITES_PER_SYNC) {
-            self.sync()?;
-        }
-        Ok(())
-    }
-
-    fn next_random(&mut self) -> u64 {
-        self.random = self.random.wrapping_add(1);
-        mix(self.random)
-    }
-
-    fn random_extent(&mut self) -> (u64, u64) {
-        let count = 1 + self.next_random() % EXTENT_BLOCKS.min(self.blocks);
-        (self.next_random() % (self.blocks - count + 1), count)
     }
 
     fn write(&mut self, block: u64, count: u64) -> Result<(), Failed> {
@@ -414,7 +415,7 @@ fn compare_block(content: &Block, seed: u64, block: u64, write: u64) -> Result<(
 mod tests {
     use super::*;
 
-    fn image(bytes: u64) -> (std::path::PathBuf, DiskStart) {
+    pub(super) fn image(bytes: u64) -> (std::path::PathBuf, DiskStart) {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let name = format!(
             "agent-disk-{}-{}",

@@ -337,6 +337,8 @@ pub struct Freed {
 /// Answer to the disk commands: totals since [`Command::DiskStart`].
 #[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 pub struct DiskStatus {
+    /// What decided positions and content.
+    pub seed: u64,
     /// No error and no mismatch so far.
     pub ok: bool,
     /// Whether the work goes on.

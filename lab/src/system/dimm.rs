@@ -28,8 +28,10 @@ const GUEST: Duration = Duration::from_secs(30);
 /// How far the host's memory after a cycle may be from that after an early one.
 const RSS_SLACK: u64 = 64 * MIB;
 const LOOK: Duration = Duration::from_millis(50);
-/// A guest that can't let go says so within this.
+/// A guest that can't let go says so within this, or the test is over.
 const REFUSAL: Duration = Duration::from_secs(20);
+/// And has to within this.
+const REFUSED_WITHIN: Duration = Duration::from_secs(5);
 
 fn machine(ground: &Ground, parameters: &str) -> Machine {
     let mut machine = ground.machine(USUAL_CPUS, BOOT);
@@ -168,7 +170,17 @@ pub fn refusal(ground: &Ground) -> Result<()> {
     let refused =
         json!({"device": "dimm1", "slot": "1", "slot-type": "DIMM", "source": 3, "status": 0x82});
     ensure!(said[1] == refused, "{said}");
-    ensure!(told < Duration::from_secs(5), "told after {told:?}");
+    ensure!(told < REFUSED_WITHIN, "told after {told:?}");
+    // The last of what it said, of this DIMM or another, by an event of its own.
+    let events = vmm.qmp().take_events()?;
+    let last = events.iter().rfind(|it| it.name == "ACPI_DEVICE_OST");
+    let last = last.context("no ACPI_DEVICE_OST")?;
+    let told = last.at.saturating_duration_since(begun);
+    ensure!(
+        last.data["info"] == refused && told < REFUSED_WITHIN,
+        "{} after {told:?}",
+        last.data
+    );
     let removals = vmm.qmp().execute("x-ebbtide-query-removals", Value::Null)?;
     ensure!(removals == json!([]), "{removals}");
     // It is as before, and in use.

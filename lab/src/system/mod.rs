@@ -41,6 +41,8 @@ pub struct Ground {
     pub ebbtide: PathBuf,
     /// The guest.
     pub image: Image,
+    /// The guest with a larger kernel of the same series, where that one lacks drivers.
+    pub all_drivers: Option<Image>,
     /// Which kernel that is.
     pub series: Series,
     /// The guest that is its own kernel and does to its devices what no driver would.

@@ -2,10 +2,12 @@
 //! The commands about memory.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use ebbtide_devices::dimm::DimmInfo;
+use ebbtide_memory::RamBlock;
 use ebbtide_qmp::schema::Empty;
-use ebbtide_qmp::types::ebbtide::{Memory, MemoryDevice, Resize, ResizeState};
+use ebbtide_qmp::types::ebbtide::{Memory, MemoryDevice, Pins, Resize, ResizeState};
 use ebbtide_qmp::types::memory::{
     MemoryDeviceInfo, MemorySizeSummary, PcDimmDeviceInfo, VirtioMemDeviceInfo,
 };
@@ -45,11 +47,30 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
         .on(commands::EBBTIDE_QUERY_MEMORY, async |m, _, Empty {}| {
             memory(&m)
         })
+        .on(commands::EBBTIDE_QUERY_PINS, async |m, _, Empty {}| {
+            Ok(pins(&m))
+        })
         .on(commands::EBBTIDE_QUERY_RESIZE, async |m, _, args| {
             m.memory_slot(&args.id)
                 .map(|slot| resize(slot, m.state()))
                 .ok_or_else(|| QmpError::device_not_found(&args.id))
         })
+}
+
+fn pins(machine: &Machine) -> Vec<Pins> {
+    let blocks = machine.memory().ram().blocks();
+    let of = |block: &Arc<RamBlock>| {
+        let name = block.name().to_owned();
+        block
+            .pin_holders()
+            .into_iter()
+            .map(move |(thread, count)| Pins {
+                block: name.clone(),
+                thread,
+                count,
+            })
+    };
+    blocks.iter().flat_map(of).collect()
 }
 
 /// What `query-memory-devices` answers.

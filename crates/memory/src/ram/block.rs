@@ -417,8 +417,8 @@ impl RamBlock {
         &self.grace
     }
 
-    /// Pins by the thread that took them.
-    pub(crate) fn pin_holders(&self) -> Vec<(String, u64)> {
+    /// How many pins there are, by the thread that took them: an instant's view while threads take and let go.
+    pub fn pin_holders(&self) -> Vec<(String, u64)> {
         let holders = self.grace.hub().holders(self.slot);
         // Of one that is gone they are another's.
         if self.is_gone() { Vec::new() } else { holders }

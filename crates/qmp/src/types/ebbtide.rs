@@ -80,6 +80,19 @@ qapi_struct! {
 }
 
 qapi_struct! {
+    /// Pins of a RAM block: an item of the answer to `x-ebbtide-query-pins`.
+    #[derive(Eq)]
+    pub struct Pins {
+        /// The block's name.
+        block as "block": String,
+        /// The thread that took them.
+        thread as "thread": String,
+        /// How many.
+        count as "count": u64,
+    }
+}
+
+qapi_struct! {
     /// Arguments of `x-ebbtide-fault-release`.
     #[derive(Eq)]
     pub struct FaultRelease {

@@ -133,6 +133,8 @@ pub struct Residue {
     threads: Vec<String>,
     routes: usize,
     map: String,
+    /// Of all RAM, by the thread that took them.
+    pins: Vec<(String, u64)>,
     free_ram: u64,
 }
 
@@ -153,6 +155,12 @@ fn threads() -> Vec<String> {
     names
 }
 
+fn pins(board: &Board) -> Vec<(String, u64)> {
+    let blocks = board.memory().ram().blocks();
+    let holders = blocks.iter().flat_map(|block| block.pin_holders());
+    holders.collect()
+}
+
 impl Residue {
     pub fn of(board: &Board) -> Residue {
         Residue {
@@ -160,6 +168,7 @@ impl Residue {
             threads: threads(),
             routes: board.interrupts().routes(),
             map: board.memory().mtree(true),
+            pins: pins(board),
             free_ram: board.ram().free_bytes(),
         }
     }

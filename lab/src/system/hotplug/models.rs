@@ -5,10 +5,12 @@ mod legacy;
 
 use std::fs::File;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use ebbtide_agent::disk;
 use ebbtide_agent::protocol::{Command, DiskStart, DiskStatus};
 use serde_json::{Value, json};
 
@@ -39,6 +41,8 @@ pub struct Model {
 
 /// In which a guest is through with an event.
 const EVENT: Duration = Duration::from_millis(500);
+/// Of the next work on a disk.
+static SEED: AtomicU64 = AtomicU64::new(7);
 
 /// All of them.
 pub const ALL: &[Model] = &[
@@ -55,7 +59,7 @@ pub const ALL: &[Model] = &[
         below: &[],
         present: "/dev/vda",
         start: |vmm| write_disk(vmm, "/dev/vda"),
-        stop: |vmm| disk_is_gone(vmm, "/dev/vda"),
+        stop: |vmm| disk_is_gone(vmm, "/dev/vda", "image"),
         clean_up: |vmm| {
             vmm.qmp().execute("object-del", json!({"id": "io0"}))?;
             vmm.qmp().execute("object-del", json!({"id": "io1"}))?;
@@ -74,7 +78,7 @@ pub const ALL: &[Model] = &[
             wait_for(vmm, "/dev/sda", true)?;
             write_disk(vmm, "/dev/sda")
         },
-        stop: |vmm| disk_is_gone(vmm, "/dev/sda"),
+        stop: |vmm| disk_is_gone(vmm, "/dev/sda", "image"),
         clean_up: |vmm| node_gone(vmm, "image"),
     },
     Model {
@@ -90,7 +94,7 @@ pub const ALL: &[Model] = &[
         // The guest is not asked: what it wrote after that would be lost.
         start: |vmm| {
             write_disk(vmm, "/dev/sda")?;
-            disk_is_gone(vmm, "/dev/sda")
+            disk_is_gone(vmm, "/dev/sda", "image")
         },
         stop: |_| Ok(()),
         clean_up: |vmm| {
@@ -312,9 +316,11 @@ fn node_gone(vmm: &mut Vmm, name: &str) -> Result<()> {
 /// Writes and verifies, and goes on with that. Something has been written when this returns.
 pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
     let (guest, begun) = (vmm.guest(), Instant::now());
+    // Each time another: what was written before does not count.
+    let seed = SEED.fetch_add(1, Ordering::Relaxed);
     let start = || DiskStart {
         path: path.into(),
-        seed: 7,
+        seed,
         verify: true,
         pause_us: 0,
         span_bytes: 0,
@@ -336,8 +342,9 @@ pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
     }
 }
 
-/// What was under way has ended, well or with an error; nothing that was completed was wrong.
-pub fn disk_is_gone(vmm: &mut Vmm, path: &str) -> Result<()> {
+/// What was under way has ended, well or with an error. Nothing that was read was wrong, and what was completed is in the
+/// file of the node that the disk was on.
+pub fn disk_is_gone(vmm: &mut Vmm, path: &str, node: &str) -> Result<()> {
     let status: DiskStatus = vmm.guest().call(
         Command::DiskStop {
             path: path.into(),
@@ -347,5 +354,17 @@ pub fn disk_is_gone(vmm: &mut Vmm, path: &str) -> Result<()> {
     )?;
     ensure!(status.mismatches == 0, "{status:?}");
     ensure!(status.writes > 0, "nothing was written: {status:?}");
+    let image = File::open(file_of_node(vmm, node)?).context("the image")?;
+    let kept = disk::kept(&image, &status).with_context(|| format!("{path}: {status:?}"))?;
+    ensure!(kept > 0, "no write is known to be complete: {status:?}");
     Ok(())
+}
+
+/// The file of a block node.
+fn file_of_node(vmm: &mut Vmm, name: &str) -> Result<PathBuf> {
+    let nodes = vmm.qmp().execute("query-named-block-nodes", Value::Null)?;
+    let mut all = nodes.as_array().into_iter().flatten();
+    let node = all.find(|node| node["node-name"] == name);
+    let file = node.and_then(|node| node["file"].as_str());
+    Ok(file.with_context(|| format!("{name}: {nodes}"))?.into())
 }

@@ -2,10 +2,12 @@
 //! What a VMM holds: the same before and after devices have come and gone.
 
 use std::fs;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
+use super::{GUEST, LOOK};
 use crate::vmm::Vmm;
 
 /// Workers of rings are the kernel's: they end when they have been idle for a while.
@@ -21,6 +23,8 @@ const PLACES: usize = 40;
 pub struct Residue {
     /// Open files: each is listed by what it is.
     files: Vec<String>,
+    /// Locks of files.
+    locks: usize,
     threads: Vec<String>,
     /// Lines of /proc/PID/maps that are not the heap of an allocator.
     maps: usize,
@@ -59,6 +63,7 @@ impl Residue {
         let maps = maps.lines().filter(|line| line.contains('/')).count();
         Ok(Residue {
             files: links(&format!("{process}/fd"))?,
+            locks: locks(&format!("{process}/fdinfo"))?,
             threads: names(&format!("{process}/task"))?,
             maps,
             regions,
@@ -74,6 +79,7 @@ impl Residue {
     pub fn compare(&self, later: &Residue) -> Result<()> {
         let Residue {
             files,
+            locks,
             threads,
             maps,
             regions,
@@ -84,6 +90,11 @@ impl Residue {
             *files == later.files,
             "open files: {files:?}, then {:?}",
             later.files
+        );
+        ensure!(
+            *locks == later.locks,
+            "locked files: {locks}, then {}",
+            later.locks
         );
         ensure!(
             *threads == later.threads,
@@ -145,6 +156,35 @@ fn links(directory: &str) -> Result<Vec<String>> {
     }
     kinds.sort();
     Ok(kinds)
+}
+
+/// How many locks the open files of a process have.
+fn locks(directory: &str) -> Result<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir(directory).context("fdinfo")? {
+        let info = fs::read_to_string(entry?.path()).unwrap_or_default();
+        count += info
+            .lines()
+            .filter(|line| line.starts_with("lock:"))
+            .count();
+    }
+    Ok(count)
+}
+
+/// Where nothing is at work nothing is pinned, soon.
+///
+/// # Errors
+/// Something is, and stays so.
+pub fn nothing_is_pinned(vmm: &mut Vmm) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let pins = vmm.qmp().execute("x-ebbtide-query-pins", Value::Null)?;
+        if pins == json!([]) {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < GUEST, "pins are left: {pins}");
+        std::thread::sleep(LOOK);
+    }
 }
 
 fn names(directory: &str) -> Result<Vec<String>> {

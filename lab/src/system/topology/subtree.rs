@@ -111,13 +111,13 @@ fn put_together(vmm: &mut Vmm) -> Result<()> {
 
 fn one_cycle(vmm: &mut Vmm, cycle: u32) -> Result<()> {
     let disks = [
-        disk_path(vmm, "d0")?,
-        disk_path(vmm, "d1")?,
-        "/dev/sda".to_owned(),
+        (disk_path(vmm, "d0")?, "n0"),
+        (disk_path(vmm, "d1")?, "n2"),
+        ("/dev/sda".to_owned(), "n1"),
     ];
     wait_for(vmm, "/dev/sda", true)?;
     wait_for(vmm, RNG, true)?;
-    for disk in &disks {
+    for (disk, _) in &disks {
         write_disk(vmm, disk)?;
     }
     keep_on(vmm, "dd if=/dev/hwrng of=/dev/null bs=64 count=4")?;
@@ -129,8 +129,8 @@ fn one_cycle(vmm: &mut Vmm, cycle: u32) -> Result<()> {
     wait_for(vmm, "/sys/block/vd* /sys/block/sd*", false)?;
     wait_for(vmm, RNG, false)?;
     only_slot_heard(vmm, &noted, SLOT)?;
-    for disk in &disks {
-        disk_is_gone(vmm, disk)?;
+    for (disk, node) in &disks {
+        disk_is_gone(vmm, disk, node)?;
     }
     has_ended(vmm)?;
     let removals = vmm.qmp().execute("x-ebbtide-query-removals", Value::Null)?;

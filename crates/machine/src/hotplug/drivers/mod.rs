@@ -8,6 +8,7 @@ mod console;
 mod ivshmem;
 mod net;
 mod ports;
+mod refused;
 mod rng;
 mod scsi;
 mod serial;
@@ -145,28 +146,6 @@ const DRIVERS: &[Driver] = &[
     ivshmem::DRIVER,
 ];
 
-/// Models that exist elsewhere and not here, each with the reason.
-const REFUSED: &[(&str, &str)] = &[
-    (
-        "virtio-blk-device",
-        "there is no virtio-mmio bus: use virtio-blk-pci",
-    ),
-    (
-        "virtio-net-device",
-        "there is no virtio-mmio bus: use virtio-net-pci",
-    ),
-    ("scsi-cd", "SCSI units are disks: use scsi-hd"),
-    ("scsi-block", "SCSI units are disks: use scsi-hd"),
-    ("scsi-generic", "SCSI units are disks: use scsi-hd"),
-    ("e1000", "network cards are virtio-net-pci"),
-    ("e1000e", "network cards are virtio-net-pci"),
-    (
-        "pci-assign",
-        "KVM's device assignment is gone from Linux: it was superseded by VFIO",
-    ),
-    ("xen-pci-passthrough", "it needs a Xen host"),
-];
-
 impl Driver {
     /// The properties it takes, those of every device included.
     pub(crate) fn all_properties(
@@ -248,8 +227,8 @@ pub(crate) fn find(name: &str) -> Result<&'static Driver, QmpError> {
     {
         return Err(QmpError::generic(refused.to_string()));
     }
-    match REFUSED.iter().find(|(refused, _)| *refused == name) {
-        Some((_, reason)) => Err(QmpError::generic(format!(
+    match refused::reason(name) {
+        Some(reason) => Err(QmpError::generic(format!(
             "'{name}' is not a valid device model name: {reason}"
         ))),
         None => Err(QmpError::invalid_driver(name)),
