@@ -395,6 +395,11 @@ impl Sparse {
         }
         Waiting { level, wanted: 1 }
     }
+
+    /// As the end of the block.
+    pub fn give_up_slot(&self) {
+        self.fence.give_up_slot();
+    }
 }
 
 /// The bounce buffer of a device.

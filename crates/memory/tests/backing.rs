@@ -4,9 +4,13 @@
 
 mod setup;
 
+use std::ffi::CString;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread;
+use std::time::Duration;
 
 use ebbtide_memory::{
     AccessError, Backing, Error, Gpa, HostMemory, Memory, NumaPolicy, RamBlock, RamPolicy, RamSpec,
@@ -179,6 +183,33 @@ fn a_file_made_for_a_block_that_came_to_nothing_goes_again() {
     }
     assert!(!missing.exists());
     assert_eq!(fs::metadata(&empty).unwrap().len(), 0);
+}
+
+/// A pipe is no memory, and opening one can take until somebody opens its other end.
+#[test]
+fn what_is_no_file_is_refused_and_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("pipe");
+    let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+    // SAFETY: a terminated string and a mode.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    for (share, readonly) in [(true, true), (false, true), (true, false), (false, false)] {
+        let (said, says) = mpsc::channel();
+        let backing = file(&path, share, readonly);
+        thread::spawn(move || {
+            let memory = memory(ARENA);
+            let error = refused(&memory, spec("ram", MIB, backing), &RamPolicy::default());
+            said.send(error).unwrap();
+        });
+        let error = says.recv_timeout(Duration::from_secs(10));
+        let error = error.expect("it waits for the other end of the pipe");
+        assert!(matches!(error, Error::Host { .. }), "{error}");
+        assert!(error.to_string().contains("pipe"), "{error}");
+    }
+    // Another thing that is there and can be opened, but not mapped.
+    let spec = spec("ram", MIB, file(Path::new("/dev/null"), true, false));
+    let error = refused(&memory(ARENA), spec, &RamPolicy::default());
+    assert!(error.to_string().contains("/dev/null"), "{error}");
 }
 
 #[test]

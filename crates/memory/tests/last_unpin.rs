@@ -6,7 +6,7 @@ mod setup;
 
 use std::future::Future;
 use std::pin::pin;
-use std::sync::{Arc, Barrier, Mutex};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::task::{Context, Wake, Waker};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
@@ -119,4 +119,52 @@ fn a_wait_ends_with_the_pins_or_with_its_time() {
     drop(held);
     assert!(seal.wait(LONG));
     seal.discard().map_err(|(_, error)| error).unwrap();
+}
+
+type Waiting = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A task that waits for the same unplug, and that nobody knows but who wakes it.
+struct Task {
+    _waits: Mutex<Waiting>,
+}
+
+impl Wake for Task {
+    fn wake(self: Arc<Self>) {}
+}
+
+/// With a waker that is given up may go a task, and with the task another who waits.
+#[test]
+fn a_waker_that_goes_may_take_another_who_waits_along() {
+    for replaced in [true, false] {
+        let map = Map::new();
+        let (ticket, pins) = unplugged(&map, 1);
+        let future = |ticket: &Ticket| -> Waiting { Box::pin(ticket.drained()) };
+        let mut inner = future(&ticket);
+        let noop = &mut Context::from_waker(Waker::noop());
+        assert!(inner.as_mut().poll(noop).is_pending());
+        let task = Waker::from(Arc::new(Task {
+            _waits: Mutex::new(inner),
+        }));
+        let mut outer = future(&ticket);
+        let polled = outer.as_mut().poll(&mut Context::from_waker(&task));
+        assert!(polled.is_pending());
+        drop(task);
+        let (said, says) = mpsc::channel();
+        thread::spawn(move || {
+            if replaced {
+                let noop = &mut Context::from_waker(Waker::noop());
+                assert!(outer.as_mut().poll(noop).is_pending());
+            }
+            drop(outer);
+            said.send(()).unwrap();
+        });
+        if says.recv_timeout(LONG).is_err() {
+            // Their ends would wait as well.
+            std::mem::forget((map, ticket, pins));
+            panic!("it waits for itself, replaced: {replaced}");
+        }
+        drop(pins);
+        assert!(ticket.wait(Phase::Drained, LONG));
+        map.end(ticket);
+    }
 }

@@ -376,6 +376,44 @@ fn model_fence_batch() {
 }
 
 #[test]
+fn model_fence_slot() {
+    explore(
+        "memory/fence-slot",
+        "a fence that outlives its block turns over no other block's banks",
+        4,
+        || {
+            let core = Core::default();
+            let old = core.sparse(core.slot(), 1);
+            // Taken back at once: the block can go before the fence has begun.
+            let fence = old.seal(0..1);
+            let owner = {
+                let core = core.clone();
+                thread::spawn(move || {
+                    old.give_up_slot();
+                    let slot = core.slot();
+                    let next = core.sparse(slot, 1);
+                    let thread = core.register();
+                    thread.enter();
+                    let pin = next.admit(0).map(|bank| thread.pin(slot, bank));
+                    thread.leave();
+                    let seal = next.seal(0..1);
+                    assert!(!seal.is_over(), "drained under a pin");
+                    thread::yield_now();
+                    assert!(!seal.is_over(), "drained under a pin");
+                    drop(pin);
+                    seal
+                })
+            };
+            let mut worker = core.worker();
+            core.work_until(&mut worker, &fence);
+            core.work_once(&mut worker);
+            let seal = owner.join().unwrap();
+            core.work_until(&mut worker, &seal);
+        },
+    );
+}
+
+#[test]
 fn model_cached() {
     explore(
         "memory/cached",

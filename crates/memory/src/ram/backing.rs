@@ -233,7 +233,13 @@ impl Mapping {
                 let name = self.name.clone();
                 Err(Error::BackingUnwritable { name, path, source })
             }
-            _ => Err(self.fail("map", &range, source)),
+            _ => {
+                let path = self.path.as_ref();
+                let what = path.map_or("map".to_owned(), |path| {
+                    format!("map {} to", path.display())
+                });
+                Err(self.fail(&what, &range, source))
+            }
         }
     }
 

@@ -216,8 +216,9 @@ impl Fence {
     /// seals may have been taken back while it was to begin, and it flips the bank of that slot (M5).
     pub(crate) fn give_up_slot(&self) {
         let mut state = lock(&self.state);
-        state.orphaned = true;
-        if !state.active {
+        let early = seeded!("slot_before_fence");
+        state.orphaned = !early;
+        if !state.active || early {
             drop(state);
             self.hub.free_slot(self.slot);
         }

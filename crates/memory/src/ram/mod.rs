@@ -42,7 +42,8 @@ pub enum Plugged {
 }
 
 /// Follows the RAM list. Called by whoever changes the list, one change after the other: a
-/// notifier may look blocks up, but must not change the list or its notifiers.
+/// notifier may look blocks up, but must not change the list or its notifiers, nor the map or who follows the dirty log: who
+/// changes the map may grow a block meanwhile.
 pub trait RamNotifier: Send {
     /// A block has appeared: host address, bytes used, bytes it may grow to.
     fn added(&mut self, host: NonNull<u8>, used: u64, max: u64);

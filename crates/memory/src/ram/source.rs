@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
 use super::host::huge_page_figures;
@@ -121,6 +122,9 @@ fn open_file(spec: &RamSpec, path: &Path, share: bool, readonly: bool) -> Result
     let page = huge_page_of(&file).map_err(|e| fail("examine", e))?;
     spec.check_pages(page.unwrap_or_else(host_page_size))?;
     let metadata = file.metadata().map_err(|e| fail("examine", e))?;
+    if metadata.file_type().is_fifo() {
+        return Err(fail("map the pipe", io::ErrorKind::InvalidInput.into()));
+    }
     if metadata.len() == 0 && metadata.is_file() && !readonly {
         file.set_len(spec.max_size_bytes)
             .map_err(|e| fail("extend", e))?;
@@ -175,7 +179,9 @@ fn open_or_make(spec: &RamSpec, path: &Path, readonly: bool) -> Result<(File, Ma
         }
     };
     let mut options = OpenOptions::new();
+    // Of a pipe the open would wait for the other end, and with it whoever adds a block.
     options.read(true).write(!readonly);
+    options.custom_flags(libc::O_NONBLOCK);
     match options.open(path) {
         Ok(file) => Ok((file, Made::default())),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !readonly => {

@@ -158,37 +158,40 @@ impl Future for Reached {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let level = Arc::clone(&self.level);
+        let waker = cx.waker().clone();
         let mut state = lock(&level.state);
         if state.level >= self.wanted {
             self.key = None;
             return Poll::Ready(());
         }
-        match self.key {
-            Some(key) => {
-                if let Some(waiting) = state.waiting.iter_mut().find(|w| w.key == key) {
-                    waiting.waker.clone_from(cx.waker());
-                }
-            }
+        let key = self.key;
+        let old = key.and_then(|key| state.waiting.iter_mut().find(|w| w.key == key));
+        let replaced = match old {
+            Some(waiting) => Some(std::mem::replace(&mut waiting.waker, waker)),
             None => {
                 let key = state.next_key;
                 state.next_key += 1;
                 self.key = Some(key);
-                let waker = cx.waker().clone();
-                state.waiting.push(Waiting {
-                    key,
-                    wanted: self.wanted,
-                    waker,
-                });
+                let wanted = self.wanted;
+                state.waiting.push(Waiting { key, wanted, waker });
+                None
             }
-        }
+        };
+        drop(state);
+        // Outside the lock: with a waker may go a task, and with it another who waits.
+        drop(replaced);
         Poll::Pending
     }
 }
 
 impl Drop for Reached {
     fn drop(&mut self) {
-        if let Some(key) = self.key {
-            lock(&self.level.state).waiting.retain(|w| w.key != key);
-        }
+        let Some(key) = self.key else { return };
+        let mut state = lock(&self.level.state);
+        let at = state.waiting.iter().position(|w| w.key == key);
+        let waiting = at.map(|at| state.waiting.remove(at));
+        drop(state);
+        // As above.
+        drop(waiting);
     }
 }
