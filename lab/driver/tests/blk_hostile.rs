@@ -204,6 +204,69 @@ fn a_transfer_to_the_devices_own_registers_is_refused() {
     }
 }
 
+/// ROM is memory to read from: headers and data to be written may lie there, data that are read and a status may not.
+#[test]
+fn requests_in_rom() {
+    let mut rig = Rig::new();
+    let ram = rig.board.ram().clone();
+    let (shown, rom) = (Gpa(64 << 20), Gpa(96 << 20));
+    let spec = RamSpec {
+        name: "rom".into(),
+        size_bytes: 2 << 20,
+        max_size_bytes: 2 << 20,
+        backing: Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: None,
+    };
+    let block = rig.board.memory().ram().add(spec).unwrap();
+    let regions = [
+        (shown, Region::ram("shown", &block)),
+        (rom, Region::rom("rom", &block)),
+    ];
+    rig.board
+        .memory()
+        .update(|map| {
+            regions
+                .iter()
+                .try_for_each(|(at, region)| map.add(rig.board.root(), region, at.0, 0))
+        })
+        .unwrap();
+    ram.write(shown, &pattern(SECTOR, 9));
+
+    let write = Request::write(&ram, 3, &[0; SECTOR]);
+    let mut parts = write.parts();
+    ram.write(Gpa(shown.0 + 4096), &ram.read(parts[0].gpa, 16));
+    (parts[0].gpa, parts[1].gpa) = (Gpa(rom.0 + 4096), rom);
+    let written = rig.run_laid_out(&write, &parts, Layout::Direct);
+    assert_eq!(written, status::OK);
+    assert_eq!(rig.image_bytes(3 * 512, SECTOR), pattern(SECTOR, 9));
+
+    let read = Request::read(&ram, 0, SECTOR);
+    let mut parts = read.parts();
+    parts[1].gpa = rom;
+    let answer = rig.run_laid_out(&read, &parts, Layout::Direct);
+    assert_eq!(answer, status::IOERR);
+    // Half of the data in RAM: that half is not begun either.
+    let mut parts = read.parts();
+    let [first, second] = parts[1].split(256);
+    ram.write(first.gpa, &[0xee; 256]);
+    parts.splice(1..2, [first, Part { gpa: rom, ..second }]);
+    let answer = rig.run_laid_out(&read, &parts, Layout::Direct);
+    assert_eq!(answer, status::IOERR);
+    assert_eq!(ram.read(first.gpa, 256), [0xee; 256]);
+    assert_eq!(ram.read(shown, SECTOR), pattern(SECTOR, 9));
+
+    let read = Request::read(&ram, 0, SECTOR);
+    let mut parts = read.parts();
+    parts[2].gpa = rom;
+    rig.queue.add(&parts, Layout::Direct).unwrap();
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(ram.read(shown, SECTOR), pattern(SECTOR, 9));
+    rig.restart(ALL);
+    rig.assert_works();
+}
+
 /// The bus is reset, as by a write to the reset register, with requests in flight.
 #[test]
 fn a_reset_of_the_bus_at_any_moment() {
