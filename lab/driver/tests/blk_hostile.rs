@@ -165,6 +165,28 @@ fn buffers_across_regions_in_many_pieces() {
     rig.assert_works();
 }
 
+/// As many pieces as the device says there may be are taken, also from a driver that chose a smaller queue: Linux does not
+/// look at the size of its queue then.
+#[test]
+fn as_many_segments_as_are_told_in_a_small_queue() {
+    for queue_size in [256, 1024, 4096, 32768] {
+        let mut rig = Rig::with(Options {
+            queue_size,
+            ..Options::default()
+        });
+        let told = rig.driver.read_config(12, 4) as usize;
+        assert!((254..=1022).contains(&told), "{told} for {queue_size}");
+        let request = Request::read(rig.board.ram(), 0, SECTOR);
+        let mut parts = request.parts();
+        let piece = parts[1];
+        parts.splice(1..2, vec![piece; told]);
+        let status = rig.run_laid_out(&request, &parts, Layout::Indirect);
+        assert_eq!(status, status::OK, "{told} for {queue_size}");
+        let all = pattern(told * SECTOR, 0);
+        assert_eq!(request.data(), all[(told - 1) * SECTOR..]);
+    }
+}
+
 /// What has no end in RAM is refused as a whole: nothing is read into the part that is there.
 #[test]
 fn a_buffer_that_leaves_ram_is_not_begun() {
