@@ -68,10 +68,13 @@ impl Teller {
     }
 
     /// Tells of a failure, unless one is pending. That the host does not offer an operation is no failure: the guest can
-    /// do without.
+    /// do without. Nor is what was asked for and cannot be: a guest could hide failures behind those.
     pub(crate) fn tell(&self, kind: OpKind, error: &io::Error) {
         let Some(to) = self.0.get() else { return };
-        if error.kind() == io::ErrorKind::Unsupported || to.pending.swap(true, Ordering::AcqRel) {
+        if error.kind() == io::ErrorKind::Unsupported
+            || is_impossible(error)
+            || to.pending.swap(true, Ordering::AcqRel)
+        {
             return;
         }
         // Nobody may be listening any more: then it is dropped here.
@@ -83,6 +86,12 @@ impl Teller {
             _pending: Pending(Arc::clone(&to.pending)),
         });
     }
+}
+
+/// Refused here, not by the host: outside of the disk, no whole blocks of it, or it is read-only.
+fn is_impossible(error: &io::Error) -> bool {
+    use io::ErrorKind::{InvalidInput, PermissionDenied};
+    error.raw_os_error().is_none() && matches!(error.kind(), InvalidInput | PermissionDenied)
 }
 
 #[cfg(test)]
@@ -98,6 +107,11 @@ mod tests {
         teller.tell(OpKind::Write, &full);
         assert!(teller.set("n0", sender.clone()) && !teller.set("n1", sender));
         teller.tell(OpKind::Discard, &io::ErrorKind::Unsupported.into());
+        teller.tell(OpKind::Read, &io::ErrorKind::InvalidInput.into());
+        let outside = io::Error::new(io::ErrorKind::InvalidInput, "outside");
+        teller.tell(OpKind::Read, &outside);
+        teller.tell(OpKind::Write, &io::ErrorKind::PermissionDenied.into());
+        assert!(heard.try_recv().is_none());
         teller.tell(OpKind::Write, &full);
         teller.tell(OpKind::Read, &full);
         let failure = heard.try_recv().unwrap();
@@ -108,5 +122,9 @@ mod tests {
         let failure = heard.try_recv().unwrap();
         assert_eq!((failure.kind, &*failure.reason), (OpKind::Read, "broken"));
         assert!(!failure.no_space);
+        drop(failure);
+        // The host says that it is impossible, which it is not.
+        teller.tell(OpKind::Read, &io::Error::from_raw_os_error(libc::EINVAL));
+        assert!(heard.try_recv().is_some());
     }
 }

@@ -192,7 +192,12 @@ impl Faults {
             return None;
         }
         rule.count -= 1;
-        Some((rule.fault, rule.point))
+        // What fails is not done, and does not wait.
+        let point = match rule.fault {
+            Fault::Fail(_) => Point::Before,
+            Fault::Delay(_) | Fault::Jitter(_) | Fault::Hold => rule.point,
+        };
+        Some((rule.fault, point))
     }
 
     /// Lives through the fault.
@@ -320,7 +325,7 @@ mod tests {
     fn the_first_rule_that_is_left_counts() {
         let faults = Faults::new();
         faults.inject(Rule::once(Fault::Hold).at(Point::After));
-        faults.inject(Rule::once(Fault::Fail(28)));
+        faults.inject(Rule::once(Fault::Fail(28)).at(Point::After));
         assert_eq!(faults.meet(&READ), Some((Fault::Hold, Point::After)));
         assert_eq!(faults.meet(&READ), Some((Fault::Fail(28), Point::Before)));
         faults.inject(Rule::always(Fault::Hold));

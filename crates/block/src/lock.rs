@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The lock that keeps two writers off one image.
 //!
-//! An open-file-description lock over the whole file: it belongs to the descriptor rather than to the process, so two
-//! disks of one VMM exclude each other too, it cannot be lost by closing an unrelated descriptor of the same file, and
-//! the kernel drops it whatever way the process ends. Covering the whole file makes it meet the byte locks QEMU takes.
+//! Open-file-description locks: they belong to the descriptor rather than to the process, so two disks of one VMM exclude
+//! each other too, they cannot be lost by closing an unrelated descriptor of the same file, and the kernel drops them
+//! whatever way the process ends.
+//!
+//! QEMU locks single bytes, all of them shared: one for each thing it does to an image, another for each that it does not
+//! want others to do; and looks whether others have locked the counterparts. A writer here has all bytes to itself. A
+//! reader has all but the one that says "I write", and looks whether that one is free.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -17,18 +21,36 @@ pub(crate) enum Mode {
     Exclusive,
 }
 
-/// Tries once to lock the file behind `fd`. `Ok(false)`: somebody else's lock is in the way.
+/// What QEMU locks of an image that it writes to.
+const WRITER: i64 = 101;
+
+/// Tries once to lock the file behind `fd`. `Ok(false)`: somebody else's lock is in the way; some of it may be locked then,
+/// until all descriptors of the open file are closed.
 pub(crate) fn try_lock(fd: BorrowedFd<'_>, mode: Mode) -> io::Result<bool> {
-    let lock = libc::flock {
-        l_type: match mode {
-            Mode::Shared => libc::F_RDLCK,
-            Mode::Exclusive => libc::F_WRLCK,
-        } as libc::c_short,
+    match mode {
+        Mode::Exclusive => lock(fd, libc::F_WRLCK, 0, TO_THE_END),
+        // Locked before it is looked at: of two that do so at once, one at least finds the other.
+        Mode::Shared => Ok(lock(fd, libc::F_RDLCK, 0, WRITER)?
+            && lock(fd, libc::F_RDLCK, WRITER + 1, TO_THE_END)?
+            && is_free(fd, WRITER)?),
+    }
+}
+
+/// However far the file may grow.
+const TO_THE_END: i64 = 0;
+
+fn range(kind: libc::c_int, start: i64, bytes: i64) -> libc::flock {
+    libc::flock {
+        l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
-        l_start: 0,
-        l_len: 0, // to the end, however far the file may grow
+        l_start: start,
+        l_len: bytes,
         l_pid: 0, // demanded by OFD locks
-    };
+    }
+}
+
+fn lock(fd: BorrowedFd<'_>, kind: libc::c_int, start: i64, bytes: i64) -> io::Result<bool> {
+    let lock = range(kind, start, bytes);
     // SAFETY: F_OFD_SETLK only reads the flock it is given, which outlives the call; `fd` is open as it is borrowed.
     let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
     if result == 0 {
@@ -38,5 +60,101 @@ pub(crate) fn try_lock(fd: BorrowedFd<'_>, mode: Mode) -> io::Result<bool> {
     match error.raw_os_error() {
         Some(libc::EAGAIN | libc::EACCES) => Ok(false),
         _ => Err(error),
+    }
+}
+
+/// Whether nobody else has locked a byte, in whatever way.
+fn is_free(fd: BorrowedFd<'_>, byte: i64) -> io::Result<bool> {
+    let mut lock = range(libc::F_WRLCK, byte, 1);
+    // SAFETY: F_OFD_GETLK reads and writes the flock it is given, which outlives the call; `fd` is open as it is borrowed.
+    let result = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if result != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(libc::c_int::from(lock.l_type) == libc::F_UNLCK)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// What another program does with a file: the bytes it locks, all shared, and those it wants nobody else to have locked.
+    struct Other(File);
+
+    impl Other {
+        fn new(file: &tempfile::NamedTempFile, bytes: &[i64]) -> Other {
+            let other = File::options().read(true).write(true).open(file.path());
+            let other = other.unwrap();
+            for byte in bytes {
+                assert!(lock(other.as_fd(), libc::F_RDLCK, *byte, 1).unwrap());
+            }
+            Other(other)
+        }
+
+        fn finds_free(&self, bytes: &[i64]) -> bool {
+            let mut bytes = bytes.iter();
+            bytes.all(|byte| is_free(self.0.as_fd(), *byte).unwrap())
+        }
+    }
+
+    fn file() -> tempfile::NamedTempFile {
+        tempfile::NamedTempFile::new().unwrap()
+    }
+
+    fn opened(file: &tempfile::NamedTempFile, mode: Mode) -> Option<File> {
+        let writes = mode == Mode::Exclusive;
+        let opened = File::options().read(true).write(writes).open(file.path());
+        let opened = opened.unwrap();
+        let locked = try_lock(opened.as_fd(), mode).unwrap();
+        locked.then_some(opened)
+    }
+
+    // QEMU: consistent reads 0, writes 1, unchanged writes 2, resizes 3; from 100 on what it does, from 200 on what it wants
+    // nobody else to do.
+    const READER: [i64; 3] = [100, 201, 203];
+    const WRITER: [i64; 4] = [100, 101, 201, 203];
+
+    #[test]
+    fn nobody_is_let_in_beside_a_writer_of_qemu() {
+        let file = file();
+        // Also one that others may write beside.
+        for bytes in [&WRITER[..], &[101]] {
+            let writer = Other::new(&file, bytes);
+            assert!(opened(&file, Mode::Shared).is_none(), "{bytes:?}");
+            assert!(opened(&file, Mode::Exclusive).is_none(), "{bytes:?}");
+            drop(writer);
+        }
+        assert!(opened(&file, Mode::Exclusive).is_some());
+    }
+
+    #[test]
+    fn readers_are_let_in_beside_a_reader_of_qemu() {
+        let file = file();
+        let _reader = Other::new(&file, &READER);
+        let _first = opened(&file, Mode::Shared).unwrap();
+        let _second = opened(&file, Mode::Shared).unwrap();
+        assert!(opened(&file, Mode::Exclusive).is_none());
+    }
+
+    /// It locks first, then looks.
+    #[test]
+    fn a_writer_of_qemu_finds_a_reader() {
+        let file = file();
+        let reader = opened(&file, Mode::Shared).unwrap();
+        let writer = Other::new(&file, &WRITER);
+        assert!(!writer.finds_free(&[201]));
+        drop(reader);
+        assert!(writer.finds_free(&[200, 201, 202, 203]));
+    }
+
+    #[test]
+    fn what_was_locked_in_vain_is_not_kept() {
+        let file = file();
+        let writer = Other::new(&file, &WRITER);
+        assert!(opened(&file, Mode::Shared).is_none());
+        assert!(writer.finds_free(&[0, 100, 102, 201, 1 << 40]));
     }
 }

@@ -5,6 +5,7 @@ use std::future::poll_fn;
 use std::time::Duration;
 
 use ebbtide_iothread::{Config, Event, Kernel, Local, Signals, run_with};
+use io_uring::opcode;
 
 const KERNELS: [Kernel; 3] = [Kernel::Newest, Kernel::Linux5_19, Kernel::Linux5_6];
 const QUIET: Duration = Duration::from_millis(30);
@@ -77,6 +78,44 @@ fn no_signal_of_another_thread_is_lost() {
         }
         thread.join().unwrap();
     });
+}
+
+/// The kernel ends a standing poll when there is no room for what it has to tell: it is asked again.
+#[test]
+fn no_signal_is_lost_in_a_ring_that_is_full() {
+    for kernel in KERNELS {
+        let config = Config {
+            kernel,
+            entries: 1,
+            ..Config::default()
+        };
+        let ran = run_with("test", config, |local| async move {
+            let event = Event::new().unwrap();
+            let notifier = event.notifier();
+            let mut signals = event.signals(&local);
+            assert!(is_quiet(&local, &mut signals).await);
+            for round in 0..300 {
+                // SAFETY: the entries point to nothing.
+                let nop = || unsafe { local.submit(opcode::Nop::new().build(), ()) };
+                let before: Vec<_> = (0..round % 41).map(|_| nop()).collect();
+                notifier.notify();
+                let after: Vec<_> = (0..round % 29).map(|_| nop()).collect();
+                let limit = Duration::from_secs(20);
+                local.timeout(limit, heard(&mut signals)).await.unwrap();
+                for nop in before.into_iter().chain(after) {
+                    assert_eq!(nop.await.0, 0);
+                }
+                while !is_quiet_now(&local, &mut signals).await {}
+            }
+        });
+        ran.unwrap();
+    }
+}
+
+/// Whether nothing has come that the ring has to tell already.
+async fn is_quiet_now(local: &Local, signals: &mut Signals) -> bool {
+    let turns = local.timeout(Duration::ZERO, heard(signals)).await;
+    turns.is_err()
 }
 
 #[test]

@@ -165,6 +165,28 @@ fn buffers_across_regions_in_many_pieces() {
     rig.assert_works();
 }
 
+/// As many pieces as the device says there may be are taken, also from a driver that chose a smaller queue: Linux does not
+/// look at the size of its queue then.
+#[test]
+fn as_many_segments_as_are_told_in_a_small_queue() {
+    for queue_size in [256, 1024, 4096, 32768] {
+        let mut rig = Rig::with(Options {
+            queue_size,
+            ..Options::default()
+        });
+        let told = rig.driver.read_config(12, 4) as usize;
+        assert!((254..=1022).contains(&told), "{told} for {queue_size}");
+        let request = Request::read(rig.board.ram(), 0, SECTOR);
+        let mut parts = request.parts();
+        let piece = parts[1];
+        parts.splice(1..2, vec![piece; told]);
+        let status = rig.run_laid_out(&request, &parts, Layout::Indirect);
+        assert_eq!(status, status::OK, "{told} for {queue_size}");
+        let all = pattern(told * SECTOR, 0);
+        assert_eq!(request.data(), all[(told - 1) * SECTOR..]);
+    }
+}
+
 /// What has no end in RAM is refused as a whole: nothing is read into the part that is there.
 #[test]
 fn a_buffer_that_leaves_ram_is_not_begun() {
@@ -202,6 +224,69 @@ fn a_transfer_to_the_devices_own_registers_is_refused() {
         );
         rig.assert_works();
     }
+}
+
+/// ROM is memory to read from: headers and data to be written may lie there, data that are read and a status may not.
+#[test]
+fn requests_in_rom() {
+    let mut rig = Rig::new();
+    let ram = rig.board.ram().clone();
+    let (shown, rom) = (Gpa(64 << 20), Gpa(96 << 20));
+    let spec = RamSpec {
+        name: "rom".into(),
+        size_bytes: 2 << 20,
+        max_size_bytes: 2 << 20,
+        backing: Backing::Anon { thp: false },
+        prefault: false,
+        block_size_bytes: None,
+    };
+    let block = rig.board.memory().ram().add(spec).unwrap();
+    let regions = [
+        (shown, Region::ram("shown", &block)),
+        (rom, Region::rom("rom", &block)),
+    ];
+    rig.board
+        .memory()
+        .update(|map| {
+            regions
+                .iter()
+                .try_for_each(|(at, region)| map.add(rig.board.root(), region, at.0, 0))
+        })
+        .unwrap();
+    ram.write(shown, &pattern(SECTOR, 9));
+
+    let write = Request::write(&ram, 3, &[0; SECTOR]);
+    let mut parts = write.parts();
+    ram.write(Gpa(shown.0 + 4096), &ram.read(parts[0].gpa, 16));
+    (parts[0].gpa, parts[1].gpa) = (Gpa(rom.0 + 4096), rom);
+    let written = rig.run_laid_out(&write, &parts, Layout::Direct);
+    assert_eq!(written, status::OK);
+    assert_eq!(rig.image_bytes(3 * 512, SECTOR), pattern(SECTOR, 9));
+
+    let read = Request::read(&ram, 0, SECTOR);
+    let mut parts = read.parts();
+    parts[1].gpa = rom;
+    let answer = rig.run_laid_out(&read, &parts, Layout::Direct);
+    assert_eq!(answer, status::IOERR);
+    // Half of the data in RAM: that half is not begun either.
+    let mut parts = read.parts();
+    let [first, second] = parts[1].split(256);
+    ram.write(first.gpa, &[0xee; 256]);
+    parts.splice(1..2, [first, Part { gpa: rom, ..second }]);
+    let answer = rig.run_laid_out(&read, &parts, Layout::Direct);
+    assert_eq!(answer, status::IOERR);
+    assert_eq!(ram.read(first.gpa, 256), [0xee; 256]);
+    assert_eq!(ram.read(shown, SECTOR), pattern(SECTOR, 9));
+
+    let read = Request::read(&ram, 0, SECTOR);
+    let mut parts = read.parts();
+    parts[2].gpa = rom;
+    rig.queue.add(&parts, Layout::Direct).unwrap();
+    rig.driver.kick(0);
+    assert!(rig.driver.wait_needs_reset());
+    assert_eq!(ram.read(shown, SECTOR), pattern(SECTOR, 9));
+    rig.restart(ALL);
+    rig.assert_works();
 }
 
 /// The bus is reset, as by a write to the reset register, with requests in flight.

@@ -411,3 +411,27 @@ fn many_commands_on_many_queues() {
     }
     assert_eq!(rig.scsi.metrics().in_flight, 0);
 }
+
+/// As many pieces as the device says there may be, from a driver that chose a smaller queue than it could have.
+#[test]
+fn as_many_segments_as_are_told_in_a_small_queue() {
+    let spec = ScsiSpec {
+        queue_size: 4096,
+        ..ScsiSpec::new("scsi0")
+    };
+    let mut rig = Rig::with(spec, ALL);
+    let image = Image::new(0);
+    rig.add(0, 0, &image);
+    let told = usize::try_from(rig.driver.read_config(4, 4)).unwrap();
+    let ram = rig.board.ram().clone();
+    let blocks = u16::try_from(told).unwrap();
+    let cdb = scsi::cdb10(0x28, 0, blocks);
+    let read = Command::new(&ram, scsi::address(0, 0), 1, &cdb, Data::In(512));
+    let mut parts = read.parts();
+    let last = parts.len() - 1;
+    let piece = parts[last];
+    parts.splice(last.., vec![piece; told]);
+    rig.run_laid_out(&read, &parts, Layout::Indirect);
+    assert_eq!(read.answer(), Answer::GOOD, "{told}");
+    assert_eq!(read.data(), pattern((told - 1) * 512, 512, 0));
+}

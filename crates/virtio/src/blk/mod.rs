@@ -32,6 +32,7 @@ use self::run::Requests;
 use crate::device::{ActivateError, Activation, InFlight, PinnedList, VirtioDevice};
 use crate::flights::Flights;
 use crate::service::{Setup, serve};
+use crate::virtq::segments_max;
 
 /// The device type (5.2.1).
 pub const DEVICE_TYPE: u16 = 2;
@@ -116,8 +117,8 @@ impl VirtioBlk {
             capacity_bytes: disk.size_bytes(),
             logical_block_bytes: disk.logical_block_bytes(),
             physical_block_bytes: disk.physical_block_bytes(),
-            // Header and status take a descriptor each.
-            segments_max: u32::from(spec.queue_size.saturating_sub(2).max(1)),
+            // Besides header and status.
+            segments_max: segments_max(spec.queue_size),
             queues,
             discard: disk.features().discard,
             write_zeroes: disk.features().write_zeroes,

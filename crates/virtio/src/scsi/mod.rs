@@ -51,6 +51,7 @@ pub use self::tasks::modelled;
 use crate::device::{ActivateError, Activation, InFlight, PinnedList, VirtioDevice};
 use crate::flights::Flights;
 use crate::service::{self, Setup};
+use crate::virtq::segments_max;
 
 /// The device type (5.6.1).
 pub const DEVICE_TYPE: u16 = 8;
@@ -165,13 +166,11 @@ impl VirtioScsi {
         let queues = queues.clamp(1, u16::MAX - REQUEST_QUEUES);
         let mut remotes = vec![remote];
         remotes.extend(more_iothreads);
-        // Command and response take a descriptor each.
-        let segments_max = u32::from(queue_size.saturating_sub(2).max(1));
         let queue_sizes = vec![queue_size; usize::from(queues + REQUEST_QUEUES)];
         let shared = Shared {
             name: id.into(),
             flights: Flights::new(&queue_sizes),
-            config: Config::new(queues, segments_max, max_sectors, cmd_per_lun),
+            config: Config::new(queues, segments_max(queue_size), max_sectors, cmd_per_lun),
             targets: Targets::default(),
             tasks: Tasks::new(queues.into()),
             events: Arc::default(),

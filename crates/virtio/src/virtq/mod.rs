@@ -34,6 +34,7 @@ pub use error::{QueueError, Ring};
 pub use layout::{MAX_SIZE, QueueConfig};
 pub use queue::{Queue, QueueState};
 pub use walk::MAX_INDIRECT_CHAIN;
+pub(crate) use walk::segments_max;
 
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,16 @@ use super::error::{QueueError, Ring};
 /// guest from making the host allocate, and is what one vectored system call takes.
 pub const MAX_INDIRECT_CHAIN: u32 = 1024;
 
+/// The most buffers of data that a device may tell its driver to put into a request, where the queue has at most `queue_size`
+/// descriptors and what is around the data takes two: as many as are taken in an indirect table whatever size the driver
+/// chose.
+pub(crate) fn segments_max(queue_size: u16) -> u32 {
+    u32::from(queue_size)
+        .min(MAX_INDIRECT_CHAIN)
+        .saturating_sub(2)
+        .max(1)
+}
+
 /// The direct table of a queue and what was negotiated for it.
 pub(super) struct Table<'g> {
     pub(super) descriptors: GuestSlice<'g>,

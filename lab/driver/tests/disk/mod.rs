@@ -32,6 +32,8 @@ pub struct Options {
     pub readonly: bool,
     pub features: u64,
     pub queues: u16,
+    /// The largest that a driver can choose; the rig's has [`QUEUE_SIZE`].
+    pub queue_size: u16,
     /// Iothreads besides the board's.
     pub more_iothreads: Vec<Remote>,
 }
@@ -42,6 +44,7 @@ impl Default for Options {
             readonly: false,
             features: ALL,
             queues: 1,
+            queue_size: QUEUE_SIZE,
             more_iothreads: Vec::new(),
         }
     }
@@ -81,7 +84,7 @@ impl Rig {
         let spec = BlkSpec {
             serial: SERIAL.into(),
             queues: options.queues,
-            queue_size: QUEUE_SIZE,
+            queue_size: options.queue_size,
             more_iothreads: options.more_iothreads,
             ..BlkSpec::new("disk0")
         };
