@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use super::host::huge_page_figures;
@@ -175,7 +176,9 @@ fn open_or_make(spec: &RamSpec, path: &Path, readonly: bool) -> Result<(File, Ma
         }
     };
     let mut options = OpenOptions::new();
-    options.read(true).write(!readonly);
+    // So that a pipe named by mistake cannot hang the open; to a file it is nothing.
+    let flags = libc::O_NONBLOCK;
+    options.read(true).write(!readonly).custom_flags(flags);
     match options.open(path) {
         Ok(file) => Ok((file, Made::default())),
         Err(error) if error.kind() == io::ErrorKind::NotFound && !readonly => {
