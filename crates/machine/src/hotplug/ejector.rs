@@ -145,6 +145,12 @@ impl Ejector {
         }
     }
 
+    /// The bus of this name is no more, nor are its slots. On the control thread.
+    pub(crate) fn forget_bus(&self, name: &str) {
+        let is_there = |slot: &SlotKey| matches!(slot, SlotKey::Pci(at) if &*at.bus == name);
+        self.owed().retain(|slot| !is_there(slot));
+    }
+
     /// The guest is another one, which has none of the ejects to make that the last one owed. On the control thread, while no
     /// vCPU runs.
     pub(crate) fn next_guest(&self) {
@@ -458,6 +464,19 @@ mod tests {
             slots.eject_all();
             assert!(gate.is_closed());
         }
+    }
+
+    #[test]
+    fn nothing_is_owed_of_a_bus_that_is_gone() {
+        let mut slots = Slots::new();
+        for bus in ["rp1", "rp2"] {
+            let key = SlotKey::Pci(at(bus, 0));
+            let (node, _) = slots.plug(&key, GuestEject::On);
+            slots.ejector.vacate(&key, node);
+        }
+        slots.ejector.forget_bus("rp1");
+        let left: Vec<SlotKey> = slots.ejector.owed().iter().cloned().collect();
+        assert_eq!(left, [SlotKey::Pci(at("rp2", 0))]);
     }
 
     #[test]
