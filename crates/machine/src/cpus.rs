@@ -135,6 +135,7 @@ pub struct Cpus {
     kickers: Vec<Kicker>,
     /// They hand back what may take system calls to free that they are not allowed.
     threads: Vec<JoinHandle<Box<dyn Vcpu>>>,
+    thread_ids: Vec<i32>,
 }
 
 impl Cpus {
@@ -167,6 +168,7 @@ impl Cpus {
             shared: Arc::clone(&shared),
             kickers: vcpus.iter().map(|v| v.kicker()).collect(),
             threads: Vec::with_capacity(count),
+            thread_ids: Vec::with_capacity(count),
         };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let cpu = Cpu {
@@ -185,9 +187,9 @@ impl Cpus {
                 .map_err(|e| Error::part(format!("vcpu{index} thread"), e))?;
             cpus.threads.push(thread);
             let failed = |e: String| Error::part(format!("vcpu{index} thread: confinement"), e);
-            told.recv()
-                .map_err(|e| failed(e.to_string()))?
-                .map_err(|e| failed(e.to_string()))?;
+            let confined = told.recv().map_err(|e| failed(e.to_string()))?;
+            cpus.thread_ids
+                .push(confined.map_err(|e| failed(e.to_string()))?);
         }
         Ok(cpus)
     }
@@ -195,6 +197,11 @@ impl Cpus {
     /// Number of vCPUs.
     pub fn count(&self) -> usize {
         self.kickers.len()
+    }
+
+    /// The host's numbers of the threads, by the vCPUs' indices.
+    pub fn thread_ids(&self) -> &[i32] {
+        &self.thread_ids
     }
 
     /// For each vCPU the longest that a register access has kept it out of the guest since this was last asked.
@@ -309,13 +316,14 @@ impl Cpu {
     fn begin(
         mut self,
         confinement: Arc<Confinement>,
-        tell: mpsc::Sender<std::io::Result<()>>,
+        tell: mpsc::Sender<std::io::Result<i32>>,
     ) -> Box<dyn Vcpu> {
         // Before it is confined: it takes signals to be received.
         if let Err(e) = self.vcpu.bind_thread() {
             self.fail(&e.to_string());
         }
-        let confined = confinement.enter(Kind::Vcpu);
+        let thread = rustix::thread::gettid().as_raw_nonzero().get();
+        let confined = confinement.enter(Kind::Vcpu).map(|()| thread);
         drop(confinement);
         let goes_on = confined.is_ok();
         // Whoever starts it waits for this.

@@ -146,6 +146,11 @@ impl Machine {
         self.cpus.count() as u64
     }
 
+    /// The host's numbers of the vCPUs' threads, by index.
+    pub fn vcpu_threads(&self) -> &[i32] {
+        self.cpus.thread_ids()
+    }
+
     /// For each vCPU the longest that one exit has kept it out of the guest since this was last asked.
     pub fn take_longest_stays(&self) -> Vec<Stay> {
         self.cpus.take_longest_stays()

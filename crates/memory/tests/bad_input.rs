@@ -5,8 +5,13 @@
 
 mod setup;
 
+use std::ffi::CString;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use ebbtide_memory::{Backing, Error, Ioeventfd, RamSpec, Region, Transaction};
 use setup::{Map, Scratch};
@@ -209,6 +214,36 @@ fn what_is_not_there_cannot_be_removed() {
         |e| matches!(e, Error::Foreign(_)),
         |t| t.retire(foreign.ram_block().unwrap()).map(drop),
     );
+}
+
+/// Who adds memory must not wait for somebody to write into a pipe, for ever.
+#[test]
+fn a_pipe_named_by_mistake_is_refused_at_once() {
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        let map = Map::new();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        let name = CString::new(path.as_os_str().as_bytes()).unwrap();
+        // SAFETY: a path with its end.
+        assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+        for readonly in [true, false] {
+            let (path, share) = (path.clone(), true);
+            let backing = Backing::File {
+                path,
+                share,
+                readonly,
+            };
+            let refused = map.memory.ram().add(spec("pipe", MIB, backing));
+            tell.send(refused.map(drop).unwrap_err().to_string())
+                .unwrap();
+        }
+    });
+    for _ in 0..2 {
+        let refused = told.recv_timeout(Duration::from_secs(20));
+        let refused = refused.expect("it waits for a writer");
+        assert!(refused.contains("pipe"), "{refused}");
+    }
 }
 
 #[test]

@@ -54,8 +54,8 @@ impl Netdev {
         Ok(Netdev::new(id, tap))
     }
 
-    /// A connection to the Unix socket at `path`: QEMU's `stream` with `addr.type=unix` and `server=off`. May block while
-    /// the listener is busy.
+    /// A connection to the Unix socket at `path`: QEMU's `stream` with `addr.type=unix` and `server=off`. May block for some
+    /// seconds while the listener is busy.
     ///
     /// # Errors
     /// [`NetError::Socket`].

@@ -3,13 +3,17 @@
 
 use std::io::{self, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::{Errno, retry_on_intr};
-use rustix::net::{RecvFlags, SendAncillaryBuffer, SendFlags, SocketType, recv, send, sendmsg};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvFlags, SendAncillaryBuffer, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType, recv, send, sendmsg, socket_with,
+};
 
 use crate::backend::{FRAME_BYTES_MAX, HEADER_BYTES, NetBackend, Offloads};
 use crate::error::NetError;
@@ -18,6 +22,9 @@ use crate::error::NetError;
 const LENGTH_BYTES: usize = 4;
 /// Room for at least one frame behind what is left of another.
 const BUFFER_BYTES: usize = 2 * (LENGTH_BYTES + FRAME_BYTES_MAX);
+
+/// A listener that has not accepted anybody for so long does not do so any more.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
 
 /// A connected socket.
 pub(crate) struct Stream {
@@ -29,12 +36,12 @@ pub(crate) struct Stream {
 
 impl Stream {
     pub(crate) fn connect(id: &str, path: &Path) -> Result<Stream, NetError> {
-        let socket = UnixStream::connect(path).map_err(|source| NetError::Socket {
+        let socket = connect(path).map_err(|source| NetError::Socket {
             id: id.to_owned(),
             path: path.to_owned(),
             source,
         })?;
-        Stream::adopt(id, socket.into())
+        Stream::adopt(id, socket)
     }
 
     pub(crate) fn adopt(id: &str, fd: OwnedFd) -> Result<Stream, NetError> {
@@ -63,6 +70,21 @@ impl Stream {
 
     fn kept(&self) -> MutexGuard<'_, Vec<u8>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Connects, and gives up a listener that accepts nobody.
+fn connect(path: &Path) -> io::Result<OwnedFd> {
+    let address = SocketAddrUnix::new(path)?;
+    let flags = SocketFlags::CLOEXEC;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    set_socket_timeout(&socket, Timeout::Send, Some(CONNECT_LIMIT))?;
+    match retry_on_intr(|| rustix::net::connect(&socket, &address)) {
+        Err(Errno::AGAIN) => Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "who listens there does not accept connections",
+        )),
+        connected => Ok(connected.map(|()| socket)?),
     }
 }
 

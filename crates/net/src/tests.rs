@@ -245,3 +245,20 @@ fn a_tap_interface_that_is_down_takes_and_gives_nothing() {
         assert!(net.set_offloads(Offloads::default()).is_ok());
     }
 }
+
+/// Whoever asks has one thread of few that may block.
+#[test]
+fn a_listener_that_does_not_accept_is_given_up() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
+    let (tell, told) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let refused = Netdev::stream("net0", &path).map(drop);
+        tell.send(refused.unwrap_err().to_string())
+    });
+    let refused = told.recv_timeout(LIMIT).expect("it waits for ever");
+    assert!(refused.contains("does not accept"), "{refused}");
+}

@@ -9,7 +9,9 @@ use crate::types::block::{
     BlockDeviceInfo, BlockInfo, BlockdevDel, BlockdevOptions, QueryNamedBlockNodes,
 };
 use crate::types::chardev::{ChardevAdd, ChardevInfo, ChardevRemove, ChardevReturn};
-use crate::types::device::{DeviceAdd, DeviceDel, HotpluggableCpu, IothreadInfo, TypeName};
+use crate::types::device::{
+    CpuInfoFast, DeviceAdd, DeviceDel, HotpluggableCpu, IothreadInfo, TypeName,
+};
 use crate::types::ebbtide::{
     DeviceId, FaultRelease, FaultReleased, Holdings, Memory, Pins, QueryResize, Removal, Resize,
     Status, VcpuStay, Wait, Waited,
@@ -103,6 +105,8 @@ pub const QUERY_ACPI_OSPM_STATUS: Command<Empty, Vec<AcpiOstInfo>> =
     Command::new("query-acpi-ospm-status");
 /// The iothreads.
 pub const QUERY_IOTHREADS: Command<Empty, Vec<IothreadInfo>> = Command::new("query-iothreads");
+/// The vCPUs and their threads.
+pub const QUERY_CPUS_FAST: Command<Empty, Vec<CpuInfoFast>> = Command::new("query-cpus-fast");
 /// The slots for vCPUs.
 pub const QUERY_HOTPLUGGABLE_CPUS: Command<Empty, Vec<HotpluggableCpu>> =
     Command::new("query-hotpluggable-cpus");

@@ -369,6 +369,8 @@ fn the_threads_of_a_machine() {
         let pool = pool.unwrap();
         let io = confinement.iothread("io-test").unwrap();
         let cpus = cpus(&confinement, &memory);
+        let thread = format!("/proc/self/task/{}/comm", cpus.thread_ids()[0]);
+        assert_eq!(std::fs::read_to_string(thread).unwrap(), "vcpu0\n");
         confinement.seal(&pool, 2).await.unwrap();
         assert!(confinement.is_sealed());
         cpus.park().await;

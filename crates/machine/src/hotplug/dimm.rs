@@ -317,16 +317,18 @@ const IN_PROGRESS: u32 = 0x84;
 
 impl Devices {
     /// The guest has said something about a DIMM slot.
-    pub(super) fn report(&self, report: &OstReport) {
+    pub(super) fn report(&self, report: &OstReport, is_told: bool) {
         self.ost.borrow_mut().insert(report.slot, *report);
         let working = (report.source, report.status) == (EJECT_REQUEST, IN_PROGRESS);
         let node = self.dimm_in(report.slot).map(|(node, _)| node);
         if let Some(node) = node.filter(|_| working) {
             self.tree.borrow_mut().guest_works(node, self.local.now());
         }
-        self.emit(events::ACPI_DEVICE_OST.with(AcpiDeviceOst {
-            info: self.ost_info(report),
-        }));
+        if is_told {
+            self.emit(events::ACPI_DEVICE_OST.with(AcpiDeviceOst {
+                info: self.ost_info(report),
+            }));
+        }
     }
 
     fn dimm_in(&self, slot: u16) -> Option<(NodeId, String)> {

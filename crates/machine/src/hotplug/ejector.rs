@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use ebbtide_bus::acpi::DimmEjectSink;
@@ -77,6 +78,8 @@ pub(crate) struct Ejector {
     reports: Mutex<VecDeque<OstReport>>,
     /// Slots that were left without the guest's eject by those who were in them last. Of the control thread.
     owed: Mutex<BTreeSet<SlotKey>>,
+    /// Since when reports are counted, and how many they are. Of the control thread.
+    told: Mutex<(Option<Instant>, usize)>,
     news: LaterNotifier,
 }
 
@@ -90,6 +93,10 @@ pub(crate) struct OstReport {
 
 /// Reports that wait for the control thread. A guest that says more at once is not listened to.
 const REPORTS: usize = 64;
+/// Reports in a second that management is told of: more than any guest makes of as many slots as there can be. A client that
+/// is told without end is dropped when it does not read for a moment.
+const TOLD_A_SECOND: usize = 1024;
+const SECOND: Duration = Duration::from_secs(1);
 
 impl Ejector {
     /// No slot is occupied. Ejects are announced by `news`: later, so that no vCPU waits, within its register write, for
@@ -99,6 +106,7 @@ impl Ejector {
             table: ArcSwap::default(),
             reports: Mutex::new(VecDeque::with_capacity(REPORTS)),
             owed: Mutex::default(),
+            told: Mutex::default(),
             news,
         })
     }
@@ -137,6 +145,12 @@ impl Ejector {
         }
     }
 
+    /// The bus of this name is no more, nor are its slots. On the control thread.
+    pub(crate) fn forget_bus(&self, name: &str) {
+        let is_there = |slot: &SlotKey| matches!(slot, SlotKey::Pci(at) if &*at.bus == name);
+        self.owed().retain(|slot| !is_there(slot));
+    }
+
     /// The guest is another one, which has none of the ejects to make that the last one owed. On the control thread, while no
     /// vCPU runs.
     pub(crate) fn next_guest(&self) {
@@ -151,9 +165,20 @@ impl Ejector {
         self.table.load().values().cloned().collect()
     }
 
-    /// What guests have said since the last time.
-    pub(crate) fn take_reports(&self) -> Vec<OstReport> {
-        self.reports().drain(..).collect()
+    /// What guests have said since the last time, and whether management is to be told of it. On the control thread.
+    pub(crate) fn take_reports(&self, now: Instant) -> Vec<(OstReport, bool)> {
+        let mut counted = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, count) = &mut *counted;
+        let is_over = |since: Instant| now.saturating_duration_since(since) >= SECOND;
+        if since.is_none_or(is_over) {
+            (*since, *count) = (Some(now), 0);
+        }
+        let reports = self.reports().drain(..).collect::<Vec<_>>();
+        let judged = reports.into_iter().map(|report| {
+            *count = count.saturating_add(1);
+            (report, *count <= TOLD_A_SECOND)
+        });
+        judged.collect()
     }
 
     fn reports(&self) -> MutexGuard<'_, VecDeque<OstReport>> {
@@ -241,7 +266,6 @@ mod tests {
     use ebbtide_device::{Draining, GuestEject, Identity, Model, Tree};
     use ebbtide_gate::Gate;
     use ebbtide_iothread::LaterEvent;
-    use std::time::{Duration, Instant};
 
     const BUSES: [&str; 2] = ["pcie.0", "rp1"];
 
@@ -443,6 +467,19 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_owed_of_a_bus_that_is_gone() {
+        let mut slots = Slots::new();
+        for bus in ["rp1", "rp2"] {
+            let key = SlotKey::Pci(at(bus, 0));
+            let (node, _) = slots.plug(&key, GuestEject::On);
+            slots.ejector.vacate(&key, node);
+        }
+        slots.ejector.forget_bus("rp1");
+        let left: Vec<SlotKey> = slots.ejector.owed().iter().cloned().collect();
+        assert_eq!(left, [SlotKey::Pci(at("rp2", 0))]);
+    }
+
+    #[test]
     fn what_is_not_found_yet_is_ejected_when_that_is_asked_for_or_the_guest_is_another() {
         for is_asked in [false, true] {
             let mut slots = Slots::new();
@@ -466,9 +503,27 @@ mod tests {
         for status in 0..10_000 {
             slots.ejector.ost(7, 3, status);
         }
-        let reports = slots.ejector.take_reports();
+        let begun = Instant::now();
+        let reports = slots.ejector.take_reports(begun);
         assert_eq!(reports.len(), REPORTS);
-        assert_eq!((reports[0].slot, reports[0].status), (7, 0));
-        assert!(slots.ejector.take_reports().is_empty());
+        assert_eq!((reports[0].0.slot, reports[0].0.status), (7, 0));
+        assert!(slots.ejector.take_reports(begun).is_empty());
+    }
+
+    #[test]
+    fn management_is_told_of_so_many_reports_a_second_and_the_last_is_known() {
+        let slots = Slots::new();
+        let (begun, mut told) = (Instant::now(), 0);
+        for ms in 0..2000 {
+            for status in 0..REPORTS {
+                slots.ejector.ost(7, 3, status as u32);
+            }
+            let reports = slots
+                .ejector
+                .take_reports(begun + Duration::from_millis(ms));
+            assert_eq!(reports.len(), REPORTS);
+            told += reports.iter().filter(|(_, is_told)| *is_told).count();
+        }
+        assert_eq!(told, 2 * TOLD_A_SECOND);
     }
 }

@@ -394,8 +394,8 @@ impl Devices {
     /// changes the memory map, which takes the host a while.
     async fn answer_ejects(&self) {
         // Before the refusal that follows from one: it is the reason.
-        for report in self.ejector.take_reports() {
-            self.report(&report);
+        for (report, is_told) in self.ejector.take_reports(self.local.now()) {
+            self.report(&report, is_told);
         }
         for occupant in self.ejector.occupants() {
             let node = occupant.node;

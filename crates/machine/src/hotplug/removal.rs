@@ -113,6 +113,9 @@ impl Bus for Buses {
         if let Some(slot) = &node.info.slot {
             self.devices.ejector.vacate(&slot.key(), id);
         }
+        if let Some(port) = node.info.site.port() {
+            self.devices.ejector.forget_bus(port.bus().name());
+        }
         if let Site::Pci { bus, at, .. } = &node.info.site {
             forget(bus, *at, identity);
         }

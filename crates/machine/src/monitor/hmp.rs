@@ -78,6 +78,7 @@ fn info(machine: &Machine, about: &Info) -> String {
         Info::Block => hmp::block(&inventory::disks(machine)),
         Info::Pci => hmp::pci(&inventory::pci(machine)),
         Info::Qtree => inventory::qtree(machine),
+        Info::Cpus => hmp::cpus(&inventory::cpus(machine)),
         Info::Iothreads => hmp::iothreads(&backends::iothreads(machine)),
         Info::Balloon => match backends::query(machine) {
             Ok(info) => hmp::balloon(&info),

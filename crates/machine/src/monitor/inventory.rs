@@ -8,12 +8,14 @@ use ebbtide_device::{Node, NodeId};
 use ebbtide_qmp::QmpError;
 use ebbtide_qmp::schema::Empty;
 use ebbtide_qmp::types::block::BlockInfo;
+use ebbtide_qmp::types::device::{CpuInfoFast, SysEmuTarget};
 use ebbtide_qmp::types::pci::{
     PciBridgeInfo, PciBusInfo, PciDeviceClass, PciDeviceId, PciDeviceInfo, PciInfo, PciMemoryRange,
     PciMemoryRegion,
 };
 use ebbtide_qmp::{CommandTable, commands};
 
+use super::qom;
 use crate::hotplug::{Devices, Face, Info, Site};
 use crate::machine::Machine;
 
@@ -54,6 +56,21 @@ pub(super) fn add(table: CommandTable<Machine>) -> CommandTable<Machine> {
     table
         .on(commands::QUERY_BLOCK, async |m, _, Empty {}| Ok(disks(&m)))
         .on(commands::QUERY_PCI, async |m, _, Empty {}| Ok(pci(&m)))
+        .on(commands::QUERY_CPUS_FAST, async |m, _, Empty {}| {
+            Ok(cpus(&m))
+        })
+}
+
+/// What `query-cpus-fast` answers.
+pub(super) fn cpus(machine: &Machine) -> Vec<CpuInfoFast> {
+    let cpu = |(index, thread): (u32, &i32)| CpuInfoFast {
+        cpu_index: index.into(),
+        qom_path: format!("{}/device[{index}]", qom::UNATTACHED),
+        thread_id: (*thread).into(),
+        props: None,
+        target: SysEmuTarget::X86_64,
+    };
+    (0..).zip(machine.vcpu_threads()).map(cpu).collect()
 }
 
 /// What `query-block` answers.

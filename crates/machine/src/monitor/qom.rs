@@ -51,10 +51,16 @@ pub(super) fn list(machine: &Machine, path: &str) -> Result<Vec<ObjectPropertyIn
     Ok(resolve(machine, path)?.properties())
 }
 
+/// Where what is no peripheral has its paths: vCPUs.
+pub(super) const UNATTACHED: &str = "/machine/unattached";
+const CPU: &str = "host-x86_64-cpu";
+
 /// A node of the tree.
 enum Object<'m> {
     Root,
     Machine,
+    Unattached(&'m Machine),
+    Cpu,
     Peripheral(&'m Machine),
     Objects(&'m Machine),
     Memory(&'m MemorySlot),
@@ -111,6 +117,13 @@ fn resolve<'m>(machine: &'m Machine, path: &str) -> Result<Object<'m>, QmpError>
             Some(Object::Peripheral(machine))
         }
         (_, ["objects"]) => Some(Object::Objects(machine)),
+        (true, ["machine", "unattached"]) | (false, ["unattached"]) => {
+            Some(Object::Unattached(machine))
+        }
+        (true, ["machine", "unattached", name]) | (false, ["unattached", name]) => {
+            let is_it = |index: &u64| format!("device[{index}]") == *name;
+            (0..machine.vcpus()).find(is_it).map(|_| Object::Cpu)
+        }
         (true, ["machine", "peripheral", id]) | (false, ["peripheral", id]) => device(id),
         (_, ["objects", id]) => backend(id),
         (false, [id]) => device(id).or_else(|| backend(id)),
@@ -122,7 +135,10 @@ fn resolve<'m>(machine: &'m Machine, path: &str) -> Result<Object<'m>, QmpError>
 impl Object<'_> {
     fn type_name(&self) -> &str {
         match self {
-            Object::Root | Object::Peripheral(_) | Object::Objects(_) => "container",
+            Object::Root | Object::Peripheral(_) | Object::Unattached(_) | Object::Objects(_) => {
+                "container"
+            }
+            Object::Cpu => CPU,
             Object::Machine => "ebbtide-machine",
             Object::Memory(_) => "virtio-mem-pci",
             Object::Backend(slot) => slot.backend_type(),
@@ -139,7 +155,16 @@ impl Object<'_> {
                 add("machine", "child<ebbtide-machine>");
                 add("objects", "child<container>");
             }
-            Object::Machine => add("peripheral", "child<container>"),
+            Object::Machine => {
+                add("peripheral", "child<container>");
+                add("unattached", "child<container>");
+            }
+            Object::Unattached(machine) => {
+                for index in 0..machine.vcpus() {
+                    add(&format!("device[{index}]"), &format!("child<{CPU}>"));
+                }
+            }
+            Object::Cpu => {}
             Object::Peripheral(machine) => {
                 let tree = machine.devices.tree().borrow();
                 for (_, node) in tree.iter() {
@@ -212,6 +237,7 @@ impl Object<'_> {
         match self {
             Object::Machine => format!("/machine/{property}"),
             Object::Peripheral(_) => format!("/machine/peripheral/{property}"),
+            Object::Unattached(_) => format!("{UNATTACHED}/{property}"),
             Object::Objects(_) => format!("/objects/{property}"),
             _ => format!("/{property}"),
         }

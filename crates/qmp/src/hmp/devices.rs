@@ -4,7 +4,7 @@
 use std::fmt::Write;
 
 use crate::types::block::BlockInfo;
-use crate::types::device::IothreadInfo;
+use crate::types::device::{CpuInfoFast, IothreadInfo};
 use crate::types::memory::BalloonInfo;
 use crate::types::pci::{PciDeviceInfo, PciInfo, PciMemoryRange, PciMemoryRegion};
 
@@ -13,11 +13,23 @@ pub fn balloon(info: &BalloonInfo) -> String {
     format!("balloon: actual={}\r\n", info.actual >> 20)
 }
 
+/// `info cpus`
+pub fn cpus(infos: &[CpuInfoFast]) -> String {
+    let mut text = String::new();
+    for info in infos {
+        // The monitor's own, which others are not chosen for here.
+        let own = if info.cpu_index == 0 { '*' } else { ' ' };
+        let (index, thread) = (info.cpu_index, info.thread_id);
+        // Writing to a text does not fail, here and below.
+        let _ = write!(text, "{own} CPU #{index}: thread_id={thread}\r\n");
+    }
+    text
+}
+
 /// `info iothreads`
 pub fn iothreads(infos: &[IothreadInfo]) -> String {
     let mut text = String::new();
     for info in infos {
-        // Writing to a text does not fail, here and below.
         let _ = write!(
             text,
             "{}:\r\n  thread_id={}\r\n  poll-max-ns={}\r\n  poll-grow={}\r\n  poll-shrink={}\r\n  aio-max-batch={}\r\n",

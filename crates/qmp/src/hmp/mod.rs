@@ -19,7 +19,7 @@ use serde_json::Value;
 use crate::error::QmpError;
 use crate::sizes;
 pub use aer::PcieError;
-pub use devices::{balloon, block, iothreads, pci};
+pub use devices::{balloon, block, cpus, iothreads, pci};
 pub use text::{error, memory_devices, memory_size_summary, properties, status, version};
 
 use line::{Flag, Spec, Words};
@@ -95,6 +95,8 @@ pub enum Info {
     Pci,
     /// All devices, each below the bus it is on.
     Qtree,
+    /// The vCPUs; see [`cpus`].
+    Cpus,
     /// The iothreads; see [`iothreads`].
     Iothreads,
     /// What the balloon leaves to the guest; see [`balloon`].
@@ -223,6 +225,12 @@ const INFOS: &[Spec] = &[
         help: "show the disks",
     },
     Spec {
+        names: &["cpus"],
+        options: &[],
+        words: Words::Exactly(&[]),
+        help: "show the vCPUs",
+    },
+    Spec {
         names: &["iothreads"],
         options: &[],
         words: Words::Exactly(&[]),
@@ -340,6 +348,7 @@ fn info(rest: &str) -> Result<Command, String> {
         "ramblock" => Info::RamBlock,
         "balloon" => Info::Balloon,
         "block" => Info::Block,
+        "cpus" => Info::Cpus,
         "iothreads" => Info::Iothreads,
         "pci" => Info::Pci,
         "qtree" => Info::Qtree,

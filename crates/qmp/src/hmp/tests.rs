@@ -71,6 +71,7 @@ fn commands_are_understood() {
         ("info mtree", Command::Info(Info::Mtree { flat: false })),
         ("info mtree -f", Command::Info(Info::Mtree { flat: true })),
         ("info ramblock", Command::Info(Info::RamBlock)),
+        ("info cpus", Command::Info(Info::Cpus)),
         ("info version", Command::Info(Info::Version)),
         ("qom-list", Command::QomList { path: None }),
         (
@@ -293,4 +294,20 @@ proptest! {
             prop_assert!(text.ends_with("\r\n"));
         }
     }
+}
+
+#[test]
+fn vcpus_are_shown_with_their_threads() {
+    use crate::types::device::{CpuInfoFast, SysEmuTarget};
+    let cpu = |cpu_index| CpuInfoFast {
+        cpu_index,
+        qom_path: String::new(),
+        thread_id: 100 + cpu_index,
+        props: None,
+        target: SysEmuTarget::X86_64,
+    };
+    assert_eq!(
+        cpus(&[cpu(0), cpu(1)]),
+        "* CPU #0: thread_id=100\r\n  CPU #1: thread_id=101\r\n"
+    );
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Devices that come and go.
 
-use crate::schema::qapi_struct;
+use crate::schema::{qapi_enum, qapi_struct};
 
 qapi_struct! {
     /// Arguments of `device_add`: those of every device. The driver's own are in `properties`, `addr` among them.
@@ -75,6 +75,31 @@ qapi_struct! {
         core_id as "core-id": Option<i64>,
         /// Its thread within the core.
         thread_id as "thread-id": Option<i64>,
+    }
+}
+
+qapi_enum! {
+    /// What a vCPU executes.
+    pub enum SysEmuTarget {
+        /// 64-bit x86.
+        X86_64 = "x86_64",
+    }
+}
+
+qapi_struct! {
+    /// A vCPU: one item of `query-cpus-fast`.
+    #[derive(Eq)]
+    pub struct CpuInfoFast {
+        /// Its index.
+        cpu_index as "cpu-index": i64,
+        /// Its path in the object tree.
+        qom_path as "qom-path": String,
+        /// The host's number of its thread.
+        thread_id as "thread-id": i64,
+        /// Where in the topology it is.
+        props as "props": Option<CpuInstanceProperties>,
+        /// What it executes.
+        target as "target": SysEmuTarget,
     }
 }
 

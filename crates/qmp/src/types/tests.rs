@@ -8,7 +8,7 @@ use super::acpi::{AcpiDeviceOst, AcpiOstInfo, AcpiSlotType};
 use super::block::*;
 use super::blockdev::*;
 use super::chardev::{ChardevAdd, VserportChange};
-use super::device::{DeviceAdd, DevicePath};
+use super::device::{CpuInfoFast, DeviceAdd, DevicePath, SysEmuTarget};
 use super::ebbtide::*;
 use super::events;
 use super::memory::*;
@@ -395,6 +395,18 @@ fn answers_have_qemus_shape() {
         vec![BlockInfo::fixed("/machine/peripheral/d0", node)],
     );
     assert_eq!(disks[0]["inserted"]["node-name"], "n0");
+
+    let cpu = CpuInfoFast {
+        cpu_index: 1,
+        qom_path: "/machine/unattached/device[1]".into(),
+        thread_id: 7,
+        props: None,
+        target: SysEmuTarget::X86_64,
+    };
+    assert_eq!(
+        answer(&QUERY_CPUS_FAST, vec![cpu])[0],
+        json!({"cpu-index": 1, "qom-path": "/machine/unattached/device[1]", "thread-id": 7, "target": "x86_64"})
+    );
 
     let dimm = MemoryDeviceInfo::Dimm(PcDimmDeviceInfo {
         id: Some("dimm0".into()),

@@ -365,6 +365,7 @@ impl Toy {
                 // There are none.
                 hmp::Info::Block => hmp::block(&[]),
                 hmp::Info::Pci => hmp::pci(&[]),
+                hmp::Info::Cpus => hmp::cpus(&[]),
                 hmp::Info::Iothreads => hmp::iothreads(&[]),
                 hmp::Info::Balloon => hmp::error(&QmpError::no_balloon()),
                 hmp::Info::Qtree => String::new(),
