@@ -32,6 +32,16 @@ const SLOW_BYTES: u64 = 64 << 20;
 pub(crate) const CPUS: u32 = 2;
 /// Management asks again this long after an answer.
 const ASK: Duration = Duration::from_millis(5);
+/// What it asks, in turn: what both VMMs know and answer at any time.
+const QUESTIONS: [&str; 7] = [
+    "query-status",
+    "query-block",
+    "query-named-block-nodes",
+    "query-pci",
+    "query-memory-devices",
+    "query-iothreads",
+    "query-chardev",
+];
 /// How often the guest is asked what is in its slots.
 const LOOK: Duration = Duration::from_millis(200);
 /// The other disk works for so long before anything happens.
@@ -74,7 +84,8 @@ impl Measured {
         let worst = |sorted: &[f64]| sorted.last().copied().unwrap_or(f64::NAN);
         let Answers {
             count: answers,
-            worst: slowest,
+            worst: longest,
+            slowest,
             main,
             idle,
             stolen,
@@ -83,7 +94,7 @@ impl Measured {
             write_ms: worst(&self.writes),
             write_cpu_ms: self.stay.map(|stay| stay.cpu_us as f64 / 1e3),
             idle_write_ms: worst(&self.idle),
-            answer_ms: ms(slowest),
+            answer_ms: ms(longest),
             answer_cpu_ms: ms(main.ran),
             gap_ms: self.gap_ms,
             still_ms: ms(idle),
@@ -96,7 +107,7 @@ impl Measured {
             )
         });
         eprintln!(
-            "  {name:<14} eject written in {:>9.3} ms, at worst of {} in {:>9.3} ms{stay} (a write that ejects nothing: {:.3} ms, at worst {:.3} ms); {answers} answers, the slowest {:>8.1} ms, in which the main thread worked for {:.1} ms and waited for a processor for {:.1} ms; \
+            "  {name:<14} eject written in {:>9.3} ms, at worst of {} in {:>9.3} ms{stay} (a write that ejects nothing: {:.3} ms, at worst {:.3} ms); {answers} answers, the slowest, to {slowest}, {:>8.1} ms, in which the main thread worked for {:.1} ms and waited for a processor for {:.1} ms; \
              {} operations of the other disk, the longest gap {:>6.1} ms; \
              a thread without work slept {:.0} ms for at most {:.1} ms, this machine's own host took {:.0} ms of its processors",
             median(&self.writes),
@@ -298,7 +309,7 @@ fn check_slot(
     Ok(())
 }
 
-/// A client of its own that asks for the state over and over; beside it a thread that does nothing but see how late it
+/// A client of its own that asks one question after the other; beside it a thread that does nothing but see how late it
 /// wakes up, which is what this machine does to anybody.
 pub(crate) struct Watch {
     stop: Stop,
@@ -311,8 +322,9 @@ pub(crate) struct Watch {
 #[derive(Default)]
 pub(crate) struct Answers {
     count: u32,
-    /// How long the slowest took.
+    /// How long the slowest took, and what was asked.
     worst: Duration,
+    slowest: &'static str,
     /// What the VMM's main thread, which answers, did meanwhile.
     main: Scheduled,
     /// The longest that a thread lay still which wanted to sleep for [`ASK`].
@@ -328,13 +340,16 @@ impl Watch {
         let stopped = Arc::clone(&stop);
         let thread = std::thread::spawn(move || {
             let mut answers = Answers::default();
-            while !stopped.load(Ordering::Relaxed) {
+            for question in QUESTIONS.into_iter().cycle() {
+                if stopped.load(Ordering::Relaxed) {
+                    break;
+                }
                 let before = Scheduled::of_main_thread(pid)?;
                 let begun = Instant::now();
-                qmp.execute("query-status", Value::Null)?;
+                qmp.execute(question, Value::Null)?;
                 let took = begun.elapsed();
                 if took > answers.worst {
-                    answers.worst = took;
+                    (answers.worst, answers.slowest) = (took, question);
                     answers.main = Scheduled::of_main_thread(pid)?.since(&before);
                 }
                 answers.count += 1;
