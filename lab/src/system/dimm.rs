@@ -56,7 +56,7 @@ pub fn cycles(ground: &Ground) -> Result<()> {
             None if cycle < early => {}
             None => settled = Some((Residue::of(&mut vmm)?, vmm.rss_bytes()?)),
             Some((residue, rss)) => {
-                residue.compare(&Residue::of(&mut vmm)?)?;
+                residue.again(&mut vmm)?;
                 let now = vmm.rss_bytes()?;
                 ensure!(
                     now <= rss + RSS_SLACK,

@@ -48,7 +48,7 @@ pub fn user_network(ground: &Ground) -> Result<()> {
         let now = (Residue::of(&mut vmm)?, files(launcher)?);
         if let Some((residue, files)) = settled.replace(now.clone()).filter(|_| cycle > 1) {
             let residue: Residue = residue;
-            residue.compare(&now.0)?;
+            residue.again(&mut vmm)?;
             ensure!(files == now.1, "the launcher had {files}, then {}", now.1);
         }
     }

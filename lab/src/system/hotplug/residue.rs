@@ -2,7 +2,7 @@
 //! What a VMM holds: the same before and after devices have come and gone.
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -15,6 +15,9 @@ const RING_WORKER: &str = "iou-wrk";
 
 /// How the register of a device is called that was forced out.
 const REMNANT: &str = "-detached";
+/// What goes after a device is gone when nothing has changed for so long, or by then.
+const QUIET: Duration = Duration::from_millis(300);
+const SWEPT: Duration = Duration::from_secs(20);
 /// No scenario has more places for devices at a time.
 const PLACES: usize = 40;
 
@@ -38,11 +41,40 @@ pub struct Residue {
 }
 
 impl Residue {
-    /// Of a VMM, now.
+    /// Of a VMM, once it stays as it is: what only old views of the memory map knew of a device is closed when those are
+    /// gone, on a thread of its own.
     ///
     /// # Errors
     /// Its process or its monitor can't be read.
     pub fn of(vmm: &mut Vmm) -> Result<Residue> {
+        let (begun, mut since) = (Instant::now(), Instant::now());
+        let mut left = Residue::now(vmm)?;
+        while since.elapsed() < QUIET && begun.elapsed() < SWEPT {
+            std::thread::sleep(LOOK);
+            let now = Residue::now(vmm)?;
+            if now != left {
+                (left, since) = (now, Instant::now());
+            }
+        }
+        Ok(left)
+    }
+
+    /// Waits until a VMM holds the same again.
+    ///
+    /// # Errors
+    /// Names what stays different; as [`Residue::of`].
+    pub fn again(&self, vmm: &mut Vmm) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let compared = self.compare(&Residue::now(vmm)?);
+            if compared.is_ok() || begun.elapsed() > SWEPT {
+                return compared;
+            }
+            std::thread::sleep(LOOK);
+        }
+    }
+
+    fn now(vmm: &mut Vmm) -> Result<Residue> {
         let process = format!("/proc/{}", vmm.process().pid());
         let mut hmp = |line: &str| -> Result<String> {
             let answer = vmm
@@ -72,11 +104,7 @@ impl Residue {
         })
     }
 
-    /// Compares with a later one.
-    ///
-    /// # Errors
-    /// Names what is different.
-    pub fn compare(&self, later: &Residue) -> Result<()> {
+    fn compare(&self, later: &Residue) -> Result<()> {
         let Residue {
             files,
             locks,

@@ -37,7 +37,7 @@ pub fn built(ground: &Ground) -> Result<()> {
     switch_in_switch(&mut vmm)?;
     all_gone(&mut vmm)?;
     by_acpi(&mut vmm)?;
-    before.compare(&Residue::of(&mut vmm)?)?;
+    before.again(&mut vmm)?;
     clean_kernel_log(&mut vmm)?;
     amid_a_reset(&mut vmm)?;
     for node in NODES {
