@@ -25,4 +25,4 @@ pub use removal::{Pending, Surroundings, remove};
 pub use subtree::{
     Bus, Detached, Drain, Drained, Gone, GuestNotice, Identity, Isolated, Plugged, Subtree,
 };
-pub use tree::{Leaving, Node, NodeId, Phase, PlugError, RemoveError, Taken, Tree};
+pub use tree::{Leaving, Node, NodeId, Phase, PlugError, RemoveError, Taken, Tree, Watcher};

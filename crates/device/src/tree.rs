@@ -171,15 +171,21 @@ pub struct Leaving {
 pub struct Tree<T> {
     nodes: BTreeMap<NodeId, Node<T>>,
     next: u64,
-    watchers: Vec<Waker>,
+    watchers: BTreeMap<Watcher, Waker>,
+    next_watcher: Watcher,
 }
+
+/// Somebody who is to be woken; see [`Tree::watch`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Watcher(u64);
 
 impl<T> Default for Tree<T> {
     fn default() -> Self {
         Tree {
             nodes: BTreeMap::new(),
             next: 0,
-            watchers: Vec::new(),
+            watchers: BTreeMap::new(),
+            next_watcher: Watcher::default(),
         }
     }
 }
@@ -241,13 +247,25 @@ impl<T> Tree<T> {
         Ok(id)
     }
 
-    /// Wakes `waker` once, at the next change of any device's phase.
-    pub fn watch(&mut self, waker: &Waker) {
-        self.watchers.push(waker.clone());
+    /// Wakes `waker` once, at the next change of any device's phase. Whoever has asked `before` and has not been woken is
+    /// remembered once.
+    pub fn watch(&mut self, before: Option<Watcher>, waker: &Waker) -> Watcher {
+        let watcher = before.unwrap_or(self.next_watcher);
+        if before.is_none() {
+            self.next_watcher.0 += 1;
+        }
+        self.watchers.insert(watcher, waker.clone());
+        watcher
+    }
+
+    /// Forgets who does not wait any more.
+    pub fn unwatch(&mut self, watcher: Watcher) {
+        self.watchers.remove(&watcher);
     }
 
     fn changed(&mut self) {
-        self.watchers.drain(..).for_each(Waker::wake);
+        let watchers = std::mem::take(&mut self.watchers);
+        watchers.into_values().for_each(Waker::wake);
     }
 
     /// The device with this id, on its way out or not.
@@ -431,5 +449,43 @@ impl<T> Tree<T> {
             .iter()
             .find(|(_, node)| node.identity == *identity)
             .map(|(id, _)| *id)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// A task is polled for other reasons than a change, however often, and may be dropped.
+    #[test]
+    fn who_waits_is_remembered_once_and_who_does_not_is_forgotten() {
+        let mut tree = Tree::<()>::default();
+        let woken = [Arc::new(Woken::default()), Arc::new(Woken::default())];
+        let watchers = woken.clone().map(|woken| {
+            let waker = Waker::from(woken);
+            let first = tree.watch(None, &waker);
+            (0..1000).fold(first, |before, _| tree.watch(Some(before), &waker))
+        });
+        let held = |woken: &Arc<Woken>| Arc::strong_count(woken) - 1;
+        assert_eq!(woken.each_ref().map(held), [1, 1]);
+        tree.unwatch(watchers[0]);
+        assert_eq!(woken.each_ref().map(held), [0, 1]);
+        tree.changed();
+        tree.changed();
+        let times = woken.each_ref().map(|it| it.0.load(Ordering::Relaxed));
+        assert_eq!(times, [0, 1]);
+        assert_eq!(woken.each_ref().map(held), [0, 0]);
     }
 }

@@ -4,7 +4,8 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -13,16 +14,25 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 const LIMIT: Duration = Duration::from_secs(20);
 
+/// An ordinary user.
+const NOBODY: u32 = 65534;
+
 fn start() -> (OwnedFd, Child) {
+    start_as(None)
+}
+
+fn start_as(user: Option<u32>) -> (OwnedFd, Child) {
     let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     let (ours, theirs) = socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
-    let child = Command::new(env!("CARGO_BIN_EXE_ebbtide"))
-        .args(["passt-launcher", "--", "/bin/true"])
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ebbtide"));
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    command
+        .args(["passt-launcher", "--seccomp", "on", "--", "/bin/true"])
         .stdin(theirs)
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    (ours, child)
+        .stderr(Stdio::null());
+    (ours, command.spawn().unwrap())
 }
 
 /// Waits until the process has made itself what it is to be.
@@ -74,6 +84,18 @@ fn it_has_nothing_but_its_socket_and_ends_with_that() {
         assert!(begun.elapsed() < LIMIT, "{has:?}");
         std::thread::sleep(Duration::from_millis(5));
     }
+    drop(ours);
+    assert!(child.wait().unwrap().success());
+}
+
+/// Whoever has the same user reads nothing of it: what there is to read is root's.
+#[test]
+fn an_ordinary_users_other_processes_do_not_look_into_it() {
+    let is_root = rustix::process::geteuid().is_root();
+    let (ours, mut child) = start_as(is_root.then_some(NOBODY));
+    status(child.id());
+    let memory = fs::metadata(format!("/proc/{}/mem", child.id())).unwrap();
+    assert_eq!(memory.uid(), 0);
     drop(ours);
     assert!(child.wait().unwrap().success());
 }

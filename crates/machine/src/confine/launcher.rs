@@ -209,5 +209,10 @@ mod tests {
             std::thread::sleep(Duration::from_millis(1));
         };
         assert_eq!(buffer[HEADER_BYTES..length][..6], me);
+        drop((net, netdev));
+        let ends = Instant::now();
+        drop(launcher);
+        let took = ends.elapsed();
+        assert!(took < Duration::from_secs(3), "its end was not seen");
     }
 }

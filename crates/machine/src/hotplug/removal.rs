@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use ebbtide_bus::pci;
 use ebbtide_device::{
     Bus, Detached, Gone, GuestNotice, Holder, Identity, Model, NodeId, Pending, Phase, Subtree,
-    Surroundings, Tree, remove,
+    Surroundings, Tree, Watcher, remove,
 };
 use ebbtide_iothread::oneshot;
 use ebbtide_qmp::types::device::DevicePath;
@@ -205,6 +205,21 @@ impl Surroundings<Info> for Around {
     }
 }
 
+/// Waits for a change of the tree, until this is dropped.
+struct Waiting<'d> {
+    tree: &'d RefCell<Tree<Info>>,
+    watcher: Option<Watcher>,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        // Whoever drops it while the tree changes has one more be woken in vain.
+        if let (Some(watcher), Ok(mut tree)) = (self.watcher, self.tree.try_borrow_mut()) {
+            tree.unwatch(watcher);
+        }
+    }
+}
+
 /// How often a backend is looked at that a device has left.
 const LOOK: Duration = Duration::from_millis(1);
 
@@ -232,11 +247,15 @@ impl Devices {
         node: NodeId,
         look: impl Fn(Option<Phase>) -> Option<R>,
     ) -> R {
+        let mut waiting = Waiting {
+            tree: &self.tree,
+            watcher: None,
+        };
         std::future::poll_fn(|cx| {
-            let mut tree = self.tree.borrow_mut();
+            let mut tree = waiting.tree.borrow_mut();
             let found = look(tree.get(node).map(|entry| entry.phase()));
             if found.is_none() {
-                tree.watch(cx.waker());
+                waiting.watcher = Some(tree.watch(waiting.watcher, cx.waker()));
             }
             found.map_or(Poll::Pending, Poll::Ready)
         })

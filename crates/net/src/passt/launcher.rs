@@ -35,7 +35,10 @@ impl Launcher {
     pub fn start(command: &mut Command, programs: Vec<PathBuf>) -> io::Result<Launcher> {
         let (ours, theirs) = wire::pair()?;
         // It is not waited for: its end of the socket pair says when it has ended.
-        command.stdin(Stdio::from(theirs)).spawn()?;
+        let started = command.stdin(Stdio::from(theirs)).spawn();
+        // Whoever keeps the command must not keep that end with it, whose closing is what is waited for.
+        command.stdin(Stdio::null());
+        started?;
         Ok(Launcher {
             control: ours,
             programs,

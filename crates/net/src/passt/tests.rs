@@ -339,13 +339,15 @@ fn nothing_outlives_a_killed_vmm() {
     let mut vmm = again("vmm", &ground.program).spawn().unwrap();
     let pid = ground.pid();
     let all = ground.directory.path().join("pid.all");
-    let both = wait(
-        || match std::fs::read_to_string(&all).map(|all| all.lines().count()) {
-            Ok(2) => Ok(()),
+    let both = wait(|| {
+        let all = std::fs::read_to_string(&all).unwrap_or_default();
+        let pids: Vec<u32> = all.lines().filter_map(|line| line.parse().ok()).collect();
+        match pids.len() {
+            2 => Ok(pids),
             _ => Err(ErrorKind::WouldBlock.into()),
-        },
-    );
-    both.unwrap();
+        }
+    });
+    let both = both.unwrap();
     let launcher = ground.directory.path().join("pid.launcher");
     let launcher: u32 = std::fs::read_to_string(launcher)
         .unwrap()
@@ -360,7 +362,8 @@ fn nothing_outlives_a_killed_vmm() {
         Ok(stat) => stat.contains(") Z "),
         Err(_) => true,
     };
-    let over = wait(|| match is_over(pid) && is_over(launcher) {
+    let all_over = || both.iter().chain([&launcher]).all(|pid| is_over(*pid));
+    let over = wait(|| match all_over() {
         true => Ok(()),
         false => Err(ErrorKind::WouldBlock.into()),
     });

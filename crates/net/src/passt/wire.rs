@@ -14,6 +14,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::retry_on_intr;
+use rustix::net::sockopt::socket_domain;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg,
@@ -114,12 +115,20 @@ pub(super) fn asked(control: BorrowedFd<'_>) -> io::Result<Asked> {
     }
     let cut = ReturnFlags::TRUNC | ReturnFlags::CTRUNC;
     let request = buffer.get(..message.bytes).and_then(Request::decode);
+    // Other files can make whoever waits for them wait, or mean something else to a program.
+    let are_sockets = fds.iter().all(is_local_socket);
     Ok(match (request, <[OwnedFd; 2]>::try_from(fds)) {
-        (Some(request), Ok([network, lifeline])) if !message.flags.intersects(cut) => {
+        (Some(request), Ok([network, lifeline]))
+            if are_sockets && !message.flags.intersects(cut) =>
+        {
             Asked::For(request, network, lifeline)
         }
         _ => Asked::Nonsense,
     })
+}
+
+fn is_local_socket(fd: &OwnedFd) -> bool {
+    socket_domain(fd).is_ok_and(|family| family == AddressFamily::UNIX)
 }
 
 /// What is said of a program.
@@ -222,7 +231,12 @@ mod tests {
             SendFlags::empty(),
         )
         .unwrap();
-        for _ in 0..4 {
+        // With something that is no socket, at either place.
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let (file, program) = (file.as_fd(), Path::new("p"));
+        ask(ours.as_fd(), program, &[], file, one.as_fd()).unwrap();
+        ask(ours.as_fd(), program, &[], one.as_fd(), file).unwrap();
+        for _ in 0..6 {
             assert!(matches!(asked(theirs.as_fd()).unwrap(), Asked::Nonsense));
         }
         let long = ["a".repeat(REQUEST_BYTES_MAX)];
