@@ -216,10 +216,8 @@ fn what_is_not_there_cannot_be_removed() {
     other.change(|t| t.add_ioeventfd(&theirs, ioeventfd.clone()));
     other.change(|t| t.add_coalesced(&theirs, 8..16));
     let before = dump(&other);
-    let steps: [(
-        &str,
-        fn(&mut Transaction<'_>, &Arc<Region>) -> Result<(), Error>,
-    ); 4] = [
+    type Step = fn(&mut Transaction<'_>, &Arc<Region>) -> Result<(), Error>;
+    let steps: [(&str, Step); 4] = [
         ("remove", |t, region| t.remove(region)),
         ("set_offset", |t, region| t.set_offset(region, 1 << 30)),
         ("set_priority", |t, region| t.set_priority(region, 1)),
