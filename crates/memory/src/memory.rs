@@ -232,6 +232,14 @@ impl Memory {
         region.bind(self.id)
     }
 
+    /// Refuses a region that is part of another memory.
+    pub(crate) fn check_region(&self, region: &Region) -> Result<(), Error> {
+        match region.is_foreign(self.id) {
+            true => Err(Error::Foreign(format!("region {}", region.name()))),
+            false => Ok(()),
+        }
+    }
+
     pub(crate) fn check_block(&self, block: &RamBlock) -> Result<(), Error> {
         if Arc::ptr_eq(block.grace(), &self.grace) {
             return Ok(());

@@ -214,6 +214,40 @@ fn what_is_not_there_cannot_be_removed() {
         |e| matches!(e, Error::Foreign(_)),
         |t| t.retire(foreign.ram_block().unwrap()).map(drop),
     );
+    // Its regions neither.
+    let theirs = registers("theirs", 16);
+    other.add(&foreign, 0);
+    other.add(&theirs, 1 << 40);
+    other.change(|t| t.add_ioeventfd(&theirs, ioeventfd.clone()));
+    other.change(|t| t.add_coalesced(&theirs, 8..16));
+    let before = dump(&other);
+    type Step = fn(&mut Transaction<'_>, &Arc<Region>) -> Result<(), Error>;
+    let steps: [(&str, Step); 4] = [
+        ("remove", |t, region| t.remove(region)),
+        ("set_offset", |t, region| t.set_offset(region, 1 << 30)),
+        ("set_priority", |t, region| t.set_priority(region, 1)),
+        ("remove_coalesced", |t, region| {
+            t.remove_coalesced(region, &(8..16))
+        }),
+    ];
+    for (what, step) in steps {
+        refuse.change(
+            what,
+            |e| matches!(e, Error::Foreign(_)),
+            |t| step(t, &theirs),
+        );
+    }
+    refuse.change(
+        "an ioeventfd of another memory",
+        |e| matches!(e, Error::Foreign(_)),
+        |t| t.remove_ioeventfd(&theirs, &ioeventfd),
+    );
+    refuse.change(
+        "the unplug of another memory's RAM",
+        |e| matches!(e, Error::Foreign(_)),
+        |t| t.unplug(&foreign).map(drop),
+    );
+    assert_eq!(dump(&other), before);
 }
 
 /// Who adds memory must not wait for somebody to write into a pipe, for ever.

@@ -453,8 +453,14 @@ fn trackers_follow_from_the_first_client_to_the_last() {
 fn the_log_of_another_memory_is_refused() {
     let (world, other) = (World::new(), World::new());
     let block = other.ram();
-    let refused = world.memory.dirty_log().start_block(Display, &block);
-    assert!(matches!(refused, Err(Error::Foreign(_))), "{refused:?}");
+    let log = world.memory.dirty_log();
+    for refused in [
+        log.start_block(Display, &block),
+        log.stop_block(Display, &block),
+        log.sync_block(&block),
+    ] {
+        assert!(matches!(refused, Err(Error::Foreign(_))), "{refused:?}");
+    }
 }
 
 #[derive(Clone, Debug)]

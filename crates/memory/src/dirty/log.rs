@@ -75,8 +75,9 @@ impl<'m> DirtyLog<'m> {
     /// As [`DirtyLog::sync`], for one block.
     ///
     /// # Errors
-    /// `Reentrant` from within a change of the map.
+    /// `Reentrant` from within a change of the map; `Foreign`.
     pub fn sync_block(&self, block: &Arc<RamBlock>) -> Result<(), Error> {
+        self.memory.check_block(block)?;
         let mut guard = self.memory.lock_tree()?;
         guard.tree.log_sync(&|other| Arc::ptr_eq(other, block));
         Ok(())

@@ -133,12 +133,13 @@ impl Transaction<'_> {
     /// Removes an ioeventfd: the one with the same offset, size, value and eventfd.
     ///
     /// # Errors
-    /// `NoIoeventfd`.
+    /// `NoIoeventfd`, `Foreign`.
     pub fn remove_ioeventfd(
         &mut self,
         region: &Arc<Region>,
         ioeventfd: &Ioeventfd,
     ) -> Result<(), Error> {
+        self.memory.check_region(region)?;
         let offset = ioeventfd.offset;
         let mut state = region.state();
         let same = |other: &Ioeventfd| {
@@ -200,12 +201,13 @@ impl Transaction<'_> {
     /// Ends what [`Transaction::add_coalesced`] began with the same range.
     ///
     /// # Errors
-    /// `NoCoalesced`.
+    /// `NoCoalesced`, `Foreign`.
     pub fn remove_coalesced(
         &mut self,
         region: &Arc<Region>,
         range: &Range<u64>,
     ) -> Result<(), Error> {
+        self.memory.check_region(region)?;
         let mut state = region.state();
         let Some(at) = state.coalesced.iter().position(|other| other == range) else {
             return Err(Error::NoCoalesced {

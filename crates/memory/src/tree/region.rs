@@ -319,6 +319,11 @@ impl Region {
         Err(Error::Foreign(format!("region {}", self.name)))
     }
 
+    /// Whether it is part of another memory than the one numbered `memory`.
+    pub(crate) fn is_foreign(&self, memory: u64) -> bool {
+        self.memory.get().is_some_and(|own| *own != memory)
+    }
+
     pub(super) fn set_size(&self, size: u64) {
         self.size.store(size, Ordering::Relaxed);
     }

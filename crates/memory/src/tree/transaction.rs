@@ -155,8 +155,9 @@ impl<'a> Transaction<'a> {
     /// Takes `child` out of its parent. Its RAM block stays, and can be shown again.
     ///
     /// # Errors
-    /// `NoParent`.
+    /// `NoParent`, `Foreign`.
     pub fn remove(&mut self, child: &Arc<Region>) -> Result<(), Error> {
+        self.memory.check_region(child)?;
         let parent = parent_of(child)?;
         if let Some((place, at)) = displace(&parent, child, &mut self.dirty) {
             self.undo.push(Undo::Remove {
@@ -173,7 +174,7 @@ impl<'a> Transaction<'a> {
     /// fails as a whole when another region or an alias still shows the block.
     ///
     /// # Errors
-    /// `NoParent`; `WrongKind` unless RAM or ROM; `Unplugged` when on its way out already.
+    /// `NoParent`, `Foreign`; `WrongKind` unless RAM or ROM; `Unplugged` when on its way out already.
     pub fn unplug(&mut self, child: &Arc<Region>) -> Result<Ticket, Error> {
         let Some(block) = child.ram_block() else {
             return Err(Error::WrongKind {
@@ -227,8 +228,9 @@ impl<'a> Transaction<'a> {
     /// Moves `child` to `offset` (bytes) of its parent.
     ///
     /// # Errors
-    /// `NoParent`, `Overlap`; `BadPlacement` past 2^64 or for RAM not at a multiple of 4096 bytes.
+    /// `NoParent`, `Foreign`, `Overlap`; `BadPlacement` past 2^64 or for RAM not at a multiple of 4096 bytes.
     pub fn set_offset(&mut self, child: &Arc<Region>, offset: u64) -> Result<(), Error> {
+        self.memory.check_region(child)?;
         let parent = parent_of(child)?;
         check_change(child, |place| place.offset = offset)?;
         self.mark(child, 0..child.size());
@@ -314,8 +316,9 @@ impl<'a> Transaction<'a> {
     /// Gives `child` another priority in its parent. Of its new equals it is the latest.
     ///
     /// # Errors
-    /// `NoParent`, `Overlap`.
+    /// `NoParent`, `Foreign`, `Overlap`.
     pub fn set_priority(&mut self, child: &Arc<Region>, priority: i32) -> Result<(), Error> {
+        self.memory.check_region(child)?;
         let parent = parent_of(child)?;
         check_change(child, |place| place.priority = priority)?;
         let Some((place, at)) = detach(&parent, child) else {
