@@ -72,7 +72,7 @@ impl Disk {
                     discard: !spec.readonly && spec.discard == Discard::Unmap,
                     write_zeroes: !spec.readonly,
                 },
-                life: Life::new(image.size_bytes),
+                life: Arc::clone(&image.life),
                 backend: Arc::new(Backend::File(FileBackend::new(image))),
                 faults: Vec::new(),
                 failures: Teller::default(),
@@ -261,7 +261,7 @@ impl LocalDisk {
 
 impl Shared {
     pub(crate) fn check(&self, op: &Op, buffer_bytes: usize) -> io::Result<()> {
-        self.check_life()?;
+        self.life.check()?;
         if self.readonly && op.modifies() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -272,16 +272,6 @@ impl Shared {
                 "range outside the disk",
             )),
         }
-    }
-
-    fn check_life(&self) -> io::Result<()> {
-        if self.life.is_abandoned() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotConnected,
-                "the disk was given up",
-            ));
-        }
-        Ok(())
     }
 
     pub(crate) async fn perform_with_faults<B: Buffer>(
@@ -304,7 +294,7 @@ impl Shared {
             }
         }
         // It may have waited for long.
-        if let Err(error) = self.check_life() {
+        if let Err(error) = self.life.check() {
             return (Err(error), buf);
         }
         for (faults, fault) in begun {
