@@ -8,8 +8,8 @@
 //!
 //! An operation that the kernel or a dead backend has cannot be taken back: it may still write to the memory it was
 //! given. Giving a disk up therefore ends nothing that is under way. It makes sure that nothing new begins, be it the next
-//! call of the kernel for an operation that takes several, and leaves
-//! an [`Abandoned`] to whoever keeps what cannot be freed: the requests go on owning their pins and leases.
+//! call of the kernel for an operation that takes several, and leaves an [`Abandoned`] to whoever keeps what cannot be
+//! freed: the requests go on owning their pins and leases.
 
 use std::fmt;
 use std::io;
