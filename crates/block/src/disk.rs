@@ -281,28 +281,31 @@ impl Shared {
         buf: B,
     ) -> (io::Result<()>, B) {
         let (mut begun, mut after) = (Vec::new(), Vec::new());
+        let mut result = Ok(());
         for faults in &self.faults {
             match faults.meet(&op) {
                 None => {}
                 Some((fault, Point::Begun)) => begun.push((faults, fault)),
                 Some((fault, Point::After)) => after.push((faults, fault)),
-                Some((fault, Point::Before)) => {
-                    if let Err(error) = faults.suffer(local, fault).await {
-                        return (Err(error), buf);
-                    }
-                }
+                Some((fault, Point::Before)) => result = faults.suffer(local, fault).await,
+            }
+            if result.is_err() {
+                // What is below does not hear of it.
+                break;
             }
         }
         // It may have waited for long.
         if let Err(error) = self.life.check() {
-            return (Err(error), buf);
+            return (result.and(Err(error)), buf);
         }
         for (faults, fault) in begun {
-            if let Err(error) = faults.suffer(local, fault).await {
-                return (Err(error), buf);
-            }
+            let suffered = faults.suffer(local, fault).await;
+            result = result.and(suffered);
         }
-        let (mut result, buf) = self.perform(local, op, buf).await;
+        let (mut result, buf) = match result {
+            Ok(()) => self.perform(local, op, buf).await,
+            Err(error) => (Err(error), buf),
+        };
         for (faults, fault) in after.into_iter().rev() {
             let suffered = faults.suffer(local, fault).await;
             result = result.and(suffered);

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_iothread::Local;
 
-use crate::fault::{Fault, Rule};
+use crate::fault::{Fault, Point, Rule};
 use crate::tests::{Scattered, on_ring};
 use crate::{Buffer, Disk, Faults, LocalDisk, NullSpec, Op, OpKind, OwnedBuffer};
 
@@ -106,6 +106,26 @@ fn a_layer_of_faults_is_for_its_users_only() {
         );
         read(&layered, 0).await.unwrap();
     });
+}
+
+/// What a layer fails is an answer to those above it: it takes their time.
+#[test]
+fn a_failure_comes_through_the_layers_above() {
+    for point in [Point::Begun, Point::After] {
+        let (below, above) = (Faults::new(), Faults::new());
+        let disk = Disk::null(MIB).with_faults(&below).unwrap();
+        let layered = disk.behind(&above);
+        on_ring(async |local| {
+            above.inject(Rule::once(Fault::Hold).at(point));
+            below.inject(Rule::once(Fault::Fail(5)));
+            let attached = layered.attach(&local);
+            let task = local.spawn(async move { read(&attached, 0).await });
+            local.sleep(Duration::from_millis(20)).await;
+            assert_eq!((above.held(), task.is_finished()), (1, false), "{point:?}");
+            above.release_one();
+            assert_eq!(task.await.unwrap_err().raw_os_error(), Some(5));
+        });
+    }
 }
 
 #[test]
