@@ -7,10 +7,12 @@
 //! ```
 //!
 //! An operation that the kernel or a dead backend has cannot be taken back: it may still write to the memory it was
-//! given. Giving a disk up therefore ends nothing that is under way. It makes sure that nothing new begins, and leaves
-//! an [`Abandoned`] to whoever keeps what cannot be freed: the requests go on owning their pins and leases.
+//! given. Giving a disk up therefore ends nothing that is under way. It makes sure that nothing new begins, be it the next
+//! call of the kernel for an operation that takes several, and leaves an [`Abandoned`] to whoever keeps what cannot be
+//! freed: the requests go on owning their pins and leases.
 
 use std::fmt;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -103,8 +105,20 @@ impl Life {
         self.size_bytes.fetch_max(size_bytes, Ordering::AcqRel);
     }
 
-    pub(crate) fn is_abandoned(&self) -> bool {
+    fn is_abandoned(&self) -> bool {
         self.abandoned.load(Ordering::Acquire)
+    }
+
+    /// # Errors
+    /// `NotConnected`: it was given up, nothing more is to be begun.
+    pub(crate) fn check(&self) -> io::Result<()> {
+        if self.is_abandoned() {
+            return Err(io::Error::new(
+                io::ErrorKind::NotConnected,
+                "the disk was given up",
+            ));
+        }
+        Ok(())
     }
 
     /// An operation begins.

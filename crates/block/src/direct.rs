@@ -71,6 +71,9 @@ async fn bounce<B: Buffer>(
         alignment.memory.max(alignment.offset) as usize,
     )?;
     while done < total {
+        if done > 0 {
+            image.life.check()?;
+        }
         aligned.set_len((total - done).min(BOUNCE_BYTES));
         if direction == Direction::ToImage {
             buf.copy_to(done, aligned.bytes_mut())?;

@@ -72,7 +72,7 @@ impl Disk {
                     discard: !spec.readonly && spec.discard == Discard::Unmap,
                     write_zeroes: !spec.readonly,
                 },
-                life: Life::new(image.size_bytes),
+                life: Arc::clone(&image.life),
                 backend: Arc::new(Backend::File(FileBackend::new(image))),
                 faults: Vec::new(),
                 failures: Teller::default(),
@@ -261,7 +261,7 @@ impl LocalDisk {
 
 impl Shared {
     pub(crate) fn check(&self, op: &Op, buffer_bytes: usize) -> io::Result<()> {
-        self.check_life()?;
+        self.life.check()?;
         if self.readonly && op.modifies() {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
@@ -274,16 +274,6 @@ impl Shared {
         }
     }
 
-    fn check_life(&self) -> io::Result<()> {
-        if self.life.is_abandoned() {
-            return Err(io::Error::new(
-                io::ErrorKind::NotConnected,
-                "the disk was given up",
-            ));
-        }
-        Ok(())
-    }
-
     pub(crate) async fn perform_with_faults<B: Buffer>(
         &self,
         local: &Local,
@@ -291,28 +281,31 @@ impl Shared {
         buf: B,
     ) -> (io::Result<()>, B) {
         let (mut begun, mut after) = (Vec::new(), Vec::new());
+        let mut result = Ok(());
         for faults in &self.faults {
             match faults.meet(&op) {
                 None => {}
                 Some((fault, Point::Begun)) => begun.push((faults, fault)),
                 Some((fault, Point::After)) => after.push((faults, fault)),
-                Some((fault, Point::Before)) => {
-                    if let Err(error) = faults.suffer(local, fault).await {
-                        return (Err(error), buf);
-                    }
-                }
+                Some((fault, Point::Before)) => result = faults.suffer(local, fault).await,
+            }
+            if result.is_err() {
+                // What is below does not hear of it.
+                break;
             }
         }
         // It may have waited for long.
-        if let Err(error) = self.check_life() {
-            return (Err(error), buf);
+        if let Err(error) = self.life.check() {
+            return (result.and(Err(error)), buf);
         }
         for (faults, fault) in begun {
-            if let Err(error) = faults.suffer(local, fault).await {
-                return (Err(error), buf);
-            }
+            let suffered = faults.suffer(local, fault).await;
+            result = result.and(suffered);
         }
-        let (mut result, buf) = self.perform(local, op, buf).await;
+        let (mut result, buf) = match result {
+            Ok(()) => self.perform(local, op, buf).await,
+            Err(error) => (Err(error), buf),
+        };
         for (faults, fault) in after.into_iter().rev() {
             let suffered = faults.suffer(local, fault).await;
             result = result.and(suffered);

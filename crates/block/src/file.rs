@@ -184,6 +184,9 @@ impl FileBackend {
         }
         let mut done = 0;
         while done < len {
+            if done > 0 {
+                self.image.life.check()?;
+            }
             let here = (len - done).min(BATCH_BYTES);
             // At most BATCH_BYTES.
             let zeroes = Zeroes::new(here as usize);

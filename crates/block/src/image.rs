@@ -4,10 +4,12 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
+use crate::abandon::Life;
 use crate::error::Error;
 use crate::lock;
 use crate::spec::{Cache, DiskSpec};
@@ -32,6 +34,7 @@ pub(crate) struct Image {
     pub physical_block_bytes: u32,
     /// `None` behind the page cache.
     pub direct: Option<DirectAlignment>,
+    pub life: Arc<Life>,
 }
 
 impl Image {
@@ -172,8 +175,10 @@ fn take_lock(spec: &DiskSpec, file: &File) -> Result<(), Error> {
 fn regular(path: &Path, file: File) -> Result<Image, Error> {
     let stat = rustix::fs::fstat(&file).map_err(|e| Error::os(path, "look at it", e))?;
     let preferred = u32::try_from(stat.st_blksize).unwrap_or(0);
+    let size_bytes = u64::try_from(stat.st_size).unwrap_or(0);
     Ok(Image {
-        size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
+        size_bytes,
+        life: Life::new(size_bytes),
         file,
         block_device: false,
         logical_block_bytes: SECTOR_BYTES,
@@ -207,6 +212,7 @@ fn block_device(spec: &DiskSpec, file: File) -> Result<Image, Error> {
     Ok(Image {
         file,
         size_bytes,
+        life: Life::new(size_bytes),
         block_device: true,
         logical_block_bytes,
         physical_block_bytes: physical.max(logical_block_bytes),

@@ -5,9 +5,9 @@
 //! each other too, they cannot be lost by closing an unrelated descriptor of the same file, and the kernel drops them
 //! whatever way the process ends.
 //!
-//! QEMU locks single bytes, all of them shared: one for each thing it does to an image, another for each that it does not
-//! want others to do; and looks whether others have locked the counterparts. A writer here has all bytes to itself. A
-//! reader has all but the one that says "I write", and looks whether that one is free.
+//! QEMU locks single bytes, all of them shared: from 100 on one for each thing it does to an image (0: reads that are
+//! consistent, 1: writes, 3: changes of its size), from 200 on one for each that it does not want others to do; and looks
+//! whether others have locked the counterparts. A writer here has all bytes to itself, a reader does as one of QEMU's.
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -21,8 +21,10 @@ pub(crate) enum Mode {
     Exclusive,
 }
 
-/// What QEMU locks of an image that it writes to.
-const WRITER: i64 = 101;
+/// What a reader says: it reads, and nobody is to write or to change the size.
+const READS: [i64; 3] = [100, 201, 203];
+/// What nobody may have said beside a reader.
+const NO_READER: [i64; 3] = [101, 103, 200];
 
 /// Tries once to lock the file behind `fd`. `Ok(false)`: somebody else's lock is in the way; some of it may be locked then,
 /// until all descriptors of the open file are closed.
@@ -30,10 +32,18 @@ pub(crate) fn try_lock(fd: BorrowedFd<'_>, mode: Mode) -> io::Result<bool> {
     match mode {
         Mode::Exclusive => lock(fd, libc::F_WRLCK, 0, TO_THE_END),
         // Locked before it is looked at: of two that do so at once, one at least finds the other.
-        Mode::Shared => Ok(lock(fd, libc::F_RDLCK, 0, WRITER)?
-            && lock(fd, libc::F_RDLCK, WRITER + 1, TO_THE_END)?
-            && is_free(fd, WRITER)?),
+        Mode::Shared => Ok(all(&READS, |byte| lock(fd, libc::F_RDLCK, byte, 1))?
+            && all(&NO_READER, |byte| is_free(fd, byte))?),
     }
+}
+
+fn all(bytes: &[i64], mut is_so: impl FnMut(i64) -> io::Result<bool>) -> io::Result<bool> {
+    for byte in bytes {
+        if !is_so(*byte)? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// However far the file may grow.
@@ -112,16 +122,14 @@ mod tests {
         locked.then_some(opened)
     }
 
-    // QEMU: consistent reads 0, writes 1, unchanged writes 2, resizes 3; from 100 on what it does, from 200 on what it wants
-    // nobody else to do.
-    const READER: [i64; 3] = [100, 201, 203];
-    const WRITER: [i64; 4] = [100, 101, 201, 203];
+    /// What a writer of QEMU says.
+    const WRITES: [i64; 4] = [100, 101, 201, 203];
 
     #[test]
     fn nobody_is_let_in_beside_a_writer_of_qemu() {
         let file = file();
         // Also one that others may write beside.
-        for bytes in [&WRITER[..], &[101]] {
+        for bytes in [&WRITES[..], &[101], &[103]] {
             let writer = Other::new(&file, bytes);
             assert!(opened(&file, Mode::Shared).is_none(), "{bytes:?}");
             assert!(opened(&file, Mode::Exclusive).is_none(), "{bytes:?}");
@@ -133,28 +141,40 @@ mod tests {
     #[test]
     fn readers_are_let_in_beside_a_reader_of_qemu() {
         let file = file();
-        let _reader = Other::new(&file, &READER);
+        let reader = Other::new(&file, &READS);
         let _first = opened(&file, Mode::Shared).unwrap();
         let _second = opened(&file, Mode::Shared).unwrap();
         assert!(opened(&file, Mode::Exclusive).is_none());
+        // Nor does one of QEMU that comes last find anything.
+        assert!(reader.finds_free(&NO_READER));
     }
 
-    /// It locks first, then looks.
+    /// It locks first, then looks for who reads and wants nobody to write.
     #[test]
     fn a_writer_of_qemu_finds_a_reader() {
         let file = file();
         let reader = opened(&file, Mode::Shared).unwrap();
-        let writer = Other::new(&file, &WRITER);
+        let writer = Other::new(&file, &[100, 101]);
         assert!(!writer.finds_free(&[201]));
         drop(reader);
-        assert!(writer.finds_free(&[200, 201, 202, 203]));
+        assert!(writer.finds_free(&[201]));
+    }
+
+    #[test]
+    fn one_that_only_reads_finds_a_writer() {
+        let file = file();
+        let _writer = opened(&file, Mode::Exclusive).unwrap();
+        let other = Other::new(&file, &[]);
+        for byte in NO_READER {
+            assert!(!other.finds_free(&[byte]), "{byte}");
+        }
     }
 
     #[test]
     fn what_was_locked_in_vain_is_not_kept() {
         let file = file();
-        let writer = Other::new(&file, &WRITER);
+        let writer = Other::new(&file, &WRITES);
         assert!(opened(&file, Mode::Shared).is_none());
-        assert!(writer.finds_free(&[0, 100, 102, 201, 1 << 40]));
+        assert!(writer.finds_free(&[100, 201, 203]));
     }
 }

@@ -47,13 +47,13 @@ async fn without_data(disk: &LocalDisk, op: Op) -> io::Result<()> {
 }
 
 /// A buffer in many odd pieces.
-struct Scattered {
+pub(crate) struct Scattered {
     bytes: Box<[u8]>,
     iovecs: Vec<libc::iovec>,
 }
 
 impl Scattered {
-    fn new(bytes: Vec<u8>, piece: usize) -> Scattered {
+    pub(crate) fn new(bytes: Vec<u8>, piece: usize) -> Scattered {
         let mut bytes = bytes.into_boxed_slice();
         let iovecs = bytes
             .chunks_mut(piece)

@@ -1,12 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Disks without a medium, faults in layers, disks that are given up.
 
+use std::fs::File;
+use std::future::{Future, poll_fn};
 use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::pin::Pin;
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::fault::{Fault, Rule};
-use crate::tests::on_ring;
-use crate::{Disk, Faults, LocalDisk, NullSpec, Op, OpKind, OwnedBuffer};
+use ebbtide_iothread::Local;
+
+use crate::fault::{Fault, Point, Rule};
+use crate::tests::{Scattered, on_ring};
+use crate::{Buffer, Disk, Faults, LocalDisk, NullSpec, Op, OpKind, OwnedBuffer};
 
 const MIB: u64 = 1 << 20;
 
@@ -100,6 +108,26 @@ fn a_layer_of_faults_is_for_its_users_only() {
     });
 }
 
+/// What a layer fails is an answer to those above it: it takes their time.
+#[test]
+fn a_failure_comes_through_the_layers_above() {
+    for point in [Point::Begun, Point::After] {
+        let (below, above) = (Faults::new(), Faults::new());
+        let disk = Disk::null(MIB).with_faults(&below).unwrap();
+        let layered = disk.behind(&above);
+        on_ring(async |local| {
+            above.inject(Rule::once(Fault::Hold).at(point));
+            below.inject(Rule::once(Fault::Fail(5)));
+            let attached = layered.attach(&local);
+            let task = local.spawn(async move { read(&attached, 0).await });
+            local.sleep(Duration::from_millis(20)).await;
+            assert_eq!((above.held(), task.is_finished()), (1, false), "{point:?}");
+            above.release_one();
+            assert_eq!(task.await.unwrap_err().raw_os_error(), Some(5));
+        });
+    }
+}
+
 #[test]
 fn a_disk_given_up_begins_nothing_and_ends_nothing() {
     let faults = Faults::new();
@@ -126,6 +154,54 @@ fn a_disk_given_up_begins_nothing_and_ends_nothing() {
         assert!(abandoned.is_answered());
         assert_eq!(abandoned.in_flight().to_string(), "nothing");
     });
+}
+
+/// Polls an operation once, gives its disk up, and waits for its end.
+async fn ends_given_up<B: Buffer>(disk: &Disk, local: &Local, op: Op, buf: B) {
+    let mut operation = disk.attach(local).submit(op, buf);
+    let first = poll_fn(|cx| Poll::Ready(Pin::new(&mut operation).poll(cx).is_pending())).await;
+    assert!(first, "it takes time");
+    let abandoned = disk.abandon();
+    let error = operation.await.0.unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::NotConnected);
+    assert!(abandoned.is_answered());
+}
+
+/// Of what takes several calls of the kernel the one it has is waited for, and none is made after that.
+#[test]
+fn a_disk_given_up_goes_on_with_nothing() {
+    let bytes = |file: &File| {
+        let mut bytes = vec![0; 8 << 20];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        bytes
+    };
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(8 * MIB).unwrap();
+    let open = |file: &File| {
+        let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+        Disk::open(&crate::DiskSpec::new(path)).unwrap()
+    };
+    on_ring(async |local| {
+        let scattered = Scattered::new(vec![7; 4 << 20], 1024);
+        ends_given_up(&open(&file), &local, Op::Write { offset: 0 }, scattered).await;
+    });
+    let written = bytes(&file).iter().filter(|byte| **byte == 7).count();
+    assert_eq!(written, 1024 * 1024, "one call");
+
+    // A file system that cannot zero ranges.
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let file = File::from(rustix::fs::memfd_create("image", flags).unwrap());
+    file.write_all_at(&[0xff; 8 << 20], 0).unwrap();
+    on_ring(async |local| {
+        let op = Op::WriteZeroes {
+            offset: 0,
+            len: 8 * MIB,
+            may_unmap: false,
+        };
+        ends_given_up(&open(&file), &local, op, OwnedBuffer::zeroed(0)).await;
+    });
+    let zeroed = bytes(&file).iter().filter(|byte| **byte == 0).count();
+    assert_eq!(zeroed, 1 << 20, "one step");
 }
 
 #[test]

@@ -154,6 +154,11 @@ async fn go_on<B: Buffer>(
         if in_kernel.rest.is_empty() {
             return (Ok(()), in_kernel.buf);
         }
+        if answer.is_some()
+            && let Err(error) = in_kernel.image.life.check()
+        {
+            return (Err(error), in_kernel.buf);
+        }
         // SAFETY: as in `Transfer::begin`.
         let op = unsafe {
             local.submit_with(in_kernel, |k| {
@@ -220,6 +225,7 @@ pub(crate) async fn simple(
             Ok(_) => return Ok(()),
             Err(error) => patience.again(local, error).await?,
         }
+        image.life.check()?;
     }
 }
 

@@ -169,16 +169,14 @@ pub(crate) async fn serve<S: Service>(local: Local, setup: Setup, service: S) {
         Ok(()) => turns.answer_rest(&mut rings).await,
         fault => fault,
     };
-    if served.is_err() {
+    if let Err(fault) = served {
         turns.inbox.service.broken();
-    }
-    if let Err(fault) = served
-        && let Some(_lease) = gate.enter(Entry::Io)
-    {
-        if let Some(suppressed) = complaints.allow() {
-            tracing::warn!(device = &*name, queue = index, suppressed, %fault, "the driver's queue is unusable");
+        if let Some(_lease) = gate.enter(Entry::Io) {
+            if let Some(suppressed) = complaints.allow() {
+                tracing::warn!(device = &*name, queue = index, suppressed, %fault, "the driver's queue is unusable");
+            }
+            control.needs_reset();
         }
-        control.needs_reset();
     }
     // Nobody gives anything back any more, and a removal need not wait for this task.
     let Rings { interrupt, .. } = rings;

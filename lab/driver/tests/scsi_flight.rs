@@ -427,6 +427,39 @@ fn control_requests_that_are_none() {
     }
 }
 
+/// A write that ends when the cache is off is on the medium then, also one that began before.
+#[test]
+fn the_cache_is_switched_off_under_a_write() {
+    let (mut rig, image) = Rig::with_unit();
+    let ram = rig.board.ram().clone();
+    let held = Rule::always(Fault::Hold).only(OpKind::Write);
+    for (cdb, at) in [(cdb10(0x2a, 0, 1), 0), (cdb10(0x41, 8, 8), 8)] {
+        image.faults.inject(held.at(Point::After));
+        let data = Data::Out(&[7; 512]);
+        let write = Command::new(&ram, scsi::address(0, 0), 900 + at, &cdb, data);
+        rig.send(0, &write);
+        wait_held(&image, 1);
+        let mut page = [0; 24];
+        (page[4], page[5]) = (8, 18);
+        let select = [0x15, 0x10, 0, 0, 24, 0];
+        let (answer, _) = rig.run(0, 0, &select, Data::Out(&page));
+        assert_eq!(answer, Answer::GOOD);
+        image.faults.clear();
+        // It ends with a flush, which fails.
+        image
+            .faults
+            .inject(Rule::once(Fault::Fail(5)).only(OpKind::Flush));
+        assert_eq!(image.faults.release(Order::Arrival), 1);
+        rig.driver.wait_used(&mut rig.requests[0]).unwrap();
+        assert_eq!(write.answer().sense, Some((3, 0x0c, 0)));
+        image.faults.clear();
+        assert_eq!(image.bytes(512 * at, 512), [7; 512]);
+        page[6] = 4;
+        let (answer, _) = rig.run(0, 0, &select, Data::Out(&page));
+        assert_eq!(answer, Answer::GOOD);
+    }
+}
+
 /// An event that has nowhere to go to is the driver's fault, as any other of its queues is.
 #[test]
 fn a_broken_event_queue_is_counted() {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use ebbtide_block::LocalDisk;
-use ebbtide_gate::{Entry, Gate, Lease};
+use ebbtide_gate::{Entry, Gate, Handle, Lease};
 use ebbtide_iothread::Local;
 use ebbtide_memory::{Access, AccessError, PinList, ReadGuard};
 use ebbtide_scsi::{Effect, Extents, Sense, Work, begin_absent};
@@ -48,7 +48,7 @@ pub(super) enum Action {
     Write {
         offset: u64,
         data: PinList,
-        /// Flush afterwards.
+        /// Flush afterwards, whatever the cache.
         through: bool,
     },
     Verify {
@@ -72,6 +72,7 @@ pub(super) enum Action {
 /// A unit in use. It goes when this and all others like it are dropped.
 pub(super) struct Hold {
     pub disk: LocalDisk,
+    unit: Handle<Unit>,
     /// Dropped after the disk.
     _lease: Lease,
 }
@@ -88,6 +89,14 @@ pub(super) struct Job {
     action: Action,
     hold: Hold,
     task: Task,
+}
+
+impl Hold {
+    /// Whether what is written has to be on the medium when its command ends. Who does not know sees to it.
+    fn is_through(&self) -> bool {
+        let unit = self.unit.enter(Entry::Io);
+        unit.is_none_or(|unit| !unit.logical.writeback())
+    }
 }
 
 impl Job {
@@ -275,7 +284,9 @@ impl Service for Commands {
         // Nobody waits for the answer any more, or it is decided: begin nothing more.
         let go_on = || !self.gate.is_closed() && task.fate() == Fate::Running;
         let reads = matches!(action, Action::Read { .. });
-        let (result, data) = perform(&hold.disk, action, &go_on).await;
+        // Also when the cache was switched off meanwhile.
+        let is_through = || hold.is_through();
+        let (result, data) = perform(&hold.disk, action, &go_on, &is_through).await;
         let outcome = match (task.fate(), result) {
             (Fate::Aborted, _) => Outcome::response(Response::Aborted),
             (Fate::Reset, _) => Outcome::response(Response::Reset),
@@ -396,6 +407,7 @@ impl Commands {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX);
         let hold = Hold {
             disk: unit.disk.attach(&self.local),
+            unit: owned.handle(),
             _lease: lease,
         };
         Ok((action, bytes, hold, address))

@@ -15,11 +15,15 @@ const STEP_BYTES: u64 = 256 << 10;
 /// Whether the command is still wanted.
 type GoOn<'a> = &'a dyn Fn() -> bool;
 
+/// Whether what was written has to be on the medium now.
+type IsThrough<'a> = &'a dyn Fn() -> bool;
+
 /// Carries it out. Returns what is wrong, if anything, and the driver's memory.
 pub(super) async fn perform(
     disk: &LocalDisk,
     action: Action,
     go_on: GoOn<'_>,
+    is_through: IsThrough<'_>,
 ) -> (Result<(), Sense>, Option<PinList>) {
     match action {
         Action::Read { offset, data, fua } => {
@@ -36,7 +40,7 @@ pub(super) async fn perform(
         } => {
             let (result, data) = disk.submit(Op::Write { offset }, data).await;
             let result = match result {
-                Ok(()) if through => flush(disk).await,
+                Ok(()) if through || is_through() => flush(disk).await,
                 result => result.map_err(writing),
             };
             (result, Some(data))
@@ -63,7 +67,7 @@ pub(super) async fn perform(
                 Some(block) => Box::pin(repeat(disk, offset, len, &block, go_on)).await,
             };
             let result = match result {
-                Ok(()) if through => Box::pin(flush(disk)).await,
+                Ok(()) if through || is_through() => Box::pin(flush(disk)).await,
                 result => result,
             };
             (result, None)
