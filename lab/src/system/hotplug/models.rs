@@ -282,7 +282,7 @@ pub fn has_ended(vmm: &mut Vmm) -> Result<()> {
     Ok(())
 }
 
-/// Sets the balloon's size and waits until the guest has it.
+/// Sets the balloon's size and waits until the guest has it, and until that has been told.
 fn balloon(vmm: &mut Vmm, bytes: u64) -> Result<()> {
     vmm.qmp().execute("balloon", json!({"value": bytes}))?;
     let begun = Instant::now();
@@ -290,12 +290,19 @@ fn balloon(vmm: &mut Vmm, bytes: u64) -> Result<()> {
         let answer = vmm.qmp().execute("query-balloon", Value::Null)?;
         let actual = answer["actual"].as_u64().context("actual")?;
         if actual == bytes {
-            return Ok(());
+            break;
         }
         if begun.elapsed() > GUEST {
             bail!("the balloon leaves {actual} bytes, not {bytes}");
         }
         std::thread::sleep(LOOK);
+    }
+    loop {
+        let left = GUEST.saturating_sub(begun.elapsed());
+        let change = vmm.qmp().wait_event("BALLOON_CHANGE", left)?;
+        if change.data == json!({"actual": bytes}) {
+            return Ok(());
+        }
     }
 }
 
