@@ -40,8 +40,8 @@ fn machine(ground: &Ground, parameters: &str) -> Machine {
     machine
 }
 
-/// Plugged, filled, checked, unplugged while what was filled is in use, over and over, while disks work. Nothing more is left behind by the last cycle
-/// than by an early one.
+/// Plugged, filled, checked, unplugged while what was filled is in use, over and over, while disks work. Nothing more is left
+/// behind by the last cycle than by an early one.
 pub fn cycles(ground: &Ground) -> Result<()> {
     let mut vmm = ground.start(&machine(ground, ""))?;
     let disks = [
@@ -54,9 +54,9 @@ pub fn cycles(ground: &Ground) -> Result<()> {
         one_cycle(&mut vmm, cycle).with_context(|| format!("cycle {cycle}"))?;
         match &settled {
             None if cycle < early => {}
-            None => settled = Some((Residue::of(&mut vmm)?, vmm.rss_bytes()?)),
+            None => settled = Some((Residue::settled(&mut vmm)?, vmm.rss_bytes()?)),
             Some((residue, rss)) => {
-                residue.compare(&Residue::of(&mut vmm)?)?;
+                residue.compare(&Residue::settled(&mut vmm)?)?;
                 let now = vmm.rss_bytes()?;
                 ensure!(
                     now <= rss + RSS_SLACK,

@@ -19,7 +19,7 @@ use anyhow::{Context, Result, ensure};
 use ebbtide_hostile::Random;
 use serde_json::Value;
 
-use super::hotplug::{LOOK, Residue};
+use super::hotplug::Residue;
 use super::{Ground, MIB, STEP_LIMIT};
 use crate::image::Image;
 use crate::vmm::{Machine, Program, Vmm};
@@ -32,9 +32,6 @@ const SHORT: (u32, Duration) = (2, Duration::from_secs(5));
 const LONG: (u32, Duration) = (20, Duration::from_secs(30));
 /// A guest that has not come further within this is reset: it may have halted its own processors.
 const STALLED: Duration = Duration::from_secs(3);
-/// What goes after the devices is gone when nothing has changed for so long, or by then.
-const QUIET: Duration = Duration::from_secs(1);
-const SWEPT: Duration = Duration::from_secs(20);
 /// Words of the guest that a round waits for, and how long at most, where the machine is busy with other things.
 const FEW: u64 = 3;
 const SLOW: Duration = Duration::from_secs(60);
@@ -86,7 +83,7 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
         let during = one_round(&mut vmm, &mut management, length);
         seen.add(&during.with_context(|| format!("round {round}"))?);
         within(ground, &vmm, logged).with_context(|| format!("round {round}"))?;
-        let after = settled(&mut vmm)?;
+        let after = Residue::settled(&mut vmm)?;
         if let Some(before) = &before {
             before
                 .compare(&after)
@@ -104,21 +101,6 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
     ensure!(status.success(), "it ended with {status}");
     ensure!(!vmm.qmp_path().exists(), "its socket is left behind");
     Ok(())
-}
-
-/// What is left when it has been the same for a while. What only old views of the memory map knew of a device is closed
-/// when those are gone, on a thread of its own.
-fn settled(vmm: &mut Vmm) -> Result<Residue> {
-    let (begun, mut since) = (Instant::now(), Instant::now());
-    let mut left = Residue::of(vmm)?;
-    while since.elapsed() < QUIET && begun.elapsed() < SWEPT {
-        std::thread::sleep(LOOK);
-        let now = Residue::of(vmm)?;
-        if now != left {
-            (left, since) = (now, Instant::now());
-        }
-    }
-    Ok(left)
 }
 
 /// What must not grow without bound, when all devices are gone.

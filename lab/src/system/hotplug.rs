@@ -125,11 +125,11 @@ fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> 
     for cycle in 0..cycles {
         one_cycle(vmm, model, bus).with_context(|| format!("cycle {cycle}"))?;
         if cycle == SETTLED {
-            settled = Some(Residue::of(vmm)?);
+            settled = Some(Residue::settled(vmm)?);
         }
     }
     if let Some(settled) = settled.filter(|_| cycles > SETTLED + 1) {
-        settled.compare(&Residue::of(vmm)?)?;
+        settled.compare(&Residue::settled(vmm)?)?;
     }
     residue::nothing_is_pinned(vmm)?;
     (model.clean_up)(vmm).context("clean up")

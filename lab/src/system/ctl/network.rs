@@ -45,7 +45,7 @@ pub fn user_network(ground: &Ground) -> Result<()> {
     let mut settled = None;
     for cycle in 0..CYCLES {
         one_cycle(ground, &mut vmm, launcher, port).with_context(|| format!("cycle {cycle}"))?;
-        let now = (Residue::of(&mut vmm)?, files(launcher)?);
+        let now = (Residue::settled(&mut vmm)?, files(launcher)?);
         if let Some((residue, files)) = settled.replace(now.clone()).filter(|_| cycle > 1) {
             let residue: Residue = residue;
             residue.compare(&now.0)?;

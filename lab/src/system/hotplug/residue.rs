@@ -2,7 +2,7 @@
 //! What a VMM holds: the same before and after devices have come and gone.
 
 use std::fs;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
@@ -15,6 +15,9 @@ const RING_WORKER: &str = "iou-wrk";
 
 /// How the register of a device is called that was forced out.
 const REMNANT: &str = "-detached";
+/// What goes after the devices is gone when nothing has changed for so long, or by then.
+const QUIET: Duration = Duration::from_secs(1);
+const SWEPT: Duration = Duration::from_secs(20);
 /// No scenario has more places for devices at a time.
 const PLACES: usize = 40;
 
@@ -36,6 +39,24 @@ pub struct Residue {
 }
 
 impl Residue {
+    /// Of a VMM, when it has been the same for a while. What only old views of the memory map knew of a device is closed when
+    /// those are gone, on a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Residue::of`].
+    pub fn settled(vmm: &mut Vmm) -> Result<Residue> {
+        let (begun, mut since) = (Instant::now(), Instant::now());
+        let mut left = Residue::of(vmm)?;
+        while since.elapsed() < QUIET && begun.elapsed() < SWEPT {
+            std::thread::sleep(LOOK);
+            let now = Residue::of(vmm)?;
+            if now != left {
+                (left, since) = (now, Instant::now());
+            }
+        }
+        Ok(left)
+    }
+
     /// Of a VMM, now.
     ///
     /// # Errors

@@ -31,13 +31,13 @@ pub fn built(ground: &Ground) -> Result<()> {
     remove(&mut vmm, "d0")?;
     deleted(&mut vmm, "d0")?;
     wait_for(&mut vmm, "/sys/block/vd*", false)?;
-    let before = Residue::of(&mut vmm)?;
+    let before = Residue::settled(&mut vmm)?;
     out_of_sight(&mut vmm)?;
     more_below(&mut vmm)?;
     switch_in_switch(&mut vmm)?;
     all_gone(&mut vmm)?;
     by_acpi(&mut vmm)?;
-    before.compare(&Residue::of(&mut vmm)?)?;
+    before.compare(&Residue::settled(&mut vmm)?)?;
     clean_kernel_log(&mut vmm)?;
     amid_a_reset(&mut vmm)?;
     for node in NODES {

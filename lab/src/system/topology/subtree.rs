@@ -64,12 +64,12 @@ pub fn whole(ground: &Ground) -> Result<()> {
         }
         one_cycle(&mut vmm, cycle).with_context(|| format!("cycle {cycle}"))?;
         if cycle == SETTLED {
-            settled = Some(Residue::of(&mut vmm)?);
+            settled = Some(Residue::settled(&mut vmm)?);
         }
     }
     settled
         .context("too few cycles")?
-        .compare(&Residue::of(&mut vmm)?)?;
+        .compare(&Residue::settled(&mut vmm)?)?;
     for node in NODES {
         vmm.qmp()
             .execute("blockdev-del", json!({"node-name": node}))?;
