@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Project tasks: `cargo xtask <task>`.
 
+mod asan;
 mod bench;
 mod build;
 mod demo;

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::build;
+use crate::{asan, build};
 
 #[derive(clap::Args)]
 pub struct MatrixArgs {
@@ -16,6 +16,9 @@ pub struct MatrixArgs {
     /// One cycle only: MODEL/BEHAVIOUR/STEP/EVENT/SEED, as a failure prints it
     #[arg(long)]
     only: Option<String>,
+    /// Under AddressSanitizer
+    #[arg(long)]
+    asan: bool,
 }
 
 /// Builds the test and runs it; what it prints comes through.
@@ -27,6 +30,9 @@ pub fn run(args: &MatrixArgs) -> Result<()> {
         bail!("--cycles 0: at least 1");
     }
     let mut command = build::cargo(&["test", "--quiet", "--package", "ebbtide-lab-driver"]);
+    if args.asan {
+        asan::apply(&mut command)?;
+    }
     command
         .args(["--test", "matrix", "--", "--nocapture"])
         .env("EBBTIDE_MATRIX_CYCLES", args.cycles.to_string())

@@ -8,12 +8,10 @@ use std::process::Command;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value};
 
-use crate::build;
+use crate::{asan, build};
 
 const PACKAGE: &str = "ebbtide-memory";
 const TEST: &str = "torture";
-/// The only target of ours that has both the sanitizer and the table of faults.
-const ASAN_TARGET: &str = "x86_64-unknown-linux-gnu";
 
 #[derive(clap::Args)]
 pub struct TortureArgs {
@@ -106,39 +104,13 @@ fn program(args: &TortureArgs) -> Result<PathBuf> {
         command.arg("--release");
     }
     if args.asan {
-        check_asan()?;
-        command
-            .args(["--target", ASAN_TARGET, "--target-dir"])
-            .arg(build::target_dir().join("asan"))
-            // The option is one of nightly compilers, or of any that is told to pass for one.
-            .env("RUSTC_BOOTSTRAP", "1")
-            .env("RUSTFLAGS", "-Zsanitizer=address");
+        asan::apply(&mut command)?;
     }
     let mut programs = build::programs(&mut command, TEST)?;
     match (programs.pop(), programs.is_empty()) {
         (Some(program), true) => Ok(program),
         _ => bail!("{PACKAGE} has not one test {TEST}"),
     }
-}
-
-/// Whether the compiler comes with the sanitizer's runtime.
-fn check_asan() -> Result<()> {
-    let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
-    let printed = build::output(Command::new(rustc).args(["--print", "target-libdir"]))?;
-    let folder = PathBuf::from(printed.trim());
-    let is_runtime = |name: &str| name.starts_with("librustc") && name.ends_with("rt.asan.a");
-    let found = std::fs::read_dir(&folder)
-        .with_context(|| format!("{}", folder.display()))?
-        .filter_map(Result::ok)
-        .any(|entry| is_runtime(&entry.file_name().to_string_lossy()));
-    let folder = folder.display().to_string();
-    if !found || !folder.contains(ASAN_TARGET) {
-        bail!(
-            "--asan: can't run: no runtime of AddressSanitizer for {ASAN_TARGET} in {folder}; \
-             rustup's toolchains for Linux on x86-64 have one"
-        );
-    }
-    Ok(())
 }
 
 /// What the test printed last.

@@ -40,8 +40,8 @@ fn machine(ground: &Ground, parameters: &str) -> Machine {
     machine
 }
 
-/// Plugged, filled, checked, unplugged while what was filled is in use, over and over, while disks work. Nothing more is left behind by the last cycle
-/// than by an early one.
+/// Plugged, filled, checked, unplugged while what was filled is in use, over and over, while disks work. Nothing more is left
+/// behind by the last cycle than by an early one.
 pub fn cycles(ground: &Ground) -> Result<()> {
     let mut vmm = ground.start(&machine(ground, ""))?;
     let disks = [

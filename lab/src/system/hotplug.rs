@@ -166,8 +166,12 @@ fn in_use(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
 
 /// Waits until dev0, which was in use, has gone, for management and for the guest.
 fn gone(vmm: &mut Vmm, model: &Model) -> Result<()> {
-    for below in model.below {
-        deleted(vmm, below)?;
+    let mut below = model.below.to_vec();
+    while !below.is_empty() {
+        let gone = deleted_device(vmm)?;
+        let found = below.iter().position(|id| gone == json!(id));
+        let at = found.with_context(|| format!("{gone} has gone, not {below:?}"))?;
+        below.swap_remove(at);
     }
     deleted(vmm, "dev0")?;
     wait_for(vmm, model.present, false)?;
@@ -177,17 +181,19 @@ fn gone(vmm: &mut Vmm, model: &Model) -> Result<()> {
 
 /// Waits for DEVICE_DELETED of `id`; it must come once.
 pub(super) fn deleted(vmm: &mut Vmm, id: &str) -> Result<()> {
+    let gone = deleted_device(vmm)?;
+    ensure!(gone == json!(id), "DEVICE_DELETED of {gone}, not of {id}");
+    Ok(())
+}
+
+/// Waits for the next DEVICE_DELETED; of what.
+fn deleted_device(vmm: &mut Vmm) -> Result<Value> {
     let event = vmm.qmp().wait_event("DEVICE_DELETED", GUEST);
     let event = event.with_context(|| {
         let log = kernel_log(vmm).unwrap_or_else(|e| format!("{e:#}"));
         format!("{}\n{log}", removals(vmm))
     })?;
-    ensure!(
-        event.data["device"] == json!(id),
-        "DEVICE_DELETED of {}, not of {id}",
-        event.data
-    );
-    Ok(())
+    Ok(event.data["device"].clone())
 }
 
 /// What is known of the removals under way, for errors.

@@ -103,7 +103,8 @@ fn list_properties(type_name: &str) -> Result<Vec<ObjectPropertyInfo>, QmpError>
     if type_name == dimm::DRIVER {
         return Ok(dimm::PROPERTIES.iter().map(property).collect());
     }
-    let driver = drivers::find(type_name)?;
+    // Without the reason why there is none: QEMU's class, by which clients see whether there is one.
+    let driver = drivers::find(type_name).map_err(|_| QmpError::device_not_found(type_name))?;
     Ok(driver.all_properties().map(property).collect())
 }
 
@@ -248,5 +249,38 @@ impl crate::hotplug::Devices {
             device: node.identity.id.clone(),
             path: node.identity.path.clone(),
         }));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ebbtide_qmp::ErrorClass;
+
+    use super::*;
+
+    #[test]
+    fn each_model_is_listed_and_has_the_properties_that_are_listed() {
+        let devices = list_types(Some("device"));
+        let named = |name: &str| devices.iter().any(|device| device.name == name);
+        assert!(named("virtio-blk-pci") && named("pc-dimm") && !named("iothread"));
+        assert_eq!(list_types(None).len(), list_types(Some("object")).len());
+        assert!(list_types(None).len() > devices.len());
+        assert!(list_types(Some("nothing")).is_empty());
+        for device in &devices {
+            let properties = list_properties(&device.name).unwrap();
+            let mut names: Vec<&str> = properties.iter().map(|it| &*it.name).collect();
+            names.sort_unstable();
+            let all = names.len();
+            names.dedup();
+            assert_eq!(names.len(), all, "{}: one is listed twice", device.name);
+        }
+        let disk = list_properties("virtio-blk-pci").unwrap();
+        for (name, kind) in [("drive", "str"), ("num-queues", "uint16"), ("addr", "str")] {
+            let found = disk.iter().find(|it| it.name == name);
+            assert_eq!(found.map(|it| &*it.type_name), Some(kind), "{name}");
+        }
+        let unknown = list_properties("nope").unwrap_err();
+        assert!(unknown.desc.contains("'nope'"), "{}", unknown.desc);
+        assert_eq!(unknown.class, ErrorClass::DeviceNotFound);
     }
 }

@@ -4,8 +4,8 @@
 use std::cell::Cell;
 use std::hint::black_box;
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use ebbtide_memory::{
     Access, AccessError, AddressSpace, Backing, DmaSpace, Gpa, LocalSpace, Memory, MemoryConfig,
@@ -304,6 +304,28 @@ impl VmMemory {
 
     pub fn extra(&self, place: u64) -> Arc<GuestRegionMmap<()>> {
         VmMemory::ram(place, 1 << 20)
+    }
+
+    /// What a request keeps.
+    pub fn hold(&self) -> Arc<Map> {
+        self.memory.memory().into_inner()
+    }
+
+    pub fn add(&self, region: &Arc<GuestRegionMmap<()>>) {
+        let lock = self.memory.lock().unwrap();
+        let added = self.memory.memory().insert_region(Arc::clone(region));
+        lock.replace(added.unwrap());
+    }
+
+    /// Takes a region out of the map; it is unmapped when nobody has it any more.
+    pub fn remove(&self, region: Arc<GuestRegionMmap<()>>) -> Weak<GuestRegionMmap<()>> {
+        use vm_memory::GuestMemoryRegion;
+        let lock = self.memory.lock().unwrap();
+        let (start, length) = (region.start_addr(), region.len());
+        let (without, removed) = self.memory.memory().remove_region(start, length).unwrap();
+        lock.replace(without);
+        drop(region);
+        Arc::downgrade(&removed)
     }
 
     pub fn publish_twice(&self, region: &mut Arc<GuestRegionMmap<()>>) {

@@ -33,11 +33,19 @@
 //! - `destroy_1G/thp|4k|memfd`: 1 GiB that was touched goes back to the host; the floor maps
 //!   inaccessible memory over it. Time of the processor, of the thread that does it, which is the caller in
 //!   all three.
+//! - `gate/enter`: a device's gate is entered for a register access and left; `gate/enter2`: on two threads at once, the
+//!   same gate. `gate/lease`: with a lease that a request could keep. The peer is a reference of the device, the floor counts
+//!   for itself.
+//! - `held/others`: from the removal of memory to its end, while a request of 300 ms is in flight into *other* memory; the
+//!   floor is without the request. `held/stall`: the longest time that a thread got nothing done which looks up memory all the
+//!   while, as memory goes from under such a request; the peer is one lock that all work under and that a removal takes, as
+//!   stopping the machine would; in the floor nothing goes.
 //! - `bytes_per_region`: of heap and other private memory, for one more region of 1 MiB, of up to 4096;
 //!   guest memory is not counted. The floor is two numbers.
 //! - `bytes_per_reader`: the same for one more thread that looks up and pins, of 64.
 
 mod contenders;
+mod held;
 mod measure;
 mod sizes;
 mod together;
@@ -87,6 +95,7 @@ fn main() {
     }
     writes::rows(&plan);
     unplug::rows(&plan);
+    held::rows(&plan);
     for count in COUNTS {
         publishes_beside(&plan, count);
     }

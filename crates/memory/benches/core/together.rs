@@ -72,7 +72,7 @@ pub fn rows(plan: &Plan, count: usize) {
 struct Apart(AtomicU64);
 
 /// What `f` gives on all threads at once, the mean.
-fn at_once(f: impl Fn() -> f64 + Sync) -> f64 {
+pub fn at_once(f: impl Fn() -> f64 + Sync) -> f64 {
     let gate = Gate::default();
     let run = || {
         gate.pass();

@@ -246,7 +246,7 @@ fn memfd() -> File {
     file
 }
 
-fn block(ours: &Ours, backing: Backing, size_bytes: u64, prefault: bool) -> Arc<Region> {
+pub fn block(ours: &Ours, backing: Backing, size_bytes: u64, prefault: bool) -> Arc<Region> {
     let spec = RamSpec {
         name: "dimm".into(),
         size_bytes,
@@ -259,7 +259,7 @@ fn block(ours: &Ours, backing: Backing, size_bytes: u64, prefault: bool) -> Arc<
     Region::ram("dimm", &block)
 }
 
-fn gone(ticket: Ticket) {
+pub fn gone(ticket: Ticket) {
     if let Err((_, error)) = ticket.destroy() {
         panic!("{error}");
     }
@@ -273,7 +273,7 @@ impl Wake for Unpark {
     }
 }
 
-fn block_on(future: impl Future<Output = ()>) {
+pub fn block_on(future: impl Future<Output = ()>) {
     let mut future = pin!(future);
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut context = Context::from_waker(&waker);

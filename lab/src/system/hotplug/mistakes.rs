@@ -134,9 +134,15 @@ pub fn mistakes(ground: &Ground) -> Result<()> {
         ),
         (
             "blockdev-add",
-            json!({"driver": "file", "node-name": "n1", "filename": "/"}),
+            json!({"driver": "file", "node-name": "n1", "filename": images.path()}),
             "GenericError",
-            "'/': is a directory",
+            "': is a directory",
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "file", "node-name": "n1", "filename": images.path().join("none")}),
+            "GenericError",
+            "none': no such file",
         ),
         ("blockdev-add", file("n1"), "GenericError", "image': locked"),
         (

@@ -27,7 +27,7 @@ pub struct Model {
     pub prepare: fn(&mut Vmm, &Path) -> Result<()>,
     /// Its properties.
     pub arguments: fn() -> Value,
-    /// What is below it in the end: gone before it, in this order.
+    /// What is below it in the end: gone before it.
     pub below: &'static [&'static str],
     /// A path in the guest that is there as long as the device is.
     pub present: &'static str,
@@ -68,18 +68,37 @@ pub const ALL: &[Model] = &[
     },
     Model {
         driver: "virtio-scsi-pci",
-        prepare: disk_image,
+        prepare: |vmm, ground| {
+            let second = json!({"driver": "null-co", "node-name": "second", "size": 64 * MIB});
+            vmm.qmp().execute("blockdev-add", second)?;
+            disk_image(vmm, ground)
+        },
         arguments: || json!({"num_queues": 2}),
-        below: &["lun0"],
+        below: &["lun0", "lun1"],
         present: "/sys/bus/virtio/drivers/virtio_scsi/virtio*",
         start: |vmm| {
-            let disk = json!({"driver": "scsi-hd", "id": "lun0", "bus": "dev0.0", "drive": "image", "scsi-id": 3, "lun": 1});
-            vmm.qmp().execute("device_add", disk)?;
-            wait_for(vmm, "/dev/sda", true)?;
+            for (id, drive, lun, name) in [
+                ("lun0", "image", 1, "/dev/sda"),
+                ("lun1", "second", 2, "/dev/sdb"),
+            ] {
+                let disk = json!({"driver": "scsi-hd", "id": id, "bus": "dev0.0", "drive": drive, "scsi-id": 3, "lun": lun});
+                vmm.qmp().execute("device_add", disk)?;
+                wait_for(vmm, name, true)?;
+            }
+            keep_on(
+                vmm,
+                "dd if=/dev/sdb of=/dev/null bs=64k count=4 iflag=direct",
+            )?;
             write_disk(vmm, "/dev/sda")
         },
-        stop: |vmm| disk_is_gone(vmm, "/dev/sda", "image"),
-        clean_up: |vmm| node_gone(vmm, "image"),
+        stop: |vmm| {
+            disk_is_gone(vmm, "/dev/sda", "image")?;
+            has_ended(vmm)
+        },
+        clean_up: |vmm| {
+            node_gone(vmm, "second")?;
+            node_gone(vmm, "image")
+        },
     },
     Model {
         driver: "scsi-hd",
@@ -282,7 +301,7 @@ pub fn has_ended(vmm: &mut Vmm) -> Result<()> {
     Ok(())
 }
 
-/// Sets the balloon's size and waits until the guest has it.
+/// Sets the balloon's size and waits until the guest has it, and until that has been told.
 fn balloon(vmm: &mut Vmm, bytes: u64) -> Result<()> {
     vmm.qmp().execute("balloon", json!({"value": bytes}))?;
     let begun = Instant::now();
@@ -290,12 +309,19 @@ fn balloon(vmm: &mut Vmm, bytes: u64) -> Result<()> {
         let answer = vmm.qmp().execute("query-balloon", Value::Null)?;
         let actual = answer["actual"].as_u64().context("actual")?;
         if actual == bytes {
-            return Ok(());
+            break;
         }
         if begun.elapsed() > GUEST {
             bail!("the balloon leaves {actual} bytes, not {bytes}");
         }
         std::thread::sleep(LOOK);
+    }
+    loop {
+        let left = GUEST.saturating_sub(begun.elapsed());
+        let change = vmm.qmp().wait_event("BALLOON_CHANGE", left)?;
+        if change.data == json!({"actual": bytes}) {
+            return Ok(());
+        }
     }
 }
 

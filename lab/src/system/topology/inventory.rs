@@ -28,6 +28,7 @@ pub fn inventory(ground: &Ground) -> Result<()> {
     same_on_both_sides(&mut vmm).context("all of it")?;
     numbers(&mut vmm, "7 9").context("acpi-index")?;
     blocks(&mut vmm)?;
+    threads(&mut vmm)?;
     cable(&mut vmm)?;
     failure(&mut vmm)?;
     reported_error(&mut vmm).context("pcie_aer_inject_error")?;
@@ -300,6 +301,25 @@ fn blocks(vmm: &mut Vmm) -> Result<()> {
         let text = text.as_str().unwrap_or_default();
         ensure!(text.contains(node), "{node}: {text}");
     }
+    Ok(())
+}
+
+/// An iothread is listed with the thread that it is, as long as there is one.
+fn threads(vmm: &mut Vmm) -> Result<()> {
+    let object = json!({"qom-type": "iothread", "id": "io0"});
+    vmm.qmp().execute("object-add", object)?;
+    let listed = vmm.qmp().execute("query-iothreads", Value::Null)?;
+    let thread = &listed[0]["thread-id"];
+    let pid = vmm.process().pid();
+    let name = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm"));
+    let name = name.with_context(|| listed.to_string())?;
+    ensure!(
+        listed[0]["id"] == "io0" && name.trim() == "io0",
+        "{name}: {listed}"
+    );
+    vmm.qmp().execute("object-del", json!({"id": "io0"}))?;
+    let listed = vmm.qmp().execute("query-iothreads", Value::Null)?;
+    ensure!(listed == json!([]), "{listed}");
     Ok(())
 }
 
