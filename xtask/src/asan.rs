@@ -26,7 +26,11 @@ pub fn apply(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-fn check() -> Result<()> {
+/// Whether the compiler comes with the sanitizer.
+///
+/// # Errors
+/// It has no runtime for it.
+pub fn check() -> Result<()> {
     let rustc = std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let printed = build::output(Command::new(rustc).args(["--print", "target-libdir"]))?;
     let folder = PathBuf::from(printed.trim());

@@ -52,7 +52,7 @@ const ASAN_SECONDS: u32 = 20;
 /// As [`run`].
 pub fn run_both() -> Result<()> {
     run(&TortureArgs::default())?;
-    if let Err(error) = check_asan() {
+    if let Err(error) = asan::check() {
         println!("torture under AddressSanitizer is left out: {error:#}");
         return Ok(());
     }
