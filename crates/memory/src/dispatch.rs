@@ -152,15 +152,11 @@ fn piece(
     let offset = section.offset_in_region + (at - section.range.start);
     // Registers may do anything, also change the map and wait for readers.
     drop(guard);
-    beside_ram(
-        reader,
-        &region,
-        offset,
-        gpa,
-        bytes.part(0, here as usize),
-        on_error,
-        depth,
-    )
+    let here = bytes.part(0, here as usize);
+    let outcome = beside_ram(reader, &region, offset, gpa, here, on_error, depth);
+    // By now the device may be gone, and nobody else know them.
+    space.memory().sweeper().let_go(region);
+    outcome
 }
 
 /// Of `len` bytes, the first of which does not answer, how many do not; no more than a CPU's

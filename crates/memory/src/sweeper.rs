@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Drops what might block, away from the grace worker.
 //!
-//! A view can be the last to know a device's registers; dropping those runs the device's
-//! destructor, which may close files; an old set of RAM blocks the last to know a file. The thread
+//! A view can be the last to know a device's registers, or a vCPU that has just been in them; dropping those runs the
+//! device's destructor, which may close files; an old set of RAM blocks the last to know a file. The thread
 //! starts with the memory: who has old views back may be a thread that must not start others.
 
 use std::io;
@@ -12,7 +12,7 @@ use std::thread::{self, JoinHandle};
 
 use crate::RamBlocks;
 use crate::flat::Flat;
-use crate::tree::RegionKind;
+use crate::tree::{Region, RegionKind};
 
 #[derive(Default)]
 pub(crate) struct Sweeper {
@@ -44,12 +44,21 @@ impl Sweeper {
         };
         let region = Arc::clone(&flat.section.region);
         drop(flat);
-        let last = Arc::strong_count(&region) == 1;
+        self.let_go(region);
+    }
+
+    /// Lets go of a region, which somebody may do at the same time whose thread must not drop a device either: a vCPU that
+    /// was in its registers.
+    pub(crate) fn let_go(&self, region: Arc<Region>) {
+        // Of all who let go exactly one is the last.
+        let Some(region) = Arc::into_inner(region) else {
+            return;
+        };
         let foreign = matches!(
             region.kind(),
             RegionKind::Mmio(_) | RegionKind::RomDevice { .. } | RegionKind::Iommu(_)
         );
-        if last && foreign {
+        if foreign {
             self.drop_elsewhere(Box::new(region));
         }
     }
