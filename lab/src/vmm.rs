@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::Ready;
 use serde_json::{Value, json};
 
@@ -21,6 +21,8 @@ use crate::qmp::Qmp;
 /// Id of the virtio-mem device on both VMMs.
 const MEMORY_DEVICE: &str = "/machine/peripheral/vmem0";
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(30);
+/// The end of what a VMM says of a descriptor that a vCPU was the last to know.
+const STAYS_OPEN: &str = "it stays open";
 const LOG_TAIL_LINES: usize = 40;
 const BLOCK_SIZE: &str = "2M";
 
@@ -211,7 +213,7 @@ fn text(path: &Path) -> Result<&str> {
     let text = path
         .to_str()
         .with_context(|| format!("{} is not UTF-8", path.display()))?;
-    anyhow::ensure!(
+    ensure!(
         !text.contains(','),
         "a VMM's option can't hold the comma in {text}"
     );
@@ -396,7 +398,7 @@ impl Vmm {
     pub fn power_off(mut self, timeout: Duration) -> Result<()> {
         self.guest.power_off()?;
         let status = self.wait_exit(timeout)?;
-        anyhow::ensure!(
+        ensure!(
             status.success(),
             "the VMM ended with {status}{}",
             self.log()
@@ -407,9 +409,15 @@ impl Vmm {
     /// Waits for the VMM to end.
     ///
     /// # Errors
-    /// Still running after `timeout`.
+    /// Still running after `timeout`; one of its vCPUs was to close a file, which is no work of theirs.
     pub fn wait_exit(&mut self, timeout: Duration) -> Result<ExitStatus> {
-        self.child.wait(timeout).with_context(|| self.log())
+        let status = self.child.wait(timeout).with_context(|| self.log())?;
+        let said = std::fs::read(&self.log).context("log of the VMM")?;
+        let said = String::from_utf8_lossy(&said);
+        let leaks = said.lines().filter(|line| line.ends_with(STAYS_OPEN));
+        let leaks: Vec<&str> = leaks.collect();
+        ensure!(leaks.is_empty(), "{}", leaks.join("\n"));
+        Ok(status)
     }
 
     /// The end of what the VMM has said.

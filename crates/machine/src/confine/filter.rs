@@ -5,7 +5,7 @@ use std::io;
 
 use seccompiler::{BackendError, BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
-use super::calls::{self, Rules, VCPU_REFUSED};
+use super::calls::{self, Rules, VCPU_REFUSED, VCPU_TOLD};
 use super::{Kind, Seccomp};
 
 const TARGET: TargetArch = TargetArch::x86_64;
@@ -23,12 +23,12 @@ impl Filters {
         };
         let mut programs = Vec::new();
         if kind == Kind::Vcpu && mode == Seccomp::On {
-            let refused: Rules = VCPU_REFUSED
-                .iter()
-                .map(|call| (*call, Vec::new()))
-                .collect();
+            let of = |calls: &[i64]| calls.iter().map(|call| (*call, Vec::new())).collect();
             let answer = SeccompAction::Errno(libc::EPERM as u32);
-            programs.push(compile(refused, SeccompAction::Allow, answer)?);
+            programs.push(compile(of(VCPU_REFUSED), SeccompAction::Allow, answer)?);
+            // Answered by `violation`.
+            let told = of(&[VCPU_TOLD]);
+            programs.push(compile(told, SeccompAction::Allow, SeccompAction::Trap)?);
         }
         let rules = calls::rules(kind, std::process::id())?;
         programs.push(compile(rules, beyond, SeccompAction::Allow)?);

@@ -17,6 +17,7 @@
 //!
 //! A forbidden call ends the process ([`violation`]). Only vCPU threads are answered EPERM where they would free
 //! memory or close a descriptor: that leaks until the end of the process, which is better than that a guest could end it.
+//! A descriptor is told of on standard error, for it is a mistake.
 //! They hand their vCPU back when they end, so nothing of it is freed there. What they allocate is a new view when the
 //! guest moves a BAR or window, and what a driver that gets ready needs; ejects, hot-plug registers and configuration
 //! space allocate nothing (tests in `platform` and `hotplug/ejector.rs`). They end by returning when they are asked to,

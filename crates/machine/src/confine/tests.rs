@@ -261,7 +261,7 @@ fn ordinary_life_goes_on() {
             assert_eq!(map.len(), 10_000);
             tracing::info!("said");
             if kind == Kind::Vcpu {
-                for number in calls::VCPU_REFUSED {
+                for number in calls::VCPU_REFUSED.iter().chain(&[calls::VCPU_TOLD]) {
                     assert_eq!(call(*number), -1);
                     let error = io::Error::last_os_error();
                     assert_eq!(error.raw_os_error(), Some(libc::EPERM), "{number}");
@@ -282,6 +282,8 @@ fn ordinary_life_goes_on() {
             String::from_utf8_lossy(&output.stdout).contains("done"),
             "{kind:?}"
         );
+        let told = String::from_utf8_lossy(&output.stderr).contains("it stays open");
+        assert_eq!(told, kind == Kind::Vcpu, "{kind:?}: {output:?}");
     }
 }
 

@@ -2,13 +2,19 @@
 //! What ends the process when a thread makes a system call that its filter forbids.
 //!
 //! The kernel does not carry the call out and raises SIGSYS. The receiver says which thread it was and which call, and
-//! ends the process; should the signal be blocked, the kernel ends it without a word.
+//! ends the process; should the signal be blocked, the kernel ends it without a word. Only a vCPU that was to close a
+//! descriptor goes on: it must not be the last that knows a file, but it is no reason to end a guest.
 
 use std::ffi::{c_int, c_void};
 use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use super::calls::VCPU_TOLD;
 
 /// As a shell reports an end by this signal.
 const EXIT_CODE: c_int = 128 + libc::SIGSYS;
+/// Lines about descriptors that stay open, at most: a guest may be able to bring them about.
+const TOLD_AT_MOST: u32 = 32;
 /// Of a thread's name, with the zero at its end.
 const NAME_BYTES: usize = 16;
 const LINE_BYTES: usize = 160;
@@ -52,11 +58,18 @@ extern "C" fn on_violation(_: c_int, info: *mut libc::siginfo_t, context: *mut c
     line.put(b"ebbtide: thread `");
     line.put(name.split(|byte| *byte == 0).next().unwrap_or_default());
     if violation.code == BY_FILTER {
+        // SAFETY: the kernel hands over a ucontext_t; the signal is raised at the call, so that the registers are those
+        // of its arguments, and the call's result is what is in RAX when it returns.
+        let registers = unsafe { &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
+        if i64::from(violation.call) == VCPU_TOLD {
+            registers[libc::REG_RAX as usize] = -i64::from(libc::EPERM);
+            line.put(b"` was the last to know descriptor ");
+            line.number(registers[libc::REG_RDI as usize] as u32);
+            line.put(b", which its seccomp filter forbids to close: it stays open\n");
+            return line.tell();
+        }
         line.put(b"` made system call ");
         line.number(violation.call.unsigned_abs());
-        // SAFETY: the kernel hands over a ucontext_t; the signal is raised at the call, so that the registers are those
-        // of its arguments.
-        let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
         line.put(b" (");
         // Commands, flags and descriptors have 32 bits.
         line.number(registers[libc::REG_RDI as usize] as u32);
@@ -86,6 +99,15 @@ impl Line {
         Line {
             bytes: [0; LINE_BYTES],
             length: 0,
+        }
+    }
+
+    /// Writes it to standard error, unless that was done often.
+    fn tell(&self) {
+        static TOLD: AtomicU32 = AtomicU32::new(0);
+        if TOLD.fetch_add(1, Ordering::Relaxed) < TOLD_AT_MOST {
+            // SAFETY: writes what was filled in.
+            unsafe { libc::write(libc::STDERR_FILENO, self.bytes.as_ptr().cast(), self.length) };
         }
     }
 
