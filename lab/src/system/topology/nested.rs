@@ -15,7 +15,7 @@ use super::{
     add, add_node, announce, deleted_with, disk, disk_path, downstream, gone_once, machine, output,
     refused, remove, until,
 };
-use crate::system::hotplug::{GUEST, LOOK, disk_is_gone, shell, wait_for, write_disk};
+use crate::system::hotplug::{GUEST, LOOK, disk_is_gone_within, shell, wait_for, write_disk};
 use crate::system::{Ground, MIB, STEP_LIMIT, clean_kernel_log};
 use crate::vmm::Vmm;
 
@@ -157,7 +157,12 @@ fn while_the_child_drains(vmm: &mut Vmm, work: &str) -> Result<()> {
         begun.elapsed()
     );
     gone_once(&gone, &ALL, &ORDER)?;
-    disk_is_gone(vmm, work, "n1")?;
+    let asked = Instant::now();
+    if let Err(error) = disk_is_gone_within(vmm, work, "n1", GUEST) {
+        ensure!(asked.elapsed() >= GUEST, "{error:#}");
+        // What it asked of the disk after it had turned off the port has no answer, and not every Linux gives that up.
+        println!("      the guest waits for a request of its own, {work} was NOT COMPARED");
+    }
     // All of it is free again: what this guest makes of it is another matter.
     put_together(vmm)
 }
