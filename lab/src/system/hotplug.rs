@@ -20,7 +20,7 @@ pub(super) use force::{each_by_force, forced, quarantined, until};
 pub(super) use held::{awaited, outlasted, waited_for};
 pub use mistakes::mistakes;
 use models::Model;
-pub(super) use models::{disk_is_gone, disk_is_gone_within, has_ended, keep_on, shell, write_disk};
+pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
 pub(super) use residue::Residue;
 
 /// A guest notices a device, or lets go of it, within this.

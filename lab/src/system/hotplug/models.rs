@@ -371,16 +371,11 @@ pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
 /// What was under way has ended, well or with an error. Nothing that was read was wrong, and what was completed is in the
 /// file of the node that the disk was on.
 pub fn disk_is_gone(vmm: &mut Vmm, path: &str, node: &str) -> Result<()> {
-    disk_is_gone_within(vmm, path, node, STEP_LIMIT)
-}
-
-/// The same, for a guest that may wait for a request without end.
-pub fn disk_is_gone_within(vmm: &mut Vmm, path: &str, node: &str, limit: Duration) -> Result<()> {
     let stop = Command::DiskStop {
         path: path.into(),
         verify: false,
     };
-    let status: DiskStatus = vmm.guest().call(stop, limit)?;
+    let status: DiskStatus = vmm.guest().call(stop, STEP_LIMIT)?;
     ensure!(status.mismatches == 0, "{status:?}");
     ensure!(status.writes > 0, "nothing was written: {status:?}");
     let image = File::open(file_of_node(vmm, node)?).context("the image")?;

@@ -15,7 +15,7 @@ use super::{
     add, add_node, announce, deleted_with, disk, disk_path, downstream, gone_once, machine, output,
     refused, remove, until,
 };
-use crate::system::hotplug::{GUEST, LOOK, disk_is_gone_within, shell, wait_for, write_disk};
+use crate::system::hotplug::{GUEST, LOOK, shell, wait_for, write_disk};
 use crate::system::{Ground, MIB, STEP_LIMIT, clean_kernel_log};
 use crate::vmm::Vmm;
 
@@ -53,8 +53,8 @@ pub fn nested(ground: &Ground) -> Result<()> {
     }
 
     put_together(&mut vmm)?;
-    let disk = work(&mut vmm)?;
-    while_the_child_drains(&mut vmm, &disk)?;
+    work(&mut vmm)?;
+    while_the_child_drains(&mut vmm)?;
     vmm.qmp().execute("quit", Value::Null)?;
     let status = vmm.wait_exit(STEP_LIMIT)?;
     ensure!(status.success(), "the VMM ended with {status}{}", vmm.log());
@@ -110,15 +110,14 @@ fn one_after_the_other(vmm: &mut Vmm, first: &str) -> Result<()> {
     clean_kernel_log(vmm)
 }
 
-/// The guest writes to d1 from now on; what it calls it.
-fn work(vmm: &mut Vmm) -> Result<String> {
+/// The guest writes to d1 from now on.
+fn work(vmm: &mut Vmm) -> Result<()> {
     let path = disk_path(vmm, "d1")?;
-    write_disk(vmm, &path)?;
-    Ok(path)
+    write_disk(vmm, &path)
 }
 
 /// The guest turns the root port off without a word to its drivers.
-fn while_the_child_drains(vmm: &mut Vmm, work: &str) -> Result<()> {
+fn while_the_child_drains(vmm: &mut Vmm) -> Result<()> {
     let path = disk_path(vmm, "d0")?;
     // All that takes an emulated guest long is done before the read begins.
     let power_off = power_off(vmm)?;
@@ -157,12 +156,7 @@ fn while_the_child_drains(vmm: &mut Vmm, work: &str) -> Result<()> {
         begun.elapsed()
     );
     gone_once(&gone, &ALL, &ORDER)?;
-    let asked = Instant::now();
-    if let Err(error) = disk_is_gone_within(vmm, work, "n1", GUEST) {
-        ensure!(asked.elapsed() >= GUEST, "{error:#}");
-        // What it asked of the disk after it had turned off the port has no answer, and not every Linux gives that up.
-        println!("      the guest waits for a request of its own, {work} was NOT COMPARED");
-    }
+    // What the guest asked of d1 after that has no answer, and it waits for one: it is not asked how its work went.
     // All of it is free again: what this guest makes of it is another matter.
     put_together(vmm)
 }
