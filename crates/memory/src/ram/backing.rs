@@ -6,7 +6,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::PathBuf;
-use std::ptr::NonNull;
+use std::ptr::{self, NonNull};
 
 use super::host::{HostMemory, huge_page_figures};
 use super::source::Source;
@@ -184,11 +184,15 @@ impl Mapping {
     }
 
     /// Maps a range and tells the host how to treat it.
+    ///
+    /// It is mapped elsewhere and then moved: a mapping over the reservation that is refused (for want of memory, or by the
+    /// file) may have taken that away already. In the hole another thread would get what it maps, over which the
+    /// next mapping of ours would go.
     fn map(&self, range: Range<u64>, charge: bool, protection: libc::c_int) -> Result<(), Error> {
         if range.is_empty() {
             return Ok(());
         }
-        let mut flags = libc::MAP_FIXED;
+        let mut flags = 0;
         // Memory that is not to be plugged yet may exceed what the host has.
         if !charge {
             flags |= libc::MAP_NORESERVE;
@@ -208,19 +212,11 @@ impl Mapping {
             }
         };
         let length = (range.end - range.start) as usize;
-        // SAFETY: MAP_FIXED over the block's own place in the arena, which nobody uses yet, or
-        // (in `grow`) over a part of it that was inaccessible.
-        let result = unsafe {
-            libc::mmap(
-                self.at(range.start),
-                length,
-                protection,
-                flags,
-                fd,
-                range.start as libc::off_t,
-            )
-        };
-        if result != libc::MAP_FAILED {
+        let from = range.start as libc::off_t;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let fresh = unsafe { libc::mmap(ptr::null_mut(), length, protection, flags, fd, from) };
+        if fresh != libc::MAP_FAILED {
+            self.put_in_place(fresh, &range)?;
             return self.apply_policy(&range);
         }
         let source = io::Error::last_os_error();
@@ -241,6 +237,22 @@ impl Mapping {
                 Err(self.fail(&what, &range, source))
             }
         }
+    }
+
+    /// Moves a mapping of the length of `range` to where that is.
+    fn put_in_place(&self, fresh: *mut libc::c_void, range: &Range<u64>) -> Result<(), Error> {
+        let length = (range.end - range.start) as usize;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: the mapping is ours, and nobody else knows it yet. It goes over the block's own place in the arena, which
+        // nobody uses yet, or (in `grow`) over a part of it that was inaccessible.
+        let moved = unsafe { libc::mremap(fresh, length, length, flags, self.at(range.start)) };
+        if moved != libc::MAP_FAILED {
+            return Ok(());
+        }
+        let source = io::Error::last_os_error();
+        // SAFETY: as above; it was not moved.
+        unsafe { libc::munmap(fresh, length) };
+        Err(self.fail("move (of huge pages: Linux 5.16)", range, source))
     }
 
     /// The host lacks memory of the kind needed.
