@@ -58,7 +58,7 @@ pub fn waited_for(ground: &Ground) -> Result<()> {
     let mut vmm = writing(ground, [medium, held])?;
     let socket = vmm.qmp_path();
     withdrawn(&mut vmm, &socket)?;
-    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+    ask_again(&mut vmm)?;
     force(&mut vmm)?;
     in_phase(&mut vmm, "draining")?;
 
@@ -113,6 +113,19 @@ fn withdrawn(vmm: &mut Vmm, socket: &Path) -> Result<()> {
     let said = waiting.answer()?.err().context("it has not gone")?;
     ensure!(said.contains("stays plugged in"), "{said}");
     Ok(())
+}
+
+/// Asks for the removal of d0, as soon as the guest is through with the one that was withdrawn.
+fn ask_again(vmm: &mut Vmm) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let Err(error) = vmm.qmp().execute("device_del", json!({"id": "d0"})) else {
+            return Ok(());
+        };
+        let is_busy = format!("{error:#}").contains("is blinking");
+        ensure!(is_busy && begun.elapsed() < GUEST, "{error:#}");
+        std::thread::sleep(LOOK);
+    }
 }
 
 fn refused(vmm: &mut Vmm, command: &str, node: &str, part: &str) -> Result<()> {
