@@ -3,10 +3,12 @@
 
 mod disk;
 
+use std::sync::Arc;
+
 use disk::{ALL, Options, Rig, SECTOR, SERIAL, pattern};
 use ebbtide_lab_driver::blk::{Request, status};
 use ebbtide_lab_driver::{Layout, Part, Random, poll};
-use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
+use ebbtide_memory::{Backing, Gpa, RamBlock, RamSpec, Region};
 use ebbtide_virtio::status as device_status;
 
 fn random_part(random: &mut Random, ram: Gpa, writable: bool) -> Part {
@@ -112,18 +114,23 @@ fn an_id_that_does_not_fit_is_cut() {
     assert_eq!(rig.board.ram().read(answer, 21), expected);
 }
 
-/// More RAM right behind the board's own, which ends at 32 MiB.
-fn more_ram(rig: &Rig) -> Gpa {
-    let at = Gpa(32 << 20);
+/// 2 MiB of RAM that is nowhere yet.
+fn ram_block(rig: &Rig, name: &str) -> Arc<RamBlock> {
     let spec = RamSpec {
-        name: "more".into(),
+        name: name.into(),
         size_bytes: 2 << 20,
         max_size_bytes: 2 << 20,
         backing: Backing::Anon { thp: false },
         prefault: false,
         block_size_bytes: None,
     };
-    let block = rig.board.memory().ram().add(spec).unwrap();
+    rig.board.memory().ram().add(spec).unwrap()
+}
+
+/// More RAM right behind the board's own, which ends at 32 MiB.
+fn more_ram(rig: &Rig) -> Gpa {
+    let at = Gpa(32 << 20);
+    let block = ram_block(rig, "more");
     let region = Region::ram("more", &block);
     rig.board
         .memory()
@@ -232,15 +239,7 @@ fn requests_in_rom() {
     let mut rig = Rig::new();
     let ram = rig.board.ram().clone();
     let (shown, rom) = (Gpa(64 << 20), Gpa(96 << 20));
-    let spec = RamSpec {
-        name: "rom".into(),
-        size_bytes: 2 << 20,
-        max_size_bytes: 2 << 20,
-        backing: Backing::Anon { thp: false },
-        prefault: false,
-        block_size_bytes: None,
-    };
-    let block = rig.board.memory().ram().add(spec).unwrap();
+    let block = ram_block(&rig, "rom");
     let regions = [
         (shown, Region::ram("shown", &block)),
         (rom, Region::rom("rom", &block)),

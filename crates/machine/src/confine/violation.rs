@@ -81,11 +81,9 @@ extern "C" fn on_violation(_: c_int, info: *mut libc::siginfo_t, context: *mut c
     } else {
         line.put(b"` was sent SIGSYS: ended\n");
     }
-    // SAFETY: writes what was filled in, and ends the process without running anything of it.
-    unsafe {
-        libc::write(libc::STDERR_FILENO, line.bytes.as_ptr().cast(), line.length);
-        libc::_exit(EXIT_CODE)
-    }
+    line.write();
+    // SAFETY: ends the process without running anything of it.
+    unsafe { libc::_exit(EXIT_CODE) }
 }
 
 /// Text without an allocation; what does not fit is cut.
@@ -102,12 +100,17 @@ impl Line {
         }
     }
 
-    /// Writes it to standard error, unless that was done often.
+    /// Writes it to standard error.
+    fn write(&self) {
+        // SAFETY: writes what was filled in.
+        unsafe { libc::write(libc::STDERR_FILENO, self.bytes.as_ptr().cast(), self.length) };
+    }
+
+    /// The same, unless that was done often.
     fn tell(&self) {
         static TOLD: AtomicU32 = AtomicU32::new(0);
         if TOLD.fetch_add(1, Ordering::Relaxed) < TOLD_AT_MOST {
-            // SAFETY: writes what was filled in.
-            unsafe { libc::write(libc::STDERR_FILENO, self.bytes.as_ptr().cast(), self.length) };
+            self.write();
         }
     }
 

@@ -311,7 +311,7 @@ impl RamBlock {
         let level = Level::new(0);
         let submit = {
             let mut busy = lock(&sparse.busy);
-            if self.life.load(Acquire) == GONE {
+            if self.is_gone() {
                 return Err(Error::Unplugged(self.name().to_owned()));
             }
             if sparse.fence.map().count(blocks.clone()) != blocks.end - blocks.start {
