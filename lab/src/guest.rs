@@ -16,6 +16,8 @@ use ebbtide_hostile::ejector;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::delay;
+
 /// What the kernel prints when it is lost.
 const PANIC: &str = "Kernel panic";
 /// Console output kept for errors and the log.
@@ -155,6 +157,7 @@ impl Guest {
     /// # Errors
     /// The line is closed.
     pub fn send(&mut self, command: Command) -> Result<Pending> {
+        delay::pass();
         let id = self.next_id;
         self.next_id += 1;
         let line =

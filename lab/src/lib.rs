@@ -15,6 +15,7 @@ mod scheduled;
 pub mod agent;
 pub mod bench;
 pub mod capsule;
+pub mod delay;
 pub mod demo;
 pub mod deny;
 pub mod guest;

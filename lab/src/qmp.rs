@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail};
 use serde_json::{Value, json};
 
+use crate::delay;
+
 /// Answers come at once unless something is badly wrong.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
@@ -108,6 +110,7 @@ impl Qmp {
             request["arguments"] = arguments;
         }
         let line = request.to_string() + "\n";
+        delay::pass();
         self.writer
             .write_all(line.as_bytes())
             .with_context(|| format!("send {command}"))?;
@@ -143,6 +146,7 @@ impl Qmp {
     /// # Errors
     /// It doesn't come in time, or the connection is lost.
     pub fn wait_event(&mut self, name: &str, timeout: Duration) -> Result<QmpEvent> {
+        delay::pass();
         let deadline = Instant::now() + timeout;
         loop {
             if let Some(index) = self.events.iter().position(|event| event.name == name)
@@ -160,6 +164,7 @@ impl Qmp {
     /// # Errors
     /// What came in is no event.
     pub fn take_events(&mut self) -> Result<Vec<QmpEvent>> {
+        delay::pass();
         while let Ok(message) = self.incoming.try_recv() {
             self.keep_event(message)?;
         }

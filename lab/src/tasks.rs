@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use ebbtide_lab::capsule::{self, Capsule};
+use ebbtide_lab::delay;
 use ebbtide_lab::kernel::Series;
 use ebbtide_lab::probe::{self, Place};
 use ebbtide_lab::process::Contained;
@@ -51,6 +52,9 @@ pub struct SystemOptions {
     /// Only the scenario of this name, or those whose name contains it
     #[arg(long)]
     only: Option<String>,
+    /// Wait at random before what is asked of VMM and guest: finds tests that only pass in a hurry
+    #[arg(long, value_name = "SEED")]
+    delays: Option<u64>,
 }
 
 #[derive(clap::Args)]
@@ -180,6 +184,9 @@ pub fn system(options: &SystemOptions) -> Result<ExitCode> {
         Words::Standard,
     )? {
         return Ok(code);
+    }
+    if let Some(seed) = options.delays {
+        delay::begin(seed);
     }
     let result = system::run(&grounds, options.only.as_deref());
     // Only there if a VM was started.

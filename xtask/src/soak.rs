@@ -13,6 +13,9 @@ pub struct SoakArgs {
     /// Run only the scenario of this name, or those whose name contains it
     #[arg(long)]
     only: Option<String>,
+    /// Wait at random before what is asked of VMM and guest: finds tests that only pass in a hurry
+    #[arg(long, value_name = "SEED")]
+    delays: Option<u64>,
 }
 
 /// Runs every scenario at full length.
@@ -27,6 +30,9 @@ pub fn run(args: &SoakArgs) -> Result<()> {
     }
     if let Some(only) = &args.only {
         command.args(["--only", only]);
+    }
+    if let Some(seed) = args.delays {
+        command.args(["--delays", &seed.to_string()]);
     }
     build::run(&mut command)
 }

@@ -235,18 +235,25 @@ pub(super) fn wait_for(vmm: &mut Vmm, path: &str, there: bool) -> Result<()> {
     }
 }
 
+/// Whether a DEVICE_DELETED has come; the VMM tells before it answers what comes after.
+fn says_deleted(vmm: &mut Vmm) -> Result<bool> {
+    let events = vmm.qmp().take_events()?;
+    Ok(events.iter().any(|e| e.name == "DEVICE_DELETED"))
+}
+
 /// A device that is added again and again at every moment of another's way out.
 pub fn reuse(ground: &Ground) -> Result<()> {
     let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
     let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 300_000_000u64});
-    vmm.qmp().execute("blockdev-add", node)?;
+    vmm.qmp().execute("blockdev-add", node.clone())?;
     let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0", "addr": "7"});
     vmm.qmp().execute("device_add", disk.clone())?;
     wait_for(&mut vmm, "/dev/vda", true)?;
     vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
     let mut refused = 0;
+    let mut told = false;
     let begun = Instant::now();
-    loop {
+    while !told {
         if begun.elapsed() > GUEST {
             bail!(
                 "it does not go: {}\n{}",
@@ -254,23 +261,28 @@ pub fn reuse(ground: &Ground) -> Result<()> {
                 kernel_log(&mut vmm)?
             );
         }
-        let events = vmm.qmp().take_events()?;
-        let gone = events.iter().any(|e| e.name == "DEVICE_DELETED");
-        let again = vmm.qmp().execute("device_add", disk.clone());
-        let node_gone = vmm
-            .qmp()
-            .execute("blockdev-del", json!({"node-name": "n0"}));
-        if gone {
-            again.context("the id, the slot and the node are free after DEVICE_DELETED")?;
-            break;
+        // What the VMM takes from now on, it must take: it has said so before.
+        told |= says_deleted(&mut vmm)?;
+        let again = vmm.qmp().execute("device_add", disk.clone()).is_ok();
+        let node_gone = !again
+            && vmm
+                .qmp()
+                .execute("blockdev-del", json!({"node-name": "n0"}))
+                .is_ok();
+        ensure!(
+            again || node_gone || !told,
+            "the id, the slot and the node are not free after DEVICE_DELETED"
+        );
+        if again || node_gone {
+            // It may have gone between the look at the events and the command.
+            told |= says_deleted(&mut vmm)?;
+            ensure!(told, "what the device has was given away under it");
         }
-        if again.is_ok() {
-            // It went between the look at the events and the command.
-            vmm.qmp().wait_event("DEVICE_DELETED", GUEST)?;
-            break;
+        if node_gone {
+            vmm.qmp().execute("blockdev-add", node.clone())?;
+            vmm.qmp().execute("device_add", disk.clone())?;
         }
-        ensure!(node_gone.is_err(), "the node went under the device");
-        refused += 1;
+        refused += u32::from(!told);
         std::thread::sleep(LOOK);
     }
     ensure!(refused > 0, "the removal was over before it was looked at");

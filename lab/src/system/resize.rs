@@ -4,6 +4,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use ebbtide_hostile::Random;
 use serde_json::{Value, json};
 
 use super::hotplug::{shell, until, wait_for};
@@ -61,7 +62,7 @@ pub fn random_targets(ground: &Ground) -> Result<()> {
     let changes = if ground.long { 500 } else { 20 };
     let top = 3 * GIB;
     let mut vmm = ground.boot(1, top)?;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut random = Random::new(1);
     let blocks = (top - BOOT) / BLOCK;
     for change in 0..changes {
         let total = BOOT + random.below(blocks + 1) * BLOCK;
@@ -201,16 +202,4 @@ fn grow(vmm: &mut Vmm, total: u64, limit: Duration) -> Result<()> {
 
 fn text(value: &Value) -> &str {
     value.as_str().unwrap_or("?")
-}
-
-/// xorshift64: a test must be able to run again as it was.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0 % limit
-    }
 }
