@@ -16,7 +16,8 @@
 //! Requests come through a channel from vCPUs, devices, monitors and signals, and are done one
 //! after the other: a reset never meets half of a stop. What a guest asked for dies with it: Linux
 //! pulls the reset line of the keyboard controller ten times, and the guest that comes after the
-//! first pull must not be reset by the second.
+//! first pull must not be reset by the second. A reset that a monitor asks for is done, too, when
+//! another has brought a new guest since.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -114,10 +115,12 @@ impl Requests {
         self.guest.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// What is to be done about `posted`: nothing if it comes from a guest that is no more.
+    /// What is to be done about `posted`: nothing if it comes from a guest that is no more, or was to end that guest
+    /// alone.
     pub fn receive(&self, posted: Posted) -> Option<Request> {
         let current = posted.guest == self.guest.load(Ordering::Relaxed);
-        (current || !posted.request.is_of_guest()).then_some(posted.request)
+        let reset = matches!(posted.request, Request::Reset { .. });
+        (current || !reset && !posted.request.is_of_guest()).then_some(posted.request)
     }
 
     /// Who else than the guest has asked for the end of the VM, which will be done when its turn has come: whatever waits
@@ -293,19 +296,22 @@ mod tests {
         requests.shutdown(ShutdownCause::GuestShutdown);
         requests.reset(ShutdownCause::HostQmpSystemReset);
         assert_eq!(requests.ending(), None, "of a guest that may be no more");
+        requests.send(Request::PowerButton);
         requests.shutdown(ShutdownCause::HostSignal);
         requests.shutdown(ShutdownCause::HostQmpQuit);
         assert_eq!(requests.ending(), Some(ShutdownCause::HostSignal));
         assert!(matches!(next(), Some(Request::Reset { .. })));
         requests.next_guest();
         requests.send(Request::Cpu(fault));
-        for _ in 0..3 {
+        requests.reset(ShutdownCause::HostQmpSystemReset);
+        for _ in 0..4 {
             assert!(next().is_none(), "of the guest before");
         }
-        assert!(matches!(next(), Some(Request::Reset { .. })));
+        assert!(matches!(next(), Some(Request::PowerButton)));
         assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Shutdown { .. })));
         assert!(matches!(next(), Some(Request::Cpu(_))), "of this guest");
+        assert!(matches!(next(), Some(Request::Reset { .. })));
     }
 
     #[test]
