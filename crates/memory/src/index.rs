@@ -335,19 +335,19 @@ fn borders(first: u64, last: u64, flats: &[Arc<Flat>]) -> (u64, u64) {
 
 /// Number of the first cell: numbers grow with the addresses, and what they start from is chosen
 /// for the cheapest look-up.
-const FIRST_CELL: usize = (LOW_BITS as usize) << CELL_BITS;
+const FIRST_CELL: usize = ((LOW_BITS - CELL_BITS) as usize) << CELL_BITS;
 
 /// The number of the cell that covers `address`.
 #[inline(always)]
 fn cell_of(address: u64) -> usize {
-    let octave = top_bit(address | 1 << LOW_BITS);
-    ((octave << CELL_BITS) as usize) + (address >> (octave - CELL_BITS)) as usize
+    let shift = top_bit(address >> CELL_BITS | 1 << (LOW_BITS - CELL_BITS));
+    ((shift << CELL_BITS) + (address >> shift)) as usize
 }
 
 /// The number of the highest bit set, of which there is one.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline(always)]
-fn top_bit(mut value: u64) -> u32 {
+fn top_bit(mut value: u64) -> u64 {
     // What `leading_zeros` compiles to leaves its target register as it was for 0, and so waits
     // for whatever computed it: here the look-up before, which makes look-ups wait for each other
     // (9 ns instead of 1). With source and target the same there is nothing to wait for.
@@ -355,14 +355,14 @@ fn top_bit(mut value: u64) -> u32 {
     unsafe {
         std::arch::asm!("bsr {0}, {0}", inout(reg) value, options(pure, nomem, nostack));
     }
-    value as u32
+    value
 }
 
 /// The number of the highest bit set, of which there is one.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 #[inline(always)]
-fn top_bit(value: u64) -> u32 {
-    63 - value.leading_zeros()
+fn top_bit(value: u64) -> u64 {
+    (63 - value.leading_zeros()).into()
 }
 
 /// First and last address of a cell.

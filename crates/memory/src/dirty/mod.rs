@@ -36,7 +36,7 @@ mod table;
 
 pub use log::DirtyLog;
 pub use snapshot::{DirtyRanges, DirtySnapshot};
-pub(crate) use table::{BlockInfo, SlotLog, Table};
+pub(crate) use table::{BlockInfo, Key, SlotLog, Table};
 
 /// What one bit stands for, in bytes.
 pub(crate) const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;

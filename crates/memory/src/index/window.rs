@@ -118,11 +118,11 @@ impl Window {
         if self.shift != 0 {
             let (first, last) = (place.host, place.host + (len - 1));
             // SAFETY: bank and words are those of the block (M2), in which the bytes lie.
-            let bank = unsafe {
+            let step = unsafe {
                 let (first, last) = (first >> self.shift, last >> self.shift);
                 fence::admit(&*self.bank, self.words, first, last)
             }?;
-            place.lane = self.lane.in_bank(bank);
+            place.lane = self.lane.step(step);
         }
         Some(place)
     }
@@ -157,11 +157,14 @@ impl Window {
     /// The window is that of a sparse block, and the bytes lie in it.
     #[inline(always)]
     unsafe fn admit_one(&self, host: u64, len: u64) -> Option<Lane> {
-        if ((host + (len - 1)) ^ host) >> self.shift != 0 {
+        let shift = self.shift;
+        // SAFETY: of a block size in bytes, which is a `u64`. The processor's shifts see to what is above.
+        unsafe { std::hint::assert_unchecked(shift < u64::BITS) };
+        if ((host + (len - 1)) ^ host) >> shift != 0 {
             return None;
         }
         // SAFETY: bank and words are those of the block, which the section keeps (M2).
-        let bank = unsafe { fence::admit_one(&*self.bank, self.words, host >> self.shift) }?;
-        Some(self.lane.in_bank(bank))
+        let step = unsafe { fence::admit_one(&*self.bank, self.words, host >> shift) }?;
+        Some(self.lane.step(step))
     }
 }
