@@ -5,6 +5,7 @@
 //! clients, one byte, and the bitmaps. Everything else is behind a lock that writers never take.
 
 use std::collections::BTreeMap;
+use std::hint::cold_path;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -137,6 +138,7 @@ impl Table {
         let word_zero = self.bitmaps.of(lane).only.load(Acquire);
         let across = (host & (PAGE_BYTES - 1)) + len > PAGE_BYTES;
         if word_zero.is_null() || across {
+            cold_path();
             // SAFETY: as for this function.
             return unsafe { self.mark(lane.slot(), host, len) };
         }

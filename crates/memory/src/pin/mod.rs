@@ -186,24 +186,25 @@ impl Pin {
     /// `Overflow` outside of it.
     #[inline]
     pub fn mark_dirty(&self, offset: usize, len: usize) -> Result<(), AccessError> {
-        if len == 0 || len > self.len || offset > self.len - len {
-            return self.check(offset, len);
+        self.check(offset, len)?;
+        if len != 0 {
+            let Token { row, lane } = self.token;
+            let host = self.ptr as u64 + offset as u64;
+            // SAFETY: inside the pinned memory, which lies in the token's block.
+            unsafe { row.hub().dirty().mark_expected(lane, host, len as u64) };
         }
-        let Token { row, lane } = self.token;
-        let host = self.ptr as u64 + offset as u64;
-        // SAFETY: inside the pinned memory, which lies in the token's block.
-        unsafe { row.hub().dirty().mark_expected(lane, host, len as u64) };
         Ok(())
     }
 
+    #[inline(always)]
     fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(()),
-            _ => Err(AccessError::Overflow {
+        if len > self.len || offset > self.len - len {
+            return Err(AccessError::Overflow {
                 gpa: self.gpa_at(offset),
                 len: len as u64,
-            }),
+            });
         }
+        Ok(())
     }
 }
 
