@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use ebbtide_models::seeded;
 use smallvec::SmallVec;
 
-use super::delta::Delta;
+use super::delta::{Delta, Deltas};
 use super::fixture::Fixture;
 use super::region::Region;
 use crate::flat::Flat;
@@ -58,12 +58,14 @@ impl Tree {
             listeners: Vec::new(),
             index: Index::new(),
         };
-        if let Some(mut delta) = state.delta(0, std::slice::from_ref(&(0..u64::MAX))) {
+        let mut deltas = Deltas::new();
+        state.delta(0, std::slice::from_ref(&(0..u64::MAX)), &mut deltas);
+        if let Some(delta) = deltas.first_mut() {
             let mut blocks = delta.added.iter().filter_map(|flat| flat.block());
             if let Some(block) = blocks.find(|block| !block.is_live()) {
                 return Err(Error::Unplugged(block.name().to_owned()));
             }
-            state.apply(&mut delta, None);
+            state.apply(delta, None);
         }
         root.state().spaces.push(id);
         self.spaces.push(state);
@@ -99,7 +101,8 @@ impl Tree {
         dirty: &mut [(u64, Range<u64>)],
         unplugged: &[(Arc<RamBlock>, Arc<Drain>)],
     ) -> Result<(), Error> {
-        let mut deltas = self.deltas(dirty);
+        let mut deltas = Deltas::new();
+        self.deltas(dirty, &mut deltas);
         self.check_unplugged(&deltas, unplugged)?;
         self.tell_listeners(&deltas)?;
         let grace = memory.grace_worker();
@@ -139,18 +142,16 @@ impl Tree {
         Ok(())
     }
 
-    fn deltas(&self, dirty: &mut [(u64, Range<u64>)]) -> SmallVec<[Delta; 1]> {
+    fn deltas(&self, dirty: &mut [(u64, Range<u64>)], deltas: &mut Deltas) {
         dirty.sort_unstable_by_key(|(space, range)| (*space, range.start));
-        let mut deltas = SmallVec::new();
         for chunk in dirty.chunk_by(|a, b| a.0 == b.0) {
             let Some(at) = self.spaces.iter().position(|space| space.id == chunk[0].0) else {
                 continue;
             };
             let windows: SmallVec<[Range<u64>; 2]> =
                 chunk.iter().map(|(_, range)| range.clone()).collect();
-            deltas.extend(self.spaces[at].delta(at, &windows));
+            self.spaces[at].delta(at, &windows, deltas);
         }
-        deltas
     }
 
     /// A block on its way out must not be shown any more, whatever shows it.
