@@ -106,20 +106,11 @@ impl Tree {
         self.check_unplugged(&deltas, unplugged)?;
         self.tell_listeners(&deltas)?;
         let grace = memory.grace_worker();
-        let mut jobs: SmallVec<[Job; 2]> = SmallVec::new();
         for delta in &mut deltas {
             let space = &mut self.spaces[delta.at];
-            let (view, nodes) = space.apply(delta, grace.spare_view());
+            let view = space.apply(delta, grace.spare_view());
             // A space that is just being dropped has no view to publish.
-            let view = space.space.upgrade().map(|space| space.publish(view));
-            let flats = std::mem::take(&mut delta.removed);
-            let sweeper = Arc::clone(memory.sweeper());
-            jobs.push(Job::View(OldView {
-                view,
-                _nodes: nodes,
-                flats,
-                sweeper,
-            }));
+            delta.old_view = space.space.upgrade().map(|space| space.publish(view));
         }
         grace.hub().bump_generation();
         for delta in &deltas {
@@ -134,10 +125,18 @@ impl Tree {
                 grace.hub().free_slot(drain.slot());
             }
             drain.unpublish();
-            jobs.push(Job::Drain(Arc::clone(drain)));
         }
-        if !jobs.is_empty() {
-            grace.submit_all(jobs);
+        if !deltas.is_empty() || !unplugged.is_empty() {
+            let views = deltas.iter_mut().map(|delta| {
+                Job::View(OldView {
+                    view: delta.old_view.take(),
+                    _nodes: std::mem::take(&mut delta.old_nodes),
+                    flats: std::mem::take(&mut delta.removed),
+                    sweeper: Arc::clone(memory.sweeper()),
+                })
+            });
+            let drains = unplugged.iter();
+            grace.submit_all(views.chain(drains.map(|(_, drain)| Job::Drain(Arc::clone(drain)))));
         }
         Ok(())
     }

@@ -31,6 +31,9 @@ pub(super) struct Delta {
     pub(super) windows: SmallVec<[(Range<usize>, Flats); 1]>,
     pub(super) removed: OldFlats,
     pub(super) added: SmallVec<[Arc<Flat>; 2]>,
+    /// What was shown before, once that is known.
+    pub(super) old_view: Option<Box<View>>,
+    pub(super) old_nodes: OldNodes,
     /// All fixtures afterwards, if they change.
     fixtures: Option<Vec<Fixture>>,
     fixtures_removed: Vec<Fixture>,
@@ -47,6 +50,8 @@ impl SpaceState {
             windows: SmallVec::new(),
             removed: SmallVec::new(),
             added: SmallVec::new(),
+            old_view: None,
+            old_nodes: OldNodes::default(),
             fixtures: None,
             fixtures_removed: Vec::new(),
             fixtures_added: Vec::new(),
@@ -299,14 +304,10 @@ impl SpaceState {
         }
     }
 
-    /// Brings sections and index up to date; returns the new view and the nodes that are old.
-    pub(super) fn apply(
-        &mut self,
-        delta: &mut Delta,
-        spare: Option<Box<View>>,
-    ) -> (Box<View>, OldNodes) {
-        for (old, new) in delta.windows.drain(..).rev() {
-            self.flats.splice(old, new);
+    /// Brings sections and index up to date, with the nodes that are old in the delta; returns the new view.
+    pub(super) fn apply(&mut self, delta: &mut Delta, spare: Option<Box<View>>) -> Box<View> {
+        for (old, new) in delta.windows.iter_mut().rev() {
+            self.flats.splice(old.clone(), new.drain(..));
         }
         if let Some(fixtures) = delta.fixtures.take() {
             self.fixtures = fixtures;
@@ -315,7 +316,7 @@ impl SpaceState {
         let mut changed: SmallVec<[Range<u64>; 2]> =
             both.map(|flat| flat.section.range.clone()).collect();
         changed.sort_unstable_by_key(|range| range.start);
-        let nodes = self.index.update(&self.flats, &changed);
-        (self.index.view(spare), nodes)
+        delta.old_nodes = self.index.update(&self.flats, &changed);
+        self.index.view(spare)
     }
 }
