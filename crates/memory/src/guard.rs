@@ -234,8 +234,9 @@ impl<'r> ReadGuard<'r> {
                 .checked_add(done)
                 .ok_or(AccessError::Overflow { gpa, len })?;
             let (entry, host, _) = self.ram(at, 1, access)?;
-            let count = (entry.last() - at).saturating_add(1).min(len - done);
-            let place = entry.window().place_across(at, count, access);
+            let window = entry.window();
+            let count = window.rest(at).min(len - done);
+            let place = window.place_across(at, count, access);
             let Place { lane, .. } =
                 place.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             let held = list.holds(self.reader.row(), lane);
@@ -308,9 +309,9 @@ pub(crate) fn ram_at(
         });
     }
     let host = entry.host(address);
-    let here = (entry.last() - address).saturating_add(1).min(len);
+    let window = entry.window();
     // SAFETY: bytes of the section and so of its window.
-    let count = unsafe { entry.window().plugged_prefix(host, here) };
+    let count = unsafe { window.plugged_prefix(host, window.rest(address).min(len)) };
     if count == 0 {
         return Err(AccessError::Unplugged {
             gpa: Gpa(address),

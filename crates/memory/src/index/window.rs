@@ -83,6 +83,12 @@ impl Window {
         }
     }
 
+    /// Bytes from `address`, which is in the section of RAM, to its end.
+    #[inline(always)]
+    pub(crate) fn rest(&self, address: u64) -> u64 {
+        self.readable - (address - self.start)
+    }
+
     /// The slot of the section's block.
     pub(crate) fn slot(&self) -> u32 {
         self.lane.slot()
