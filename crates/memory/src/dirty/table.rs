@@ -128,7 +128,8 @@ impl Table {
         }
     }
 
-    /// As [`Table::mark`], by a lane of the slot; fast where the block is logged for one client and one page is written.
+    /// As [`Table::mark`], by a lane of the slot; fast where the block is logged for one client and one
+    /// page is written.
     ///
     /// # Safety
     /// As for [`Table::mark`], and `len` is not 0.

@@ -164,7 +164,7 @@ impl Window {
     #[inline(always)]
     unsafe fn admit_one(&self, host: u64, len: u64) -> Option<Lane> {
         let shift = self.shift;
-        // SAFETY: of a block size in bytes, which is a `u64`. The processor's shifts see to what is above.
+        // SAFETY: the log2 of a `u64`. Known to be so small, it needs no mask.
         unsafe { std::hint::assert_unchecked(shift < u64::BITS) };
         if ((host + (len - 1)) ^ host) >> shift != 0 {
             return None;
