@@ -59,6 +59,10 @@ macro_rules! counted {
                 self.0.load(order)
             }
 
+            pub(crate) fn as_ptr(&self) -> *mut $value {
+                self.0.as_ptr()
+            }
+
             pub(crate) fn store(&self, value: $value, order: Ordering) {
                 note(self, false);
                 self.0.store(value, order);

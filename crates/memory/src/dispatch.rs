@@ -122,9 +122,9 @@ fn piece(
         bytes.part(0, count).fill_ones();
         return (count, Err(AccessError::Unmapped { gpa, len }));
     };
-    let here = (entry.last - at).saturating_add(1).min(len);
-    let hidden = bytes.access().writes() && entry.kind & READONLY != 0;
-    if entry.kind & RAM != 0 && !hidden {
+    let here = (entry.last() - at).saturating_add(1).min(len);
+    let hidden = bytes.access().writes() && entry.kind() & READONLY != 0;
+    if entry.kind() & RAM != 0 && !hidden {
         let mut here = bytes.part(0, here as usize);
         let outcome = match &mut here {
             Bytes::Load(bytes) => guard.read_bytes(gpa, bytes),

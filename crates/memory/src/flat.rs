@@ -184,14 +184,19 @@ pub(crate) struct Flat {
 
 impl Flat {
     pub(crate) fn new(section: FlatSection) -> Arc<Flat> {
-        let flat = Arc::new(Flat {
-            window: Window::new(&section),
-            section,
-            solo: Solo::new(),
-        });
-        // SAFETY: its own, just made.
-        unsafe { flat.solo.show(&flat) };
-        flat
+        // Made where it stays, not to be copied there.
+        let flat = Arc::<Flat>::new_uninit();
+        let at = flat.as_ptr().cast_mut();
+        // SAFETY: room for a section that nobody knows yet, with all its parts then: what the node shows
+        // comes last, and is its own.
+        unsafe {
+            (&raw mut (*at).window).write(Window::new(&section));
+            (&raw mut (*at).section).write(section);
+            (&raw mut (*at).solo).write(Solo::new());
+            let flat = flat.assume_init();
+            flat.solo.show(&flat);
+            flat
+        }
     }
 
     /// The section as pins see it.

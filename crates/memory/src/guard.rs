@@ -234,8 +234,9 @@ impl<'r> ReadGuard<'r> {
                 .checked_add(done)
                 .ok_or(AccessError::Overflow { gpa, len })?;
             let (entry, host, _) = self.ram(at, 1, access)?;
-            let count = (entry.last - at).saturating_add(1).min(len - done);
-            let place = entry.window().place_across(at, count, access);
+            let window = entry.window();
+            let count = window.rest(at).min(len - done);
+            let place = window.place_across(at, count, access);
             let Place { lane, .. } =
                 place.ok_or_else(|| refusal(self.view, Gpa(at), count, access))?;
             let held = list.holds(self.reader.row(), lane);
@@ -298,19 +299,19 @@ pub(crate) fn ram_at(
     access: Access,
 ) -> Result<(&Entry, *mut u8, u64), AccessError> {
     let entry = match view.lookup(address) {
-        Some(entry) if entry.kind & RAM != 0 => entry,
+        Some(entry) if entry.kind() & RAM != 0 => entry,
         _ => return Err(refusal(view, Gpa(address), len, access)),
     };
-    if entry.kind & READONLY != 0 && access.writes() {
+    if entry.kind() & READONLY != 0 && access.writes() {
         return Err(AccessError::ReadOnly {
             gpa: Gpa(address),
             len,
         });
     }
     let host = entry.host(address);
-    let here = (entry.last - address).saturating_add(1).min(len);
+    let window = entry.window();
     // SAFETY: bytes of the section and so of its window.
-    let count = unsafe { entry.window().plugged_prefix(host, here) };
+    let count = unsafe { window.plugged_prefix(host, window.rest(address).min(len)) };
     if count == 0 {
         return Err(AccessError::Unplugged {
             gpa: Gpa(address),
@@ -339,15 +340,15 @@ fn refusal(view: &View, gpa: Gpa, len: u64, access: Access) -> AccessError {
     let Some(entry) = view.lookup(gpa.raw()) else {
         return AccessError::Unmapped { gpa, len };
     };
-    if entry.kind & RAM == 0 {
+    if entry.kind() & RAM == 0 {
         return AccessError::NotRam { gpa, len };
     }
-    if entry.kind & READONLY != 0 && access.writes() {
+    if entry.kind() & READONLY != 0 && access.writes() {
         return AccessError::ReadOnly { gpa, len };
     }
-    let rest = entry.last - gpa.raw();
+    let rest = entry.last() - gpa.raw();
     if rest < len - 1 {
-        let next = Gpa(entry.last.saturating_add(1));
+        let next = Gpa(entry.last().saturating_add(1));
         return match view.lookup(next.raw()) {
             None => AccessError::Unmapped {
                 gpa: next,
@@ -393,13 +394,13 @@ impl<'g> Section<'g> {
     /// Bytes from the address that was looked up to the end of the section.
     #[inline(always)]
     pub fn remaining(&self) -> u64 {
-        (self.entry.last - self.gpa).saturating_add(1)
+        (self.entry.last() - self.gpa).saturating_add(1)
     }
 
     /// Whether it is RAM or ROM. Parts of RAM may be unplugged.
     #[inline(always)]
     pub fn is_ram(&self) -> bool {
-        self.entry.kind & RAM != 0
+        self.entry.kind() & RAM != 0
     }
 
     /// The host address of the address that was looked up, for RAM. It may be unplugged; it is

@@ -51,51 +51,44 @@ const COARSE_SLOTS: u64 = 512;
 const UNIT: usize = 8;
 
 /// The section is RAM or ROM.
-pub(crate) const RAM: u32 = 1;
+pub(crate) const RAM: usize = 1;
 /// Devices may not write.
-pub(crate) const READONLY: u32 = 2;
+pub(crate) const READONLY: usize = 2;
 /// The entry names a further node.
-const NODE: u32 = 4;
-/// Registers or a reservation.
-const OTHER: u32 = 8;
+const NODE: usize = 4;
+/// All of them.
+const KIND: usize = RAM | READONLY | NODE;
 
-/// One answer of the index.
+/// One answer of the index. Small: of a map of thousands of regions the entries are what does not fit into
+/// the processor's nearest cache.
 #[repr(C)]
 pub(crate) struct Entry {
     /// Host address of address 0, were it in this section (wrapping).
     bias: u64,
-    /// 0 when nothing is mapped.
-    pub(crate) kind: u32,
-    /// Last address of the section.
-    pub(crate) last: u64,
-    /// The `Flat`; for `NODE`, the node.
+    /// The `Flat`, or for `NODE` the node, and in the bits which its alignment leaves the kind. Null when
+    /// nothing is mapped.
     to: *const u8,
 }
+const _: () = assert!(align_of::<Flat>() > KIND && align_of::<Head>() > KIND);
 
 impl Entry {
     const UNMAPPED: Entry = Entry {
         bias: 0,
-        kind: 0,
-        last: 0,
         to: ptr::null(),
     };
 
     fn section(flat: &Arc<Flat>) -> Entry {
         let section = &flat.section;
-        let to = Arc::as_ptr(flat).cast();
-        let mut entry = Entry {
-            kind: OTHER,
-            last: section.range.end - 1,
-            to,
-            ..Entry::UNMAPPED
-        };
+        let to: *const u8 = Arc::as_ptr(flat).cast();
+        let mut entry = Entry { bias: 0, to };
         if let SectionKind::Ram {
             block,
             block_offset,
             readonly,
         } = &section.kind
         {
-            entry.kind = RAM | if *readonly { READONLY } else { 0 };
+            let kind = RAM | if *readonly { READONLY } else { 0 };
+            entry.to = to.wrapping_add(kind);
             let host = (block.host().as_ptr() as u64).wrapping_add(*block_offset);
             entry.bias = host.wrapping_sub(section.range.start);
         }
@@ -103,11 +96,31 @@ impl Entry {
     }
 
     fn node(node: Node) -> Entry {
-        Entry {
-            kind: NODE,
-            to: node.into_raw().cast(),
-            ..Entry::UNMAPPED
-        }
+        let to = node.into_raw().cast::<u8>().wrapping_add(NODE);
+        Entry { bias: 0, to }
+    }
+
+    /// `RAM` and `READONLY`.
+    #[inline(always)]
+    pub(crate) fn kind(&self) -> usize {
+        self.to.addr() & KIND
+    }
+
+    #[inline(always)]
+    fn is_node(&self) -> bool {
+        self.to.addr() & NODE != 0
+    }
+
+    /// What `to` points to.
+    #[inline(always)]
+    fn target(&self) -> *const u8 {
+        self.to.map_addr(|address| address & !KIND)
+    }
+
+    /// Last address of the section.
+    #[inline(always)]
+    pub(crate) fn last(&self) -> u64 {
+        self.flat().section.range.end - 1
     }
 
     /// The host address of `address`.
@@ -127,7 +140,7 @@ impl Entry {
     pub(crate) fn flat(&self) -> &Flat {
         // SAFETY: not called for `NODE` or unmapped entries, which `View::lookup` never returns;
         // the view's `Flat`s outlive the view (M2).
-        unsafe { &*self.to.cast() }
+        unsafe { &*self.target().cast() }
     }
 }
 
@@ -292,10 +305,10 @@ impl Drop for Node {
     fn drop(&mut self) {
         let head = self.head();
         let (layout, _) = Node::layout(head.slot_count as usize, head.entry_count as usize);
-        for entry in self.entries().iter().filter(|entry| entry.kind == NODE) {
+        for entry in self.entries().iter().filter(|entry| entry.is_node()) {
             // SAFETY: made by `Entry::node`, owned by this entry alone.
             drop(Node(unsafe {
-                NonNull::new_unchecked(entry.to.cast_mut().cast())
+                NonNull::new_unchecked(entry.target().cast_mut().cast())
             }));
         }
         // SAFETY: allocated in `new` with this layout.
@@ -335,19 +348,19 @@ fn borders(first: u64, last: u64, flats: &[Arc<Flat>]) -> (u64, u64) {
 
 /// Number of the first cell: numbers grow with the addresses, and what they start from is chosen
 /// for the cheapest look-up.
-const FIRST_CELL: usize = (LOW_BITS as usize) << CELL_BITS;
+const FIRST_CELL: usize = ((LOW_BITS - CELL_BITS) as usize) << CELL_BITS;
 
 /// The number of the cell that covers `address`.
 #[inline(always)]
 fn cell_of(address: u64) -> usize {
-    let octave = top_bit(address | 1 << LOW_BITS);
-    ((octave << CELL_BITS) as usize) + (address >> (octave - CELL_BITS)) as usize
+    let shift = top_bit(address >> CELL_BITS | 1 << (LOW_BITS - CELL_BITS));
+    ((shift << CELL_BITS) + (address >> shift)) as usize
 }
 
 /// The number of the highest bit set, of which there is one.
 #[cfg(all(target_arch = "x86_64", not(miri)))]
 #[inline(always)]
-fn top_bit(mut value: u64) -> u32 {
+fn top_bit(mut value: u64) -> u64 {
     // What `leading_zeros` compiles to leaves its target register as it was for 0, and so waits
     // for whatever computed it: here the look-up before, which makes look-ups wait for each other
     // (9 ns instead of 1). With source and target the same there is nothing to wait for.
@@ -355,14 +368,14 @@ fn top_bit(mut value: u64) -> u32 {
     unsafe {
         std::arch::asm!("bsr {0}, {0}", inout(reg) value, options(pure, nomem, nostack));
     }
-    value as u32
+    value
 }
 
 /// The number of the highest bit set, of which there is one.
 #[cfg(not(all(target_arch = "x86_64", not(miri))))]
 #[inline(always)]
-fn top_bit(value: u64) -> u32 {
-    63 - value.leading_zeros()
+fn top_bit(value: u64) -> u64 {
+    (63 - value.leading_zeros()).into()
 }
 
 /// First and last address of a cell.

@@ -289,6 +289,11 @@ impl Home {
         PinToken(Token::count(self.row, Lane::new(slot, bank)))
     }
 
+    /// What the end of a pin asks before it marks what was written.
+    pub(crate) fn may_be_logged(&self) -> bool {
+        self.row.may_be_logged()
+    }
+
     /// Whether it is that of the calling thread.
     pub fn is_own(&self) -> bool {
         self.row.is_home()
@@ -378,13 +383,14 @@ impl Sparse {
     /// The bank for a pin of one block, if it is plugged.
     pub fn admit(&self, block: u64) -> Option<usize> {
         // SAFETY: the models ask for blocks they made.
-        unsafe {
+        let step = unsafe {
             admit_one(
                 self.core.grace.hub().bank(self.fence.slot()),
                 self.fence.map().word_zero(),
                 block,
             )
-        }
+        };
+        step.map(|step| (step / Lane::STEP) as usize)
     }
 
     /// As `RamBlock::seal`.

@@ -10,9 +10,9 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::{self, JoinHandle};
 
-use crate::RamBlocks;
 use crate::flat::Flat;
 use crate::tree::{Region, RegionKind};
+use crate::{FlatSection, RamBlocks};
 
 #[derive(Default)]
 pub(crate) struct Sweeper {
@@ -42,8 +42,8 @@ impl Sweeper {
         let Some(flat) = Arc::into_inner(flat) else {
             return;
         };
-        let region = Arc::clone(&flat.section.region);
-        drop(flat);
+        let FlatSection { region, kind, .. } = flat.section;
+        drop(kind);
         self.let_go(region);
     }
 

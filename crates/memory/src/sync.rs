@@ -39,3 +39,22 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         .lock()
         .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
+
+/// What the calling thread finds in a word that it alone writes. A plain load, which the compiler may
+/// make part of what uses it.
+///
+/// # Safety
+/// No other thread stores to it at the same time.
+#[cfg(not(loom))]
+#[inline(always)]
+pub(crate) unsafe fn load_own(atomic: &AtomicU64) -> u64 {
+    // SAFETY: other threads load it, atomically; none stores, by the caller's promise.
+    unsafe { atomic.as_ptr().read() }
+}
+
+/// See above; loom checks the promise.
+#[cfg(loom)]
+pub(crate) unsafe fn load_own(atomic: &AtomicU64) -> u64 {
+    // SAFETY: as for this function.
+    unsafe { atomic.unsync_load() }
+}

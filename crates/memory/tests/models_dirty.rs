@@ -78,6 +78,36 @@ fn model_dirty_mark() {
 }
 
 #[test]
+fn model_client_start() {
+    explore(
+        "memory/client-start",
+        "no write by way of a pin is lost when a client starts, whoever comes first",
+        4,
+        || {
+            let core = Core::default();
+            let (dirty, slot) = (Dirty::of(&core), core.slot());
+            dirty.add_block(slot);
+            let pages = block();
+            let client = {
+                let pages = Arc::clone(&pages);
+                thread::spawn(move || {
+                    let mut there = [0; 2];
+                    dirty.start();
+                    harvest(dirty, slot, &pages, &mut there);
+                    there
+                })
+            };
+            let thread = core.register();
+            pages[0].store(1, Relaxed);
+            dirty.mark_pinned(&thread, slot, 0);
+            let mut there = client.join().unwrap();
+            harvest(dirty, slot, &pages, &mut there);
+            assert_eq!(there[0], 1, "a page was lost");
+        },
+    );
+}
+
+#[test]
 fn model_block_publish() {
     explore(
         "memory/block-publish",

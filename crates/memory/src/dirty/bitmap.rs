@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The bits of one RAM block for one client.
 
+use std::hint::cold_path;
 use std::io;
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -178,6 +179,8 @@ pub(super) unsafe fn mark_page(word_zero: *const AtomicU64, page: u64) {
     let word = unsafe { &*word_zero.wrapping_add((page / 64) as usize) };
     let bits = word.load(Relaxed);
     if (bits >> (page % 64)) & 1 == 0 {
+        // Who finds the bit set does not jump.
+        cold_path();
         set_page(word, bits, page);
     }
 }

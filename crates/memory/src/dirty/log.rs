@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use super::{DirtyClient, Table};
+use super::DirtyClient;
 use crate::{Error, Memory, RamBlock};
 
 /// The dirty log of a [`Memory`]: who follows what changes. What has changed is asked of the
@@ -86,22 +86,20 @@ impl<'m> DirtyLog<'m> {
     fn start_for(&self, client: DirtyClient, only: Option<&RamBlock>) -> Result<(), Error> {
         let mut guard = self.memory.lock_tree()?;
         let only = only.map(RamBlock::log_key);
-        let fresh = self.table().start(client, only)?;
+        let hub = self.memory.grace_worker().hub();
+        let fresh = hub.start_client(client, only)?;
         guard.tree.log_start(&fresh).inspect_err(|_| {
             // Those that were told have been told to stop.
-            self.table().stop(client, only);
+            hub.stop_client(client, only);
         })
     }
 
     fn stop_for(&self, client: DirtyClient, only: Option<&RamBlock>) -> Result<(), Error> {
         let mut guard = self.memory.lock_tree()?;
         let only = only.map(RamBlock::log_key);
-        let idle = self.table().stop(client, only);
+        let hub = self.memory.grace_worker().hub();
+        let idle = hub.stop_client(client, only);
         guard.tree.log_stop(&idle);
         Ok(())
-    }
-
-    fn table(&self) -> &'static Table {
-        self.memory.grace_worker().hub().dirty()
     }
 }

@@ -13,7 +13,10 @@
 //! harvester be taking that bit away at the same time, the writer's load came before the
 //! harvester's swap was visible, and then the writer's bytes are visible to what the harvester
 //! reads (the barriers are those of read sections, I1). The mask is asked in the same way: who
-//! does not see a client that starts is seen by its first harvest, to which all RAM is dirty.
+//! does not see a client that starts is seen by its first harvest, to which all RAM is dirty. So is a
+//! flag in each thread's row that says whether there is a client at all: the end of a pin looks at that
+//! first, as it looks at the row anyway. It is set once the masks are, and for a row that is new while a
+//! client is on, before anybody has the row.
 //!
 //! Bitmaps are flat, one per client and block, as long as the block may become, and reserve no
 //! memory. They are made when a client starts and published before its bit in the mask, so that
@@ -36,7 +39,7 @@ mod table;
 
 pub use log::DirtyLog;
 pub use snapshot::{DirtyRanges, DirtySnapshot};
-pub(crate) use table::{BlockInfo, SlotLog, Table};
+pub(crate) use table::{BlockInfo, Key, SlotLog, Table};
 
 /// What one bit stands for, in bytes.
 pub(crate) const PAGE_BYTES: u64 = 1 << PAGE_SHIFT;

@@ -2,11 +2,14 @@
 //! The dirty log as the loom models drive it.
 
 use super::{BlockInfo, DirtyClient, PAGE_BYTES, Table};
-use crate::modelled::Core;
+use crate::modelled::{Core, Home};
+use crate::reader::counters::Lane;
+use crate::reader::hub::Hub;
 
 /// The dirty log, for blocks that start at host address 0 and have `PAGES` pages.
 #[derive(Clone, Copy)]
 pub struct Dirty {
+    hub: &'static Hub,
     table: &'static Table,
 }
 
@@ -17,6 +20,7 @@ impl Dirty {
     /// The log of a memory.
     pub fn of(core: &Core) -> Dirty {
         Dirty {
+            hub: core.hub(),
             table: core.hub().dirty(),
         }
     }
@@ -35,7 +39,7 @@ impl Dirty {
 
     /// As `DirtyLog::start`.
     pub fn start(&self) {
-        self.table.start(DirtyClient::Migration, None).unwrap();
+        self.hub.start_client(DirtyClient::Migration, None).unwrap();
     }
 
     /// What every write does once the bytes are there: page 0 the short way.
@@ -43,10 +47,18 @@ impl Dirty {
         // SAFETY: the models mark pages of blocks that stay until the end.
         unsafe {
             if page == 0 {
-                self.table.mark_expected(slot, page * PAGE_BYTES, 1);
+                let lane = Lane::new(slot, 0);
+                self.table.mark_expected(lane, page * PAGE_BYTES, 1);
             } else {
                 self.table.mark(slot, page * PAGE_BYTES, 1);
             }
+        }
+    }
+
+    /// What the end of a pin of `thread` does once the bytes are there.
+    pub fn mark_pinned(&self, thread: &Home, slot: u32, page: u64) {
+        if thread.may_be_logged() {
+            self.mark(slot, page);
         }
     }
 

@@ -5,6 +5,7 @@
 //! clients, one byte, and the bitmaps. Everything else is behind a lock that writers never take.
 
 use std::collections::BTreeMap;
+use std::hint::cold_path;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
@@ -16,7 +17,7 @@ use super::{CLIENTS, DirtyClient, PAGE_BYTES, PAGE_SHIFT};
 use crate::Error;
 use crate::ram::fence::Fence;
 use crate::reader::barrier::{Barrier, light};
-use crate::reader::counters::{PerSlot, Zero};
+use crate::reader::counters::{Lane, PerSlot, Zero};
 use crate::sync::{AtomicPtr, AtomicU8, AtomicU64, Mutex, fence, lock};
 
 /// In a mask: writers need a real fence before they ask for clients.
@@ -39,9 +40,9 @@ unsafe impl Zero for Bitmaps {}
 /// `clear`, when the memory has no pins and no readers: writers are inside a section that shows
 /// the block, or hold a pin on it.
 pub(crate) struct Table {
+    state: Mutex<State>,
     masks: PerSlot<AtomicU8>,
     bitmaps: PerSlot<Bitmaps>,
-    state: Mutex<State>,
 }
 
 struct State {
@@ -76,16 +77,21 @@ struct Logged {
 }
 
 impl Table {
-    pub(crate) fn new(barrier: Barrier) -> Table {
+    /// Sets up the table at `at`.
+    ///
+    /// # Safety
+    /// As for [`PerSlot::set_up`].
+    pub(crate) unsafe fn set_up(at: *mut Table, barrier: Barrier) {
         let state = State {
             barrier,
             everywhere: 0,
             blocks: BTreeMap::new(),
         };
-        Table {
-            masks: PerSlot::new(),
-            bitmaps: PerSlot::new(),
-            state: Mutex::new(state),
+        // SAFETY: as for this function.
+        unsafe {
+            (&raw mut (*at).state).write(Mutex::new(state));
+            PerSlot::set_up(&raw mut (*at).masks);
+            PerSlot::set_up(&raw mut (*at).bitmaps);
         }
     }
 
@@ -102,14 +108,6 @@ impl Table {
         for (slot, _) in std::mem::take(&mut state.blocks) {
             self.unpublish(slot);
         }
-    }
-
-    /// Frees the table of a model that has ended.
-    #[cfg(loom)]
-    pub(crate) fn free(&self) {
-        self.clear();
-        self.masks.free();
-        self.bitmaps.free();
     }
 
     // --- writers ----------------------------------------------------------------------------
@@ -130,18 +128,20 @@ impl Table {
         }
     }
 
-    /// As [`Table::mark`], fast where the block is logged for one client and one page is written.
+    /// As [`Table::mark`], by a lane of the slot; fast where the block is logged for one client and one
+    /// page is written.
     ///
     /// # Safety
     /// As for [`Table::mark`], and `len` is not 0.
     #[inline(always)]
-    pub(crate) unsafe fn mark_expected(&self, slot: u32, host: u64, len: u64) {
+    pub(crate) unsafe fn mark_expected(&self, lane: Lane, host: u64, len: u64) {
         light(false);
-        let word_zero = self.bitmaps.at(slot).only.load(Acquire);
+        let word_zero = self.bitmaps.of(lane).only.load(Acquire);
         let across = (host & (PAGE_BYTES - 1)) + len > PAGE_BYTES;
         if word_zero.is_null() || across {
+            cold_path();
             // SAFETY: as for this function.
-            return unsafe { self.mark(slot, host, len) };
+            return unsafe { self.mark(lane.slot(), host, len) };
         }
         // SAFETY: as in `mark_logged`.
         unsafe { mark_page(word_zero, host >> PAGE_SHIFT) };
@@ -247,6 +247,12 @@ impl Table {
         state.block(slot, host).is_some() && state.clients(slot) != 0
     }
 
+    /// Whether any client wants any block, or those that are yet to come.
+    pub(crate) fn has_clients(&self) -> bool {
+        let state = lock(&self.state);
+        state.everywhere != 0 || state.blocks.values().any(|block| block.own != 0)
+    }
+
     /// The bitmap of a client that is on.
     pub(super) fn bitmap(&self, (slot, host): Key, client: DirtyClient) -> Option<Arc<Bitmap>> {
         let state = lock(&self.state);
@@ -267,7 +273,7 @@ impl Table {
 
     /// Starts a client, for one block or for all. All RAM it gets to see is dirty. Returns the
     /// slots that no client wanted before, ascending.
-    pub(super) fn start(&self, client: DirtyClient, only: Option<Key>) -> Result<Vec<u32>, Error> {
+    pub(crate) fn start(&self, client: DirtyClient, only: Option<Key>) -> Result<Vec<u32>, Error> {
         let mut state = lock(&self.state);
         let slots = state.slots(only);
         for slot in &slots {
@@ -303,7 +309,7 @@ impl Table {
 
     /// Stops a client that was started for one block, or for all. Returns the slots that no
     /// client wants any more, ascending.
-    pub(super) fn stop(&self, client: DirtyClient, only: Option<Key>) -> Vec<u32> {
+    pub(crate) fn stop(&self, client: DirtyClient, only: Option<Key>) -> Vec<u32> {
         let mut state = lock(&self.state);
         let slots = state.slots(only);
         let old: Vec<u8> = slots.iter().map(|slot| state.clients(*slot)).collect();

@@ -69,7 +69,7 @@ fn a_pc_map_is_found_in_two_steps() {
     check(&index, &flats);
     assert!(index.cells.len() * size_of::<usize>() < 32 << 10);
     for node in index.nodes.iter().flatten() {
-        assert!(node.entries().iter().all(|entry| entry.kind != NODE));
+        assert!(node.entries().iter().all(|entry| !entry.is_node()));
     }
 }
 

@@ -4,7 +4,7 @@
 use std::hint::cold_path;
 use std::ptr;
 
-use super::{CHUNK, Entry, FIRST_CELL, Head, Index, NODE, Place, UNIT, Window, cell_of};
+use super::{CHUNK, Entry, FIRST_CELL, Head, Index, Place, UNIT, Window, cell_of};
 use crate::Access;
 
 /// An immutable view: the top table. The nodes belong to the [`Index`].
@@ -93,10 +93,10 @@ impl View {
     #[inline(always)]
     pub(crate) fn lookup(&self, address: u64) -> Option<&Entry> {
         let mut entry = self.first(address);
-        if entry.kind & NODE != 0 {
+        if entry.is_node() {
             entry = View::further(entry, address);
         }
-        (entry.kind != 0).then_some(entry)
+        (!entry.to.is_null()).then_some(entry)
     }
 
     /// The first entry on the way to `address`: nearly always the last one, too.
@@ -116,9 +116,9 @@ impl View {
     #[cold]
     #[inline(never)]
     fn further(mut entry: &Entry, address: u64) -> &Entry {
-        while entry.kind & NODE != 0 {
+        while entry.is_node() {
             // SAFETY: a node entry names a node of the same view (M2), which covers the address.
-            entry = unsafe { View::step(entry.to.cast(), address) };
+            entry = unsafe { View::step(entry.target().cast(), address) };
         }
         entry
     }

@@ -83,6 +83,12 @@ impl Window {
         }
     }
 
+    /// Bytes from `address`, which is in the section of RAM, to its end.
+    #[inline(always)]
+    pub(crate) fn rest(&self, address: u64) -> u64 {
+        self.readable - (address - self.start)
+    }
+
     /// The slot of the section's block.
     pub(crate) fn slot(&self) -> u32 {
         self.lane.slot()
@@ -118,11 +124,11 @@ impl Window {
         if self.shift != 0 {
             let (first, last) = (place.host, place.host + (len - 1));
             // SAFETY: bank and words are those of the block (M2), in which the bytes lie.
-            let bank = unsafe {
+            let step = unsafe {
                 let (first, last) = (first >> self.shift, last >> self.shift);
                 fence::admit(&*self.bank, self.words, first, last)
             }?;
-            place.lane = self.lane.in_bank(bank);
+            place.lane = self.lane.step(step);
         }
         Some(place)
     }
@@ -157,11 +163,14 @@ impl Window {
     /// The window is that of a sparse block, and the bytes lie in it.
     #[inline(always)]
     unsafe fn admit_one(&self, host: u64, len: u64) -> Option<Lane> {
-        if ((host + (len - 1)) ^ host) >> self.shift != 0 {
+        let shift = self.shift;
+        // SAFETY: the log2 of a `u64`. Known to be so small, it needs no mask.
+        unsafe { std::hint::assert_unchecked(shift < u64::BITS) };
+        if ((host + (len - 1)) ^ host) >> shift != 0 {
             return None;
         }
         // SAFETY: bank and words are those of the block, which the section keeps (M2).
-        let bank = unsafe { fence::admit_one(&*self.bank, self.words, host >> self.shift) }?;
-        Some(self.lane.in_bank(bank))
+        let step = unsafe { fence::admit_one(&*self.bank, self.words, host >> shift) }?;
+        Some(self.lane.step(step))
     }
 }

@@ -156,14 +156,14 @@ fn look(
     let Some(entry) = guard.entry(gpa.raw()) else {
         return Err(AccessError::Unmapped { gpa, len });
     };
-    let here = (entry.last - gpa.raw()).saturating_add(1).min(len);
+    let here = (entry.last() - gpa.raw()).saturating_add(1).min(len);
     let found = |bounce| Found {
         len: here,
         bounce,
         translated: None,
     };
     let section = &entry.flat().section;
-    if entry.kind & RAM != 0 && !(access.writes() && entry.kind & READONLY != 0) {
+    if entry.kind() & RAM != 0 && !(access.writes() && entry.kind() & READONLY != 0) {
         return Ok(found(false));
     }
     match section.region.kind() {

@@ -39,9 +39,10 @@ impl Token {
     /// They lie in the token's block.
     #[inline(always)]
     unsafe fn mark_dirty(&self, host: *const u8, len: usize) {
-        let dirty = self.row.hub().dirty();
-        // SAFETY: this is a pin on the block.
-        unsafe { dirty.mark(self.lane.slot(), host as u64, len as u64) };
+        if self.row.may_be_logged() {
+            // SAFETY: as for this function.
+            unsafe { mark_logged(self.row, self.lane, host, len) };
+        }
     }
 
     /// Whether the token is one of the same row in the same lane: one then does for two.
@@ -49,6 +50,18 @@ impl Token {
     pub(crate) fn is(&self, row: &'static Row, lane: Lane) -> bool {
         std::ptr::eq(self.row, row) && self.lane == lane
     }
+}
+
+/// As [`Token::mark_dirty`]. Not by way of the token, which then stays in registers.
+///
+/// # Safety
+/// The bytes lie in the block of the slot of `lane`, on which the caller has a pin.
+#[cold]
+#[inline(never)]
+unsafe fn mark_logged(row: &'static Row, lane: Lane, host: *const u8, len: usize) {
+    let dirty = row.hub().dirty();
+    // SAFETY: as for this function.
+    unsafe { dirty.mark(lane.slot(), host as u64, len as u64) };
 }
 
 impl PartialEq for Token {
@@ -173,28 +186,25 @@ impl Pin {
     /// `Overflow` outside of it.
     #[inline]
     pub fn mark_dirty(&self, offset: usize, len: usize) -> Result<(), AccessError> {
-        if len == 0 || len > self.len || offset > self.len - len {
-            return self.check(offset, len);
+        self.check(offset, len)?;
+        if len != 0 {
+            let Token { row, lane } = self.token;
+            let host = self.ptr as u64 + offset as u64;
+            // SAFETY: inside the pinned memory, which lies in the token's block.
+            unsafe { row.hub().dirty().mark_expected(lane, host, len as u64) };
         }
-        let Token { row, lane } = self.token;
-        let host = self.ptr as u64 + offset as u64;
-        // SAFETY: inside the pinned memory, which lies in the token's block.
-        unsafe {
-            row.hub()
-                .dirty()
-                .mark_expected(lane.slot(), host, len as u64)
-        };
         Ok(())
     }
 
+    #[inline(always)]
     fn check(&self, offset: usize, len: usize) -> Result<(), AccessError> {
-        match offset.checked_add(len) {
-            Some(end) if end <= self.len => Ok(()),
-            _ => Err(AccessError::Overflow {
+        if len > self.len || offset > self.len - len {
+            return Err(AccessError::Overflow {
                 gpa: self.gpa_at(offset),
                 len: len as u64,
-            }),
+            });
         }
+        Ok(())
     }
 }
 

@@ -444,7 +444,7 @@ impl RamBlock {
             .map(|sparse| (&*sparse.fence, sparse.block_bytes.trailing_zeros()))
     }
 
-    /// The bank new pins count in.
+    /// See [`Hub::bank`](crate::reader::hub::Hub::bank).
     pub(crate) fn bank(&self) -> &'static crate::sync::AtomicU64 {
         self.grace.hub().bank(self.slot)
     }

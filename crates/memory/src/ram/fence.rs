@@ -92,8 +92,8 @@ pub(crate) fn masks(blocks: Range<u64>) -> impl Iterator<Item = (u64, u64)> {
     })
 }
 
-/// Whether a block is plugged, and if so the bank to count a pin of it in. Call inside a read
-/// section. `current` is [`Hub::bank`] of the slot of the RAM block.
+/// Whether a block is plugged, and if so how far the lane to count a pin of it in is from that in bank 0.
+/// Call inside a read section. `current` is [`Hub::bank`] of the slot of the RAM block.
 ///
 /// # Safety
 /// `word_zero` is that of the [`BlockMap`] of that RAM block, and `block` one of its blocks.
@@ -102,15 +102,15 @@ pub(crate) unsafe fn admit_one(
     current: &AtomicU64,
     word_zero: *const AtomicU64,
     block: u64,
-) -> Option<usize> {
+) -> Option<u64> {
     // SAFETY: the map has the words of all its blocks.
     let word = unsafe { &*word_zero.wrapping_add((block / 64) as usize) };
     let plugged = || word.load(Acquire) >> (block % 64) & 1 == 1;
     if seeded!("bank_after_bits") {
-        return plugged().then(|| current.load(Acquire) as usize);
+        return plugged().then(|| current.load(Acquire));
     }
-    let bank = current.load(Acquire);
-    plugged().then_some(bank as usize)
+    let step = current.load(Acquire);
+    plugged().then_some(step)
 }
 
 /// As [`admit_one`], for the blocks `first..=last`.
@@ -122,14 +122,14 @@ pub(crate) unsafe fn admit(
     word_zero: *const AtomicU64,
     first: u64,
     last: u64,
-) -> Option<usize> {
-    let bank = current.load(Acquire);
+) -> Option<u64> {
+    let step = current.load(Acquire);
     let mut plugged = masks(first..last + 1).map(|(word, mask)| {
         // SAFETY: the map has the words of all its blocks.
         let word = unsafe { &*word_zero.wrapping_add(word as usize) };
         word.load(Acquire) & mask == mask
     });
-    plugged.all(|plugged| plugged).then_some(bank as usize)
+    plugged.all(|plugged| plugged).then_some(step)
 }
 
 /// The fence of one sparse block.
@@ -229,6 +229,7 @@ impl Fence {
 mod tests {
     use super::*;
     use crate::reader::barrier::Barrier;
+    use crate::reader::counters::Lane;
 
     #[test]
     fn masks_cover_exactly_the_range() {
@@ -255,7 +256,7 @@ mod tests {
                 |from, to| unsafe { admit(hub.bank(5), map.word_zero(), first + from, first + to) };
             // SAFETY: as above.
             let one = |block| unsafe { admit_one(hub.bank(5), map.word_zero(), first + block) };
-            let bank = hub.bank(5).load(Acquire) as usize;
+            let bank = hub.bank(5).load(Acquire);
             map.set(10..140);
             assert_eq!(map.count(0..200), 130);
             assert_eq!((many(10, 10), many(10, 139)), (Some(bank), Some(bank)));
@@ -269,8 +270,8 @@ mod tests {
             );
             map.clear(70..71);
             assert_eq!((many(10, 139), many(71, 139)), (None, Some(bank)));
-            assert_eq!(hub.flip_bank(5), bank);
-            assert_eq!(many(71, 139), Some(1 - bank));
+            assert_eq!(hub.flip_bank(5) as u64, bank / Lane::STEP);
+            assert_eq!(many(71, 139), Some(Lane::STEP - bank));
             assert_eq!(map.count(60..80), 19);
         }
         hub.give_back();

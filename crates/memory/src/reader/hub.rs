@@ -7,14 +7,16 @@ use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed};
 use ebbtide_models::seeded;
 
 use super::barrier::Barrier;
-use super::counters::{Lane, MAX_SLOTS, PerSlot};
+use super::counters::{Lane, MAX_SLOTS, PerSlot, Zero, never_freed};
 use super::row::{Line, NOBODY, Row};
 use super::wake::Wake;
-use crate::dirty::Table;
+use crate::Error;
+use crate::dirty::{DirtyClient, Key, Table};
 use crate::sync::{AtomicU64, Mutex, lock, try_lock};
 use crate::ticket::Drain;
 
 /// Shared by the readers of one memory. Never freed, only used again (M6).
+#[repr(C)]
 pub(crate) struct Hub {
     /// Counts grace periods; readers load it at the start of a section.
     grace: Line<AtomicU64>,
@@ -22,12 +24,29 @@ pub(crate) struct Hub {
     generation: Line<AtomicU64>,
     /// Counts the memories the hub has served, for what threads keep (see `here`).
     life: Line<AtomicU64>,
-    /// By slot, the bank new pins of a sparse block count in.
-    banks: PerSlot<AtomicU64>,
     wake: Wake,
-    dirty: Table,
     registry: Mutex<Registry>,
+    dirty: Table,
+    /// By slot, the bank new pins of a sparse block count in.
+    banks: Pages<PerSlot<Bank>>,
 }
+
+/// How far the lane of new pins is from that in bank 0. Not at the beginning, see [`Pages`].
+#[derive(Default)]
+#[repr(C, align(32))]
+struct Bank([u64; 2], AtomicU64);
+// SAFETY: an atomic.
+unsafe impl Zero for Bank {}
+
+/// Begins with a page, as hubs and rows do. A processor takes a load for one of what it is just storing
+/// when the two are at the same place of different pages, and waits for the store. What a pin loads of the
+/// hub is therefore never where it stores in its row: a slot's bank and its counters are one table's
+/// distance apart whatever the slot, and sections are stored where neither banks are nor what the hub has
+/// at the beginning of its lines.
+#[repr(C, align(4096))]
+struct Pages<T>(T);
+const _: () =
+    assert!(size_of::<Bank>() == Lane::SLOT as usize && !Row::COUNTERS.is_multiple_of(4096));
 
 struct Registry {
     barrier: Barrier,
@@ -40,6 +59,8 @@ struct Registry {
     free: Vec<u32>,
     /// Slots whose pins somebody waits for.
     armed: Vec<u32>,
+    /// The dirty log may have a client.
+    logged: bool,
     /// Unplugs that wait for the pins of their slot, and for nothing else but holds. Whoever lets one
     /// of these pins go, and the worker, look whether it was the last; who takes the unplug out of
     /// here tells that it is over.
@@ -66,17 +87,22 @@ impl Hub {
             slots: 0,
             free: Vec::new(),
             armed: Vec::new(),
+            logged: false,
             drains: Vec::new(),
         };
-        Box::leak(Box::new(Hub {
-            grace: Line(AtomicU64::new(1)),
-            generation: Line(AtomicU64::new(1)),
-            life: Line(AtomicU64::new(1)),
-            banks: PerSlot::new(),
-            wake: Wake::new(),
-            dirty: Table::new(barrier),
-            registry: Mutex::new(registry),
-        }))
+        let hub = never_freed::<Hub>().cast::<Hub>();
+        let at = hub.as_ptr();
+        // SAFETY: room for a hub, that nobody knows yet; it has all its parts then.
+        unsafe {
+            (&raw mut (*at).grace).write(Line(AtomicU64::new(1)));
+            (&raw mut (*at).generation).write(Line(AtomicU64::new(1)));
+            (&raw mut (*at).life).write(Line(AtomicU64::new(1)));
+            (&raw mut (*at).wake).write(Wake::new());
+            (&raw mut (*at).registry).write(Mutex::new(registry));
+            Table::set_up(&raw mut (*at).dirty, barrier);
+            PerSlot::set_up(&raw mut (*at).banks.0);
+            hub.as_ref()
+        }
     }
 
     /// Ends the hub's life with a memory; which rows are for the next. The caller knows that there
@@ -93,6 +119,7 @@ impl Hub {
         registry.slots = 0;
         registry.free.clear();
         registry.armed.clear();
+        registry.logged = false;
         registry.drains.clear();
         drop(registry);
         self.dirty.clear();
@@ -124,9 +151,7 @@ impl Hub {
         let spare = std::mem::take(&mut registry.spare);
         drop(registry);
         rows.into_iter().chain(spare).for_each(Row::free);
-        self.banks.free();
-        self.dirty.free();
-        // SAFETY: made by `Box::leak` in `take`; nobody knows it any more.
+        // SAFETY: made by `never_freed` in `take`; nobody knows it any more.
         drop(unsafe { Box::from_raw(std::ptr::from_ref(self).cast_mut()) });
     }
 
@@ -155,14 +180,48 @@ impl Hub {
         self.generation.0.fetch_add(1, AcqRel);
     }
 
-    /// The bank, 0 or 1, new pins of a sparse block count in.
+    /// How far the lane that new pins of a sparse block count in is from that in bank 0.
     pub(crate) fn bank(&self, slot: u32) -> &AtomicU64 {
-        self.banks.at(slot)
+        &self.banks.0.at(slot).1
     }
 
     /// Makes new pins count in the other bank; returns the one they counted in.
     pub(crate) fn flip_bank(&self, slot: u32) -> usize {
-        self.banks.at(slot).fetch_xor(1, AcqRel) as usize
+        (self.bank(slot).fetch_xor(Lane::STEP, AcqRel) / Lane::STEP) as usize
+    }
+
+    // --- the dirty log ----------------------------------------------------------------------
+
+    /// Starts a client of the dirty log, see [`Table::start`].
+    pub(crate) fn start_client(
+        &self,
+        client: DirtyClient,
+        only: Option<Key>,
+    ) -> Result<Vec<u32>, Error> {
+        let fresh = self.dirty.start(client, only)?;
+        self.tell_rows_of_clients();
+        Ok(fresh)
+    }
+
+    /// Stops a client of the dirty log, see [`Table::stop`].
+    pub(crate) fn stop_client(&self, client: DirtyClient, only: Option<Key>) -> Vec<u32> {
+        let idle = self.dirty.stop(client, only);
+        self.tell_rows_of_clients();
+        idle
+    }
+
+    /// Lets those who end pins know whether there are clients: a look at their own row then does for
+    /// them. Who does not see yet that a client has started is seen by what the client reads after
+    /// its first harvest, see [`Table::start`].
+    fn tell_rows_of_clients(&self) {
+        let mut registry = lock(&self.registry);
+        registry.logged = self.dirty.has_clients();
+        if seeded!("rows_unlogged") {
+            return;
+        }
+        for row in &registry.rows {
+            row.set_logged(registry.logged);
+        }
     }
 
     // --- rows -------------------------------------------------------------------------------
@@ -464,8 +523,11 @@ impl Registry {
         let spare = lock(&SPARE).1.pop();
         #[cfg(loom)]
         let spare = self.spare.pop();
-        let row = spare.unwrap_or_else(|| Box::leak(Row::new()));
+        let row = spare.unwrap_or_else(Row::make);
         row.attach(hub, self.barrier == Barrier::Fence);
+        if !seeded!("new_row_unlogged") {
+            row.set_logged(self.logged);
+        }
         for slot in &self.armed {
             row.watch_pins(*slot, true, true);
         }

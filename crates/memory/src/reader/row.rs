@@ -4,15 +4,16 @@
 //! Rows are never freed, only used again (README, M6): the last thing an unpin does, after it
 //! has let go, is to look at its row.
 
+use std::hint::cold_path;
 use std::ptr;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use ebbtide_models::seeded;
 
 use super::barrier::light;
-use super::counters::{Counters, Lane};
+use super::counters::{Counters, Lane, never_freed};
 use super::hub::Hub;
-use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Mutex};
+use crate::sync::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Mutex, load_own};
 
 /// Owner of a free row; no thread's token, nor 0, which threads have that never registered.
 pub(super) const NOBODY: u64 = u64::MAX;
@@ -24,6 +25,8 @@ pub(crate) const WATCH_PINS: u32 = 2;
 
 /// No watch: readers need real fences.
 const WATCH_FENCED: u32 = 4;
+/// No watch: the dirty log may have a client, so that what was written is to be marked.
+const LOGGED: u32 = 8;
 /// Added to the nesting where readers need real fences, and `AT_REST_FENCED` is what the section
 /// is between sections then: the fast paths, which ask for 0, are never taken.
 const FENCED: u64 = 1 << 63;
@@ -40,9 +43,14 @@ pub(crate) struct Line<T>(pub(crate) T);
 pub(crate) struct Row {
     own: Line<Own>,
     shared: Line<Shared>,
+    counters: Counters,
 }
 
+#[repr(C)]
 struct Own {
+    /// Other than where any word is that a section or a pin loads of the hub, or of a slot: what is
+    /// stored here would hold those loads up, see `hub::Pages`.
+    _apart: [u64; 8],
     /// The grace number the section began under; 0 outside, or `AT_REST_FENCED`.
     section: AtomicU64,
     /// How many read guards there are besides the first, plus `FENCED`. Only the owner touches
@@ -51,7 +59,7 @@ struct Own {
 }
 
 struct Shared {
-    /// `WATCH_` flags, and `WATCH_FENCED`.
+    /// `WATCH_` flags, `WATCH_FENCED`, and `LOGGED`.
     watch: AtomicU32,
     /// Token of the owning thread, or `NOBODY` when the row is free to be adopted.
     owner: AtomicU64,
@@ -62,7 +70,6 @@ struct Shared {
     hub: AtomicPtr<Hub>,
     /// Names the owner in reports; only ever changed under the registry's lock.
     name: Mutex<String>,
-    counters: Counters,
 }
 
 #[cfg(not(loom))]
@@ -100,22 +107,32 @@ pub(crate) fn set_token(token: u64) {
 }
 
 impl Row {
-    pub(super) fn new() -> Box<Row> {
-        Box::new(Row {
-            own: Line(Own {
-                section: AtomicU64::new(0),
-                nesting: AtomicU64::new(0),
-            }),
-            shared: Line(Shared {
-                watch: AtomicU32::new(0),
-                owner: AtomicU64::new(NOBODY),
-                handles: AtomicU32::new(0),
-                kept: AtomicBool::new(false),
-                hub: AtomicPtr::new(ptr::null_mut()),
-                name: Mutex::new(String::new()),
-                counters: Counters::new(),
-            }),
-        })
+    /// Where the counters begin, in bytes.
+    pub(super) const COUNTERS: usize = std::mem::offset_of!(Row, counters);
+
+    pub(super) fn make() -> &'static Row {
+        let row = never_freed::<Row>().cast::<Row>();
+        let at = row.as_ptr();
+        let own = Own {
+            _apart: [0; 8],
+            section: AtomicU64::new(0),
+            nesting: AtomicU64::new(0),
+        };
+        let shared = Shared {
+            watch: AtomicU32::new(0),
+            owner: AtomicU64::new(NOBODY),
+            handles: AtomicU32::new(0),
+            kept: AtomicBool::new(false),
+            hub: AtomicPtr::new(ptr::null_mut()),
+            name: Mutex::new(String::new()),
+        };
+        // SAFETY: room for a row, that nobody knows yet; it has all its parts then.
+        unsafe {
+            (&raw mut (*at).own).write(Line(own));
+            (&raw mut (*at).shared).write(Line(shared));
+            Counters::set_up(&raw mut (*at).counters);
+            row.as_ref()
+        }
     }
 
     // --- the owner's side -------------------------------------------------------------------
@@ -124,7 +141,8 @@ impl Row {
     #[inline(always)]
     pub(crate) fn enter(&self, hub: &Hub) {
         let own = &self.own.0;
-        if own.section.load(Relaxed) == 0 {
+        // SAFETY: the owner's own word, and this is the owner.
+        if unsafe { load_own(&own.section) } == 0 {
             own.section.store(hub.grace_number(), Relaxed);
             if !seeded!("no_reader_fence") {
                 light(false);
@@ -151,7 +169,8 @@ impl Row {
     #[inline(always)]
     pub(crate) fn leave(&self) {
         let own = &self.own.0;
-        if own.nesting.load(Relaxed) == 0 {
+        // SAFETY: as in `enter`.
+        if unsafe { load_own(&own.nesting) } == 0 {
             own.section.store(0, Release);
             if !seeded!("no_leave_fence") {
                 light(false);
@@ -202,7 +221,7 @@ impl Row {
     /// Counts a pin taken inside a read section of the owner.
     #[inline(always)]
     pub(crate) fn acquire_home(&self, lane: Lane) {
-        let count = &self.shared.0.counters.home(lane).acquired;
+        let count = &self.counters.home(lane).acquired;
         count.store(count.load(Relaxed).wrapping_add(1), Relaxed);
     }
 
@@ -211,7 +230,7 @@ impl Row {
         if self.is_home() {
             self.acquire_home(lane);
         } else {
-            let away = self.shared.0.counters.away(lane);
+            let away = self.counters.away(lane);
             away.acquired.fetch_add(1, Relaxed);
         }
     }
@@ -220,10 +239,12 @@ impl Row {
     #[inline(always)]
     pub(crate) fn release(&self, lane: Lane) {
         if self.is_home() {
-            let count = &self.shared.0.counters.home(lane).released;
+            let count = &self.counters.home(lane).released;
             count.store(count.load(Relaxed).wrapping_add(1), Release);
         } else {
-            let away = self.shared.0.counters.away(lane);
+            // Not rare, but what is to come next in memory is the other.
+            cold_path();
+            let away = self.counters.away(lane);
             away.released.fetch_add(1, Release);
         }
         if !seeded!("no_unpin_fence") {
@@ -234,6 +255,13 @@ impl Row {
         }
     }
 
+    /// Whether what was written may have to be marked in the dirty log; asked after the write.
+    #[inline(always)]
+    pub(crate) fn may_be_logged(&self) -> bool {
+        light(false);
+        self.shared.0.watch.load(Relaxed) & (LOGGED | WATCH_FENCED) != 0
+    }
+
     #[cold]
     #[inline(never)]
     fn pin_released(&self, lane: Lane) {
@@ -242,7 +270,7 @@ impl Row {
         }
         // The pin is gone and with it perhaps the `Memory`; row and hub are still there (M6).
         // Should they serve another memory by now, that one is looked at for nothing.
-        if self.shared.0.counters.armed(lane.slot()).load(Relaxed) {
+        if self.counters.armed(lane.slot()).load(Relaxed) {
             self.hub().pin_released(lane.slot());
         }
     }
@@ -268,7 +296,7 @@ impl Row {
     /// Makes the release of pins of `slot` wake the worker, or no longer so. `any` is whether
     /// any slot is waited for.
     pub(super) fn watch_pins(&self, slot: u32, armed: bool, any: bool) {
-        self.shared.0.counters.armed(slot).store(armed, Relaxed);
+        self.counters.armed(slot).store(armed, Relaxed);
         if any {
             self.shared.0.watch.fetch_or(WATCH_PINS, Relaxed);
         } else {
@@ -276,16 +304,25 @@ impl Row {
         }
     }
 
+    /// Makes writers ask the dirty log what is to be marked, or no longer so.
+    pub(super) fn set_logged(&self, logged: bool) {
+        if logged {
+            self.shared.0.watch.fetch_or(LOGGED, Relaxed);
+        } else {
+            self.shared.0.watch.fetch_and(!LOGGED, Relaxed);
+        }
+    }
+
     /// Pins let go so far.
     pub(super) fn released(&self, lane: Lane) -> u64 {
-        let counters = &self.shared.0.counters;
+        let counters = &self.counters;
         let home = counters.home(lane).released.load(Acquire);
         home.wrapping_add(counters.away(lane).released.load(Acquire))
     }
 
     /// Pins taken so far.
     pub(super) fn acquired(&self, lane: Lane) -> u64 {
-        let counters = &self.shared.0.counters;
+        let counters = &self.counters;
         let home = counters.home(lane).acquired.load(Acquire);
         home.wrapping_add(counters.away(lane).acquired.load(Acquire))
     }
@@ -356,7 +393,7 @@ impl Row {
 
     /// Forgets the pins of the first `slots` slots, for the next memory.
     pub(super) fn clear(&self, slots: u32) {
-        self.shared.0.counters.clear(slots);
+        self.counters.clear(slots);
     }
 
     /// What decides what comes next, but for the counters: owner, section (open, and before the
@@ -373,9 +410,8 @@ impl Row {
     #[cfg(loom)]
     pub(super) fn free(row: &'static Row) {
         let row = ptr::from_ref(row).cast_mut();
-        // SAFETY: made by `Box::leak`; the model has joined every thread that knew it.
-        let row = unsafe { Box::from_raw(row) };
-        row.shared.0.counters.free();
+        // SAFETY: made by `never_freed`; the model has joined every thread that knew it.
+        drop(unsafe { Box::from_raw(row) });
     }
 
     #[inline(always)]

@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use ebbtide_models::seeded;
 use smallvec::SmallVec;
 
-use super::delta::Delta;
+use super::delta::{Delta, Deltas};
 use super::fixture::Fixture;
 use super::region::Region;
 use crate::flat::Flat;
@@ -58,12 +58,14 @@ impl Tree {
             listeners: Vec::new(),
             index: Index::new(),
         };
-        if let Some(mut delta) = state.delta(0, std::slice::from_ref(&(0..u64::MAX))) {
+        let mut deltas = Deltas::new();
+        state.delta(0, std::slice::from_ref(&(0..u64::MAX)), &mut deltas);
+        if let Some(delta) = deltas.first_mut() {
             let mut blocks = delta.added.iter().filter_map(|flat| flat.block());
             if let Some(block) = blocks.find(|block| !block.is_live()) {
                 return Err(Error::Unplugged(block.name().to_owned()));
             }
-            state.apply(&mut delta, None);
+            state.apply(delta, None);
         }
         root.state().spaces.push(id);
         self.spaces.push(state);
@@ -99,24 +101,16 @@ impl Tree {
         dirty: &mut [(u64, Range<u64>)],
         unplugged: &[(Arc<RamBlock>, Arc<Drain>)],
     ) -> Result<(), Error> {
-        let mut deltas = self.deltas(dirty);
+        let mut deltas = Deltas::new();
+        self.deltas(dirty, &mut deltas);
         self.check_unplugged(&deltas, unplugged)?;
         self.tell_listeners(&deltas)?;
         let grace = memory.grace_worker();
-        let mut jobs: SmallVec<[Job; 2]> = SmallVec::new();
         for delta in &mut deltas {
             let space = &mut self.spaces[delta.at];
-            let (view, nodes) = space.apply(delta, grace.spare_view());
+            let view = space.apply(delta, grace.spare_view());
             // A space that is just being dropped has no view to publish.
-            let view = space.space.upgrade().map(|space| space.publish(view));
-            let flats = std::mem::take(&mut delta.removed);
-            let sweeper = Arc::clone(memory.sweeper());
-            jobs.push(Job::View(OldView {
-                view,
-                _nodes: nodes,
-                flats,
-                sweeper,
-            }));
+            delta.old_view = space.space.upgrade().map(|space| space.publish(view));
         }
         grace.hub().bump_generation();
         for delta in &deltas {
@@ -131,26 +125,32 @@ impl Tree {
                 grace.hub().free_slot(drain.slot());
             }
             drain.unpublish();
-            jobs.push(Job::Drain(Arc::clone(drain)));
         }
-        if !jobs.is_empty() {
-            grace.submit_all(jobs);
+        if !deltas.is_empty() || !unplugged.is_empty() {
+            let views = deltas.iter_mut().map(|delta| {
+                Job::View(OldView {
+                    view: delta.old_view.take(),
+                    _nodes: std::mem::take(&mut delta.old_nodes),
+                    flats: std::mem::take(&mut delta.removed),
+                    sweeper: Arc::clone(memory.sweeper()),
+                })
+            });
+            let drains = unplugged.iter();
+            grace.submit_all(views.chain(drains.map(|(_, drain)| Job::Drain(Arc::clone(drain)))));
         }
         Ok(())
     }
 
-    fn deltas(&self, dirty: &mut [(u64, Range<u64>)]) -> SmallVec<[Delta; 1]> {
+    fn deltas(&self, dirty: &mut [(u64, Range<u64>)], deltas: &mut Deltas) {
         dirty.sort_unstable_by_key(|(space, range)| (*space, range.start));
-        let mut deltas = SmallVec::new();
         for chunk in dirty.chunk_by(|a, b| a.0 == b.0) {
             let Some(at) = self.spaces.iter().position(|space| space.id == chunk[0].0) else {
                 continue;
             };
             let windows: SmallVec<[Range<u64>; 2]> =
                 chunk.iter().map(|(_, range)| range.clone()).collect();
-            deltas.extend(self.spaces[at].delta(at, &windows));
+            self.spaces[at].delta(at, &windows, deltas);
         }
-        deltas
     }
 
     /// A block on its way out must not be shown any more, whatever shows it.

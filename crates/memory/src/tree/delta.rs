@@ -20,6 +20,9 @@ type Windows = SmallVec<[(Range<u64>, Range<usize>); 1]>;
 /// The sections of a window: mostly the one that changes and its neighbours.
 type Flats = SmallVec<[Arc<Flat>; 4]>;
 
+/// How the address spaces change.
+pub(super) type Deltas = SmallVec<[Delta; 1]>;
+
 /// How one address space changes.
 pub(super) struct Delta {
     /// Index in `Tree::spaces`.
@@ -28,6 +31,9 @@ pub(super) struct Delta {
     pub(super) windows: SmallVec<[(Range<usize>, Flats); 1]>,
     pub(super) removed: OldFlats,
     pub(super) added: SmallVec<[Arc<Flat>; 2]>,
+    /// What was shown before, once that is known.
+    pub(super) old_view: Option<Box<View>>,
+    pub(super) old_nodes: OldNodes,
     /// All fixtures afterwards, if they change.
     fixtures: Option<Vec<Fixture>>,
     fixtures_removed: Vec<Fixture>,
@@ -35,23 +41,38 @@ pub(super) struct Delta {
 }
 
 impl SpaceState {
-    /// How the space changes when `windows` (sorted by start) are rendered anew, if it does.
-    pub(super) fn delta(&self, at: usize, windows: &[Range<u64>]) -> Option<Delta> {
-        let mut delta = Delta {
+    /// How the space changes when `windows` (sorted by start) are rendered anew: one more of `deltas`, if
+    /// it does. What is made here is filled where it stays: what was just written piece by piece, a
+    /// processor is slow to copy.
+    pub(super) fn delta(&self, at: usize, windows: &[Range<u64>], deltas: &mut Deltas) {
+        deltas.push(Delta {
             at,
             windows: SmallVec::new(),
             removed: SmallVec::new(),
             added: SmallVec::new(),
+            old_view: None,
+            old_nodes: OldNodes::default(),
             fixtures: None,
             fixtures_removed: Vec::new(),
             fixtures_added: Vec::new(),
-        };
-        let (windows, pieces) = self.render(windows);
-        for ((_, old), pieces) in windows.iter().zip(pieces) {
-            let new = self.replace(old.clone(), pieces, &mut delta);
+        });
+        let changes = deltas
+            .last_mut()
+            .is_some_and(|delta| self.compare(windows, delta));
+        if !changes {
+            deltas.pop();
+        }
+    }
+
+    /// Fills in how the space changes; whether it does.
+    fn compare(&self, windows: &[Range<u64>], delta: &mut Delta) -> bool {
+        let mut pieces = SmallVec::new();
+        let windows = self.render(windows, &mut pieces);
+        for ((_, old), pieces) in windows.iter().zip(&mut pieces) {
+            let new = self.replace(old.clone(), pieces, delta);
             delta.windows.push((old.clone(), new));
         }
-        self.compare_fixtures(&windows, &mut delta);
+        self.compare_fixtures(&windows, delta);
         delta.windows.retain(|(old, new)| {
             old.len() != new.len()
                 || !self.flats[old.clone()]
@@ -59,26 +80,32 @@ impl SpaceState {
                     .zip(new)
                     .all(|(a, b)| Arc::ptr_eq(a, b))
         });
-        let changes = !delta.windows.is_empty() || delta.fixtures.is_some();
-        changes.then_some(delta)
+        !delta.windows.is_empty() || delta.fixtures.is_some()
     }
 
     /// Renders windows, widened to the sections they cut: with those that only touch them where
     /// something in them goes on.
-    fn render(&self, windows: &[Range<u64>]) -> (Windows, SmallVec<[Pieces; 1]>) {
-        let all = |windows: &Windows| {
-            let pieces = windows.iter().map(|(window, _)| window.clone());
-            pieces.map(|window| render(&self.root, window)).collect()
-        };
+    fn render(&self, windows: &[Range<u64>], pieces: &mut SmallVec<[Pieces; 1]>) -> Windows {
         let cut = self.whole_sections(windows, false);
-        let pieces: SmallVec<[Pieces; 1]> = all(&cut);
-        let mut both = cut.iter().zip(&pieces);
+        self.render_all(&cut, pieces);
+        let mut both = cut.iter().zip(&*pieces);
         if !both.any(|((_, old), pieces)| self.goes_on(old, pieces)) {
-            return (cut, pieces);
+            return cut;
         }
         let touched = self.whole_sections(windows, true);
-        let pieces = all(&touched);
-        (touched, pieces)
+        pieces.clear();
+        self.render_all(&touched, pieces);
+        touched
+    }
+
+    /// Adds the pieces of each window.
+    fn render_all(&self, windows: &Windows, pieces: &mut SmallVec<[Pieces; 1]>) {
+        for (window, _) in windows {
+            pieces.push(Pieces::new());
+            if let Some(pieces) = pieces.last_mut() {
+                render(&self.root, window.clone(), pieces);
+            }
+        }
     }
 
     /// Whether the first or the last of `pieces`, which replace the sections `old`, is one with the
@@ -124,10 +151,10 @@ impl SpaceState {
     }
 
     /// Compares the sections `old` with what is rendered in their place; unchanged ones are kept.
-    fn replace(&self, old: Range<usize>, pieces: Pieces, delta: &mut Delta) -> Flats {
+    fn replace(&self, old: Range<usize>, pieces: &mut Pieces, delta: &mut Delta) -> Flats {
         let mut old = self.flats[old].iter().peekable();
         let mut new = Flats::with_capacity(pieces.len());
-        for piece in pieces {
+        for piece in pieces.drain(..) {
             while let Some(flat) = old.next_if(|flat| flat.section.range.start < piece.range.start)
             {
                 delta.removed.push(Arc::clone(flat));
@@ -277,14 +304,10 @@ impl SpaceState {
         }
     }
 
-    /// Brings sections and index up to date; returns the new view and the nodes that are old.
-    pub(super) fn apply(
-        &mut self,
-        delta: &mut Delta,
-        spare: Option<Box<View>>,
-    ) -> (Box<View>, OldNodes) {
-        for (old, new) in delta.windows.drain(..).rev() {
-            self.flats.splice(old, new);
+    /// Brings sections and index up to date, with the nodes that are old in the delta; returns the new view.
+    pub(super) fn apply(&mut self, delta: &mut Delta, spare: Option<Box<View>>) -> Box<View> {
+        for (old, new) in delta.windows.iter_mut().rev() {
+            self.flats.splice(old.clone(), new.drain(..));
         }
         if let Some(fixtures) = delta.fixtures.take() {
             self.fixtures = fixtures;
@@ -293,7 +316,7 @@ impl SpaceState {
         let mut changed: SmallVec<[Range<u64>; 2]> =
             both.map(|flat| flat.section.range.clone()).collect();
         changed.sort_unstable_by_key(|range| range.start);
-        let nodes = self.index.update(&self.flats, &changed);
-        (self.index.view(spare), nodes)
+        delta.old_nodes = self.index.update(&self.flats, &changed);
+        self.index.view(spare)
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use smallvec::SmallVec;
 
-use super::region::{Child, Region, RegionKind};
+use super::region::{Child, Region, RegionKind, State};
 use crate::Error;
 
 /// What hypervisors map.
@@ -29,8 +29,12 @@ pub(super) fn attach(parent: &Arc<Region>, place: Child, at: usize) {
 
 /// Places a child in front of its equals, unless it would overlap as [`check_overlap`] says, and
 /// marks where it is shown.
-pub(super) fn place(parent: &Arc<Region>, place: Child, out: &mut Dirty) -> Result<(), Error> {
-    let child = Arc::clone(&place.region);
+pub(super) fn place(
+    parent: &Arc<Region>,
+    child: &Arc<Region>,
+    place: Child,
+    out: &mut Dirty,
+) -> Result<(), Error> {
     let range = place.offset..place.offset.saturating_add(place.size);
     let mut state = parent.state();
     refuse_overlap(&state.children, &place)?;
@@ -38,15 +42,17 @@ pub(super) fn place(parent: &Arc<Region>, place: Child, out: &mut Dirty) -> Resu
         .children
         .partition_point(|other| other.priority > place.priority);
     state.children.insert(at, place);
+    let range = range.start..range.end.min(parent.size());
+    let marked = mark_root(&state, &range, out);
     drop(state);
     let mut state = child.state();
     state.parent = Some(Arc::downgrade(parent));
     let elsewhere = state.is_shown_elsewhere();
     drop(state);
     if elsewhere {
-        mark(&child, 0..child.size(), out);
-    } else {
-        mark(parent, range.start..range.end.min(parent.size()), out);
+        mark(child, 0..child.size(), out);
+    } else if !marked {
+        mark(parent, range, out);
     }
     Ok(())
 }
@@ -57,9 +63,19 @@ pub(super) fn displace(
     child: &Arc<Region>,
     out: &mut Dirty,
 ) -> Option<(Child, usize)> {
-    let (place, at, elsewhere) = take_out(parent, child)?;
+    let mut state = parent.state();
+    let at = state.place_of(child)?;
+    let place = state.children.remove(at);
     let end = place.offset.saturating_add(place.size).min(parent.size());
-    mark(parent, place.offset..end, out);
+    let marked = mark_root(&state, &(place.offset..end), out);
+    drop(state);
+    let mut state = child.state();
+    state.parent = None;
+    let elsewhere = state.is_shown_elsewhere();
+    drop(state);
+    if !marked {
+        mark(parent, place.offset..end, out);
+    }
     if elsewhere {
         mark(child, 0..place.size, out);
     }
@@ -67,21 +83,24 @@ pub(super) fn displace(
 }
 
 pub(super) fn detach(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize)> {
-    take_out(parent, child).map(|(place, at, _)| (place, at))
-}
-
-/// As [`detach`]; with whether the child is shown by others than its parent.
-fn take_out(parent: &Arc<Region>, child: &Arc<Region>) -> Option<(Child, usize, bool)> {
     let mut state = parent.state();
-    let at = state
-        .children
-        .iter()
-        .position(|place| Arc::ptr_eq(&place.region, child))?;
+    let at = state.place_of(child)?;
     let place = state.children.remove(at);
     drop(state);
-    let mut state = child.state();
-    state.parent = None;
-    Some((place, at, state.is_shown_elsewhere()))
+    child.state().parent = None;
+    Some((place, at))
+}
+
+/// Marks a range of a region that nothing but address spaces shows, as [`mark`] does; false if it is not
+/// such a one. For who has its state at hand.
+fn mark_root(state: &State, range: &Range<u64>, out: &mut Dirty) -> bool {
+    if state.parent.is_some() || !state.aliases.is_empty() {
+        return false;
+    }
+    if !range.is_empty() {
+        out.extend(state.spaces.iter().map(|space| (*space, range.clone())));
+    }
+    true
 }
 
 pub(super) fn with_place<T>(

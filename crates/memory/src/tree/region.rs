@@ -90,6 +90,12 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Number of the place of `child`.
+    pub(super) fn place_of(&self, child: &Arc<Region>) -> Option<usize> {
+        let mut places = self.children.iter();
+        places.position(|place| Arc::ptr_eq(&place.region, child))
+    }
+
     /// Whether an address space or an alias shows the region, besides what its parent does.
     pub(super) fn is_shown_elsewhere(&self) -> bool {
         !self.spaces.is_empty() || !self.aliases.is_empty()

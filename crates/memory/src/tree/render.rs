@@ -21,12 +21,11 @@ pub(super) struct Piece {
 /// Pieces of a window: mostly the one that changes and its neighbours.
 pub(super) type Pieces = SmallVec<[Piece; 4]>;
 
-/// What `root` shows in `window`, sorted, in as few pieces as possible. O(n log n) in the
-/// regions that touch the window.
-pub(super) fn render(root: &Arc<Region>, window: Range<u64>) -> Pieces {
-    let mut candidates = Pieces::new();
-    collect(root, 0, window, &mut candidates);
-    sweep(candidates)
+/// Adds to `pieces`, of which there are none yet, what `root` shows in `window`, sorted, in as few as
+/// possible. O(n log n) in the regions that touch the window.
+pub(super) fn render(root: &Arc<Region>, window: Range<u64>, pieces: &mut Pieces) {
+    collect(root, 0, window, pieces);
+    sweep(pieces);
 }
 
 /// Collects what answers in the window, front to back. `base` is the address of the region's
@@ -65,7 +64,11 @@ fn collect(region: &Arc<Region>, base: i128, clip: Range<u64>, out: &mut Pieces)
 }
 
 /// Resolves overlaps: candidates come front to back.
-fn sweep(mut candidates: Pieces) -> Pieces {
+fn sweep(candidates: &mut Pieces) {
+    // What mostly goes or comes: one thing and nothing beside it.
+    if candidates.len() < 2 {
+        return;
+    }
     let mut by_start: SmallVec<[usize; 8]> = (0..candidates.len()).collect();
     by_start.sort_by_key(|at| candidates[*at].range.start);
     let overlap = |pair: &[usize]| candidates[pair[0]].range.end > candidates[pair[1]].range.start;
@@ -78,7 +81,7 @@ fn sweep(mut candidates: Pieces) -> Pieces {
             }
             one
         });
-        return candidates;
+        return;
     }
     let mut borders: Vec<u64> = candidates
         .iter()
@@ -116,7 +119,7 @@ fn sweep(mut candidates: Pieces) -> Pieces {
             }),
         }
     }
-    pieces
+    *candidates = pieces;
 }
 
 /// A range, the region that answers it, and where in the region it starts.

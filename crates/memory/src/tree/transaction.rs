@@ -125,13 +125,14 @@ impl<'a> Transaction<'a> {
         }
         let state = child.state();
         let enabled = !state.disabled;
+        let leaf = state.children.is_empty() && !matches!(child.kind(), RegionKind::Alias { .. });
         let placed = state.parent.as_ref();
         let placed = placed.is_some_and(|parent| parent.strong_count() > 0);
         drop(state);
         if placed {
             return Err(Error::HasParent(child.name().to_owned()));
         }
-        if child.reaches(parent) {
+        if Arc::ptr_eq(child, parent) || !leaf && child.reaches(parent) {
             return Err(Error::Cycle(child.name().to_owned()));
         }
         child.ram_block().map_or(Ok(()), check_live)?;
@@ -144,7 +145,7 @@ impl<'a> Transaction<'a> {
             machine_ram: child.is_machine_ram(),
         };
         check_end(parent, &new)?;
-        place(parent, new, &mut self.dirty)?;
+        place(parent, child, new, &mut self.dirty)?;
         self.undo.push(Undo::Add {
             parent: Arc::clone(parent),
             child: Arc::clone(child),
