@@ -212,6 +212,7 @@ impl Guest {
     /// # Errors
     /// The line is closed.
     pub fn send_byte(&mut self, byte: u8) -> Result<()> {
+        delay::pass();
         self.writer.write_all(&[byte]).context("serial line")?;
         self.writer.flush().context("serial line")
     }
