@@ -6,6 +6,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
+use crate::delay;
+
 /// A thread that has nothing to do sleeps for so long, again and again.
 const NAP: Duration = Duration::from_millis(10);
 /// It wakes up so much too late where others run as well: no more than that is a stall.
@@ -13,7 +15,11 @@ const USUAL: Duration = Duration::from_millis(50);
 
 /// A watch on this machine, until dropped.
 #[derive(Debug)]
-pub(crate) struct Stalls(Arc<Mutex<Seen>>);
+pub(crate) struct Stalls {
+    seen: Arc<Mutex<Seen>>,
+    /// Delays that a test was given before, which are stalls of its own thread.
+    delayed: Duration,
+}
 
 #[derive(Debug)]
 struct Seen {
@@ -36,8 +42,11 @@ impl Stalls {
             in_all: Duration::ZERO,
             woke: Instant::now(),
         };
-        let stalls = Stalls(Arc::new(Mutex::new(seen)));
-        let watched = Arc::downgrade(&stalls.0);
+        let stalls = Stalls {
+            seen: Arc::new(Mutex::new(seen)),
+            delayed: delay::passed(),
+        };
+        let watched = Arc::downgrade(&stalls.seen);
         std::thread::spawn(move || {
             while let Some(seen) = watched.upgrade() {
                 let mut seen = lock(&seen);
@@ -55,7 +64,8 @@ impl Stalls {
 
     /// All stalls since the watch began.
     pub(crate) fn so_far(&self) -> Duration {
-        lock(&self.0).until(Instant::now())
+        let delayed = delay::passed().saturating_sub(self.delayed);
+        lock(&self.seen).until(Instant::now()) + delayed
     }
 
     /// What began after the watch did, and took so long, was to take less than `limit`, and the stalls.
@@ -98,7 +108,7 @@ mod tests {
         let long = Duration::from_secs(3600);
         let error = stalls.within(Duration::ZERO, long, "a nap").unwrap_err();
         assert!(error.to_string().contains("a nap took 3600s"), "{error}");
-        lock(&stalls.0).in_all += 2 * long;
+        lock(&stalls.seen).in_all += 2 * long;
         assert!(stalls.within(Duration::ZERO, long, "a nap").is_ok());
         assert!(stalls.so_far() >= 2 * long);
     }

@@ -86,6 +86,12 @@ impl Ground {
     pub(crate) fn start(&self, machine: &Machine) -> Result<Vmm> {
         let mut vmm = Vmm::start(machine)?;
         vmm.wait_ready(BOOT_LIMIT).context("boot")?;
+        let cpus = vmm.ready().map(|ready| ready.cpus);
+        ensure!(
+            cpus == Some(machine.cpus),
+            "the guest has {cpus:?} CPUs, not {}",
+            machine.cpus
+        );
         Ok(vmm)
     }
 }

@@ -100,20 +100,28 @@ fn one_cycle(ground: &Ground, vmm: &mut Vmm, launcher: Pid, port: u16) -> Result
     add(ground, vmm, NETWORK, 0)?;
     only_child(launcher)?;
     wait_for(vmm, "/sys/class/net/eth0", true)?;
-    shell(
+    slowly(
         vmm,
         "ip link set eth0 up && udhcpc -n -q -f -t 20 -i eth0 -s /lease",
     )?;
     shell(vmm, "ip addr show eth0 | grep -q 'inet 10.0.2.15/24'")?;
     // The client's input stays open: to who has closed his half, a passt of 2023 sends again and again what it has sent.
-    shell(
+    slowly(
         vmm,
         &format!(
             "dd if=/dev/urandom of=/sent bs={SENT_BYTES} count=1 iflag=fullblock; rm -f /pipe; mkfifo /pipe; exec 3<> /pipe; \
-             cat /sent > /pipe & timeout 25 nc 10.0.2.2 {port} < /pipe > /got; [ \"$(cat /got)\" = \"$(crc32 < /sent)\" ]"
+             cat /sent > /pipe & timeout 120 nc 10.0.2.2 {port} < /pipe > /got; [ \"$(cat /got)\" = \"$(crc32 < /sent)\" ]"
         ),
     )?;
     remove(ground, vmm, launcher)
+}
+
+/// Runs a shell command that must succeed, and for which others have to work.
+fn slowly(vmm: &mut Vmm, script: &str) -> Result<()> {
+    let words = ["/bin/busybox", "sh", "-c", script];
+    let done = vmm.guest().exec(&words, STEP_LIMIT)?;
+    ensure!(done.code == Some(0), "{script}: {done:?}");
+    Ok(())
 }
 
 /// A socket, and a tap interface where this machine has them: an echo from the other end.
