@@ -573,9 +573,14 @@ mod tests {
     fn a_vmm_that_fails_says_why() {
         let script = tempfile::tempdir().unwrap();
         let path = script.path().join("vmm");
-        std::fs::write(&path, "#!/bin/sh\necho no such kernel >&2\nexit 2\n").unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(&path, mode).unwrap();
+        // By another process: a child of this one, started meanwhile, would have the file open for writing.
+        let lines = r"'#!/bin/sh' 'echo no such kernel >&2' 'exit 2'";
+        let made = format!(
+            "printf '%s\\n' {lines} > {0} && chmod 755 {0}",
+            path.display()
+        );
+        let made = Command::new("sh").args(["-c", &made]).status();
+        assert!(made.unwrap().success());
         let error = Vmm::start(&machine(Program::Ebbtide(path)))
             .unwrap_err()
             .to_string();
