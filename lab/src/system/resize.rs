@@ -124,11 +124,7 @@ pub fn beside_held_requests(ground: &Ground) -> Result<()> {
     }
     are_on_their_way(&mut vmm)?;
     for disk in ["vda", "vdb"] {
-        until(
-            &mut vmm,
-            "the write has not ended",
-            &format!("[ ! -e /{disk}.ended ]"),
-        )?;
+        shell(&mut vmm, &format!("[ ! -e /{disk}.ended ]")).context("the write has ended")?;
     }
     for event in vmm.qmp().take_events()? {
         let gone = event.name == "DEVICE_DELETED";

@@ -21,8 +21,9 @@ use crate::vmm::Vmm;
 const HELD: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(3));
 /// After the end of the request the DIMM is gone within this.
 const SOON: Duration = Duration::from_secs(15);
-/// No operation of the other disk takes this long, where the machine is an emulated one: all are short.
-const GAP: Duration = Duration::from_secs(5);
+/// No operation of the disk that works takes this long, in the long form and in the short one; had it been held up, then
+/// for longer.
+pub(super) const GAP: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(5));
 const DISK: u64 = 16 * MIB;
 
 /// A disk writes, slowly, from memory on a DIMM that is to go. Once the guest waits for the request, which it can't move
@@ -55,7 +56,7 @@ pub fn in_flight(ground: &Ground) -> Result<()> {
             "{what}: the disk holds something else than the memory did"
         );
     }
-    other.stop(&mut vmm, GAP)?;
+    other.stop(&mut vmm, if ground.long { GAP.0 } else { GAP.1 })?;
     no_acpi_error(&mut vmm)?;
     finish(vmm)
 }

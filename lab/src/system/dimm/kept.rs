@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::protocol::{Command, PinnedMemory, Place};
 use serde_json::{Value, json};
 
-use super::held::WorkingDisk;
+use super::held::{GAP, WorkingDisk};
 use super::{GUEST, LOOK, SECTION, machine, said, wait_for_end, wait_total};
 use crate::stalls::Stalls;
 use crate::system::hotplug::{deleted, shell};
@@ -26,8 +26,6 @@ const PART: Duration = Duration::from_secs(10);
 const MILLISECOND: Duration = Duration::from_millis(1);
 /// A guest that refuses says so within this.
 const REFUSAL: Duration = Duration::from_secs(5);
-/// No operation of the disk takes this long, where the machine is an emulated one: all are short.
-const GAP: Duration = Duration::from_secs(5);
 
 /// What the guest's kernel can't move keeps a DIMM of memory that it should be able to: it tries for ever and says
 /// nothing. The removal tells how far it is and since when, all else works, and once the memory is let go of the DIMM goes.
@@ -69,7 +67,7 @@ pub fn no_answer(ground: &Ground) -> Result<()> {
         .context("the target that was set meanwhile")?;
     vmm.resize(BOOT, STEP_LIMIT)?;
     wait_total(&mut vmm, before, false)?;
-    disk.stop(&mut vmm, GAP)?;
+    disk.stop(&mut vmm, if ground.long { GAP.0 } else { GAP.1 })?;
     no_acpi_error(&mut vmm)?;
     finish(vmm)
 }
