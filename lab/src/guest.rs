@@ -212,6 +212,7 @@ impl Guest {
     /// # Errors
     /// The line is closed.
     pub fn send_byte(&mut self, byte: u8) -> Result<()> {
+        delay::pass();
         self.writer.write_all(&[byte]).context("serial line")?;
         self.writer.flush().context("serial line")
     }
@@ -594,6 +595,9 @@ mod tests {
     fn silence_damage_and_the_end_are_errors_with_the_console() {
         let (mut guest, mut peer) = line();
         say(&mut peer, "last words");
+        while !guest.console().text().contains("last words") {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let error = guest
             .wait_ready(Duration::from_millis(200))
             .unwrap_err()

@@ -10,7 +10,9 @@
 mod apt;
 mod ejects;
 mod elf;
+mod resident;
 mod scheduled;
+mod stalls;
 
 pub mod agent;
 pub mod bench;

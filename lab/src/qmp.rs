@@ -23,7 +23,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 #[derive(Debug)]
 pub struct Qmp {
     writer: UnixStream,
-    incoming: Receiver<Value>,
+    incoming: Receiver<(Value, Instant)>,
     greeting: Value,
     events: VecDeque<QmpEvent>,
     next_id: u64,
@@ -36,7 +36,7 @@ pub struct QmpEvent {
     pub name: String,
     /// Its data, or null.
     pub data: Value,
-    /// When it came in.
+    /// When it came in, whenever it was asked for.
     pub at: Instant,
 }
 
@@ -73,7 +73,7 @@ impl Qmp {
         std::thread::spawn(move || {
             for line in reader.lines().map_while(|line| line.ok()) {
                 let value = serde_json::from_str(&line).unwrap_or_else(|_| Value::String(line));
-                if sender.send(value).is_err() {
+                if sender.send((value, Instant::now())).is_err() {
                     break;
                 }
             }
@@ -85,7 +85,7 @@ impl Qmp {
             events: VecDeque::new(),
             next_id: 1,
         };
-        qmp.greeting = qmp.receive(Instant::now() + ANSWER_TIMEOUT, "QMP greeting")?;
+        (qmp.greeting, _) = qmp.receive(Instant::now() + ANSWER_TIMEOUT, "QMP greeting")?;
         if qmp.greeting.pointer("/QMP/version").is_none() {
             bail!("no QMP greeting: {}", qmp.greeting);
         }
@@ -116,7 +116,7 @@ impl Qmp {
             .with_context(|| format!("send {command}"))?;
         let deadline = Instant::now() + ANSWER_TIMEOUT;
         loop {
-            let mut answer = self.receive(deadline, command)?;
+            let (mut answer, at) = self.receive(deadline, command)?;
             if let Some(error) = answer.get("error") {
                 let text = |name: &str| {
                     error
@@ -137,7 +137,7 @@ impl Qmp {
             {
                 return Ok(result.take());
             }
-            self.keep_event(answer)?;
+            self.keep_event(answer, at)?;
         }
     }
 
@@ -154,8 +154,8 @@ impl Qmp {
             {
                 return Ok(event);
             }
-            let message = self.receive(deadline, &format!("event {name}"))?;
-            self.keep_event(message)?;
+            let (message, at) = self.receive(deadline, &format!("event {name}"))?;
+            self.keep_event(message, at)?;
         }
     }
 
@@ -165,34 +165,30 @@ impl Qmp {
     /// What came in is no event.
     pub fn take_events(&mut self) -> Result<Vec<QmpEvent>> {
         delay::pass();
-        while let Ok(message) = self.incoming.try_recv() {
-            self.keep_event(message)?;
+        while let Ok((message, at)) = self.incoming.try_recv() {
+            self.keep_event(message, at)?;
         }
         Ok(self.events.drain(..).collect())
     }
 
-    fn receive(&mut self, deadline: Instant, what: &str) -> Result<Value> {
+    fn receive(&mut self, deadline: Instant, what: &str) -> Result<(Value, Instant)> {
         match self
             .incoming
             .recv_timeout(deadline.saturating_duration_since(Instant::now()))
         {
-            Ok(value) => Ok(value),
+            Ok(received) => Ok(received),
             Err(RecvTimeoutError::Timeout) => bail!("waited in vain for QMP: {what}"),
             Err(RecvTimeoutError::Disconnected) => bail!("the QMP connection was closed: {what}"),
         }
     }
 
-    fn keep_event(&mut self, message: Value) -> Result<()> {
+    fn keep_event(&mut self, message: Value, at: Instant) -> Result<()> {
         let name = message.get("event").and_then(Value::as_str);
         let name = name
             .ok_or_else(|| anyhow!("neither an answer nor an event: {message}"))?
             .to_owned();
         let data = message.get("data").cloned().unwrap_or(Value::Null);
-        self.events.push_back(QmpEvent {
-            name,
-            data,
-            at: Instant::now(),
-        });
+        self.events.push_back(QmpEvent { name, data, at });
         Ok(())
     }
 }

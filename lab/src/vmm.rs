@@ -412,17 +412,34 @@ impl Vmm {
     /// Still running after `timeout`; one of its vCPUs was to close a file, which is no work of theirs.
     pub fn wait_exit(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let status = self.child.wait(timeout).with_context(|| self.log())?;
-        let said = std::fs::read(&self.log).context("log of the VMM")?;
-        let said = String::from_utf8_lossy(&said);
+        let said = self.said()?;
         let leaks = said.lines().filter(|line| line.ends_with(STAYS_OPEN));
         let leaks: Vec<&str> = leaks.collect();
         ensure!(leaks.is_empty(), "{}", leaks.join("\n"));
         Ok(status)
     }
 
+    /// All the VMM has said so far.
+    ///
+    /// # Errors
+    /// Its log can't be read.
+    pub fn said(&self) -> Result<String> {
+        let said = std::fs::read(&self.log).context("log of the VMM")?;
+        Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+
     /// The end of what the VMM has said.
     pub fn log(&self) -> String {
         log_tail(&self.log)
+    }
+
+    /// Whether a line of all that the VMM has said holds each of `words`.
+    ///
+    /// # Errors
+    /// As [`Vmm::said`].
+    pub fn has_said(&self, words: &[&str]) -> Result<bool> {
+        let holds = |line: &str| words.iter().all(|word| line.contains(word));
+        Ok(self.said()?.lines().any(holds))
     }
 }
 
@@ -556,9 +573,14 @@ mod tests {
     fn a_vmm_that_fails_says_why() {
         let script = tempfile::tempdir().unwrap();
         let path = script.path().join("vmm");
-        std::fs::write(&path, "#!/bin/sh\necho no such kernel >&2\nexit 2\n").unwrap();
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(&path, mode).unwrap();
+        // By another process: a child of this one, started meanwhile, would have the file open for writing.
+        let lines = r"'#!/bin/sh' 'echo no such kernel >&2' 'exit 2'";
+        let made = format!(
+            "printf '%s\\n' {lines} > {0} && chmod 755 {0}",
+            path.display()
+        );
+        let made = Command::new("sh").args(["-c", &made]).status();
+        assert!(made.unwrap().success());
         let error = Vmm::start(&machine(Program::Ebbtide(path)))
             .unwrap_err()
             .to_string();

@@ -71,6 +71,8 @@ pub(super) struct Session {
     begun: Instant,
     /// When the capsule last said anything on the control port.
     heard: Instant,
+    /// Nothing was heard for too long when it was last looked; who looked may have stood still himself.
+    silent: bool,
     pending: Vec<u8>,
     /// Given back when QEMU is gone.
     _core: Core,
@@ -99,6 +101,7 @@ impl Session {
             files,
             begun,
             heard: begun,
+            silent: false,
             pending: Vec::new(),
             _core: core,
         })
@@ -140,7 +143,7 @@ impl Session {
     }
 
     /// Time until something must have happened; an error when it has not.
-    fn limit(&self, capsule: &Capsule, booted: bool) -> Result<Duration> {
+    fn limit(&mut self, capsule: &Capsule, booted: bool) -> Result<Duration> {
         let (limit, what) = match (booted, capsule.timeout) {
             (true, limit) => (limit.unwrap_or(Duration::MAX), "the command did not end"),
             (false, limit) => (
@@ -159,7 +162,14 @@ impl Session {
             return Ok(left);
         }
         match SILENCE.checked_sub(self.heard.elapsed()) {
-            Some(patience) => Ok(left.min(patience)),
+            Some(patience) => {
+                self.silent = false;
+                Ok(left.min(patience))
+            }
+            None if !self.silent => {
+                self.silent = true;
+                Ok(Duration::ZERO)
+            }
             None => bail!(
                 "the capsule stands still: not a word for {} s{}",
                 SILENCE.as_secs(),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use ebbtide_hostile::ejector;
+use serde_json::Value;
 
 use super::{LIMIT, Measured, STEADY, Slow, Watch, longest_stay, machine};
 use crate::image::Image;
@@ -16,6 +17,8 @@ use crate::vmm::{Machine, Program, Vmm};
 const RAM: u64 = 128 << 20;
 /// What QEMU needs for it: firmware that such a KVM gets through, which is not SeaBIOS, and no register that KVM lacks.
 const PEER_OPTIONS: [&str; 4] = ["-bios", "qboot.rom", "-cpu", "host,arch-capabilities=off"];
+/// The guest's first word comes within this, however slow its machine.
+const FIRST: Duration = Duration::from_secs(30);
 /// What a register reads as when nobody answers.
 const NOBODY: u64 = 0xffff_ffff;
 
@@ -61,8 +64,7 @@ fn measure(
     ejects: usize,
     ebbtide: bool,
 ) -> Result<Measured> {
-    let line = vmm.guest().wait_line(LIMIT)?;
-    numbers::<1>(&line, ejector::READY)?;
+    first_word(vmm)?;
     slow.plug(vmm, ebbtide)?;
     let submitted = Instant::now();
     let [count] = ask(vmm, ejector::SUBMIT)?;
@@ -113,14 +115,31 @@ fn measure(
     })
 }
 
+/// The requests have ended before all disks were ejected: nothing is known.
+#[derive(Debug, thiserror::Error)]
+#[error("the requests have ended before slot {slot} was ejected: this machine is too busy")]
+pub(crate) struct TooLate {
+    slot: u32,
+}
+
+/// Waits until the guest can be asked. What it says before anybody is at the other end of its line is lost: then it begins
+/// again.
+fn first_word(vmm: &mut Vmm) -> Result<()> {
+    let mut line = vmm.guest().wait_line(FIRST);
+    if line.is_err() {
+        eprintln!("the guest's first word did not come: it is reset");
+        vmm.qmp().execute("system_reset", Value::Null)?;
+        line = vmm.guest().wait_line(LIMIT);
+    }
+    numbers::<1>(&line?, ejector::READY).map(drop)
+}
+
 /// What each of the first `ejects` took, in ticks.
 fn write_each(vmm: &mut Vmm, slow: &Slow, ejects: usize, submitted: Instant) -> Result<Vec<u64>> {
     let mut writes = Vec::new();
     for slot in slow.slots.clone().take(ejects) {
-        ensure!(
-            submitted.elapsed() < slow.latency,
-            "the requests have ended before slot {slot} was ejected: this machine is too busy"
-        );
+        let late = submitted.elapsed() >= slow.latency;
+        ensure!(!late, TooLate { slot });
         let [ejected, ticks, config] = ask(vmm, ejector::EJECT)?;
         ensure!(
             ejected == u64::from(slot),

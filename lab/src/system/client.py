@@ -23,9 +23,9 @@ async def main():
     await client.execute("query-qmp-schema")
 
     await client.execute("stop")
-    assert (await states.get())["event"] == "STOP"
+    assert (await asyncio.wait_for(states.get(), 60))["event"] == "STOP"
     await client.execute("cont")
-    assert (await states.get())["event"] == "RESUME"
+    assert (await asyncio.wait_for(states.get(), 60))["event"] == "RESUME"
 
     await client.execute(
         "qom-set", {"path": PATH, "property": "requested-size", "value": TARGET}

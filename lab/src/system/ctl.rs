@@ -14,15 +14,20 @@ use super::{BOOT, Ground, MIB, finish};
 use crate::vmm::Vmm;
 pub use network::user_network;
 
-/// What a command printed, if it ended with `code`.
-fn ctl(ground: &Ground, vmm: &Vmm, arguments: &[&str], code: i32) -> Result<Value> {
+fn command(ground: &Ground, vmm: &Vmm, arguments: &[&str]) -> Command {
     let mut command = Command::new(&ground.ebbtide);
     command
         .arg("ctl")
         .arg("--json")
         .arg("--qmp")
-        .arg(vmm.qmp_path());
-    let output = command.args(arguments).output()?;
+        .arg(vmm.qmp_path())
+        .args(arguments);
+    command
+}
+
+/// What a command printed, if it ended with `code`.
+fn ctl(ground: &Ground, vmm: &Vmm, arguments: &[&str], code: i32) -> Result<Value> {
+    let output = command(ground, vmm, arguments).output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(
         output.status.code() == Some(code),

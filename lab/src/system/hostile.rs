@@ -22,6 +22,7 @@ use serde_json::Value;
 use super::hotplug::Residue;
 use super::{Ground, MIB, STEP_LIMIT};
 use crate::image::Image;
+use crate::resident;
 use crate::vmm::{Machine, Program, Vmm};
 use management::Management;
 
@@ -39,7 +40,7 @@ const SLOW: Duration = Duration::from_secs(60);
 const WORD: u64 = 200;
 /// Boot RAM, which the guest knows.
 const RAM: u64 = 128 * MIB;
-/// What the VMM may have beyond the guest's memory when all devices are gone.
+/// What the VMM may have beside the guest's boot RAM when all devices are gone.
 const OWN: u64 = 96 * MIB;
 /// What the VMM may log in a round: a handful of lines for each call site and device.
 const LOG_BYTES: u64 = 256 << 10;
@@ -82,7 +83,7 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
         let logged = log_bytes(ground)?;
         let during = one_round(&mut vmm, &mut management, length);
         seen.add(&during.with_context(|| format!("round {round}"))?);
-        within(ground, &vmm, logged).with_context(|| format!("round {round}"))?;
+        within(ground, &mut vmm, logged).with_context(|| format!("round {round}"))?;
         match &before {
             Some(before) => {
                 let same = before.again(&mut vmm);
@@ -104,19 +105,13 @@ fn rounds(ground: &Ground, seed: u64) -> Result<()> {
 }
 
 /// What must not grow without bound, when all devices are gone.
-fn within(ground: &Ground, vmm: &Vmm, logged: u64) -> Result<()> {
+fn within(ground: &Ground, vmm: &mut Vmm, logged: u64) -> Result<()> {
     let logged = log_bytes(ground)? - logged;
     ensure!(
         logged <= LOG_BYTES,
         "{logged} bytes were logged, {LOG_BYTES} are enough"
     );
-    let rss = vmm.rss_bytes()?;
-    ensure!(
-        rss <= RAM + OWN,
-        "{} MiB resident with no device left",
-        rss / MIB
-    );
-    Ok(())
+    resident::beside_boot_ram_within(vmm, OWN).context("with no device left")
 }
 
 fn log_bytes(ground: &Ground) -> Result<u64> {

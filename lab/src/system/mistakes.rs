@@ -7,8 +7,11 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use anyhow::{Context, Result, ensure};
+use serde_json::Value;
 
-use super::{Ground, MIB};
+use super::{Ground, MIB, finish};
+use crate::qmp::Qmp;
+use crate::vmm::Disk;
 
 const USAGE: i32 = 2;
 const FAILURE: i32 = 1;
@@ -169,22 +172,27 @@ pub fn files(ground: &Ground) -> Result<()> {
         expect(ground, &case)?;
     }
     drop(live);
-    locked_disk(ground, work.path())?;
-    dead_socket_is_replaced(ground, work.path())
+    beside_a_running_vm(ground, work.path())
 }
 
-/// An image that another VM writes to is refused; the first VM does not notice.
-fn locked_disk(ground: &Ground, work: &Path) -> Result<()> {
+/// An image that another VM writes to is refused; that VM does not notice, whose monitor's socket was there and had nobody
+/// who listened: that is no obstacle.
+fn beside_a_running_vm(ground: &Ground, work: &Path) -> Result<()> {
     let image = work.join("shared.img");
     fs::File::create(&image)?.set_len(16 * MIB)?;
+    let socket = work.join("dead.sock");
+    drop(UnixListener::bind(&socket)?);
+    ensure!(socket.exists(), "the dead socket is gone too soon");
     let mut machine = ground.machine(1, 1 << 30);
-    machine.disks.push(crate::vmm::Disk {
+    machine.disks.push(Disk {
         id: "disk0".into(),
         path: image.clone(),
         readonly: false,
     });
-    let mut vmm = crate::vmm::Vmm::start(&machine)?;
-    vmm.wait_ready(super::BOOT_LIMIT)?;
+    let qmp = format!("unix:{}", socket.display());
+    machine.more.extend(["--qmp".into(), qmp]);
+    let vmm = ground.start(&machine)?;
+    Qmp::connect(&socket)?.execute("query-status", Value::Null)?;
     let disk = format!("path={}", image.display());
     let kernel = ground.image.kernel.to_str().context("path")?;
     expect(
@@ -195,21 +203,7 @@ fn locked_disk(ground: &Ground, work: &Path) -> Result<()> {
             &["shared.img", "lock"],
         ),
     )?;
-    super::finish(vmm)
-}
-
-/// A socket file that nobody listens on is no obstacle.
-fn dead_socket_is_replaced(ground: &Ground, work: &Path) -> Result<()> {
-    let socket = work.join("dead.sock");
-    drop(UnixListener::bind(&socket)?);
-    ensure!(socket.exists(), "the dead socket is gone too soon");
-    let qmp = format!("unix:{}", socket.display());
-    let mut machine = ground.machine(1, 1 << 30);
-    machine.more.extend(["--qmp".into(), qmp]);
-    let mut vmm = crate::vmm::Vmm::start(&machine)?;
-    crate::qmp::Qmp::connect(&socket)?.execute("query-status", serde_json::Value::Null)?;
-    vmm.wait_ready(super::BOOT_LIMIT)?;
-    super::finish(vmm)?;
+    finish(vmm)?;
     ensure!(!socket.exists(), "{} is left behind", socket.display());
     Ok(())
 }

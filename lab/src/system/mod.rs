@@ -18,6 +18,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 
 use crate::deny;
 use crate::host_log;
@@ -85,6 +86,12 @@ impl Ground {
     pub(crate) fn start(&self, machine: &Machine) -> Result<Vmm> {
         let mut vmm = Vmm::start(machine)?;
         vmm.wait_ready(BOOT_LIMIT).context("boot")?;
+        let cpus = vmm.ready().map(|ready| ready.cpus);
+        ensure!(
+            cpus == Some(machine.cpus),
+            "the guest has {cpus:?} CPUs, not {}",
+            machine.cpus
+        );
         Ok(vmm)
     }
 }
@@ -140,7 +147,11 @@ const SCENARIOS: &[Scenario] = &[
         "memory grows beside held requests",
         resize::beside_held_requests,
     ),
-    scenario("reboot, reset, stop and continue", reset::in_mid_resize),
+    one(
+        Series::V6_12,
+        "reboot, reset, stop and continue",
+        reset::in_mid_resize,
+    ),
     one(
         Series::V6_1,
         "a triple fault ends with --no-reboot",
@@ -219,9 +230,13 @@ const SCENARIOS: &[Scenario] = &[
         "a dimm on a file that is cut short",
         dimm::truncated,
     ),
-    scenario("a reset amid the removal of a dimm", dimm::reset),
+    one(
+        Series::V6_1,
+        "a reset amid the removal of a dimm",
+        dimm::reset,
+    ),
     one(Series::V6_1, "mistakes with dimms", dimm::mistakes),
-    scenario("devices come and go by hand", ctl::by_hand),
+    one(Series::V6_12, "devices come and go by hand", ctl::by_hand),
     one(
         Series::V6_12,
         "cards of passt come and go by hand",
@@ -320,6 +335,28 @@ pub(crate) fn clean_kernel_log(vmm: &mut Vmm) -> Result<()> {
         denied.join("\n")
     );
     Ok(())
+}
+
+/// Waits until the guest can open the disk `name`: that is there a moment before it can be.
+pub(crate) fn wait_for_disk(vmm: &mut Vmm, name: &str) -> Result<()> {
+    let opens = format!("exec 3< /dev/{name}");
+    hotplug::until(vmm, &format!("{name} can be opened"), &opens)
+}
+
+/// Lets the one request go that the faults of `node` hold, or will: the guest has sent it.
+pub(crate) fn let_go(vmm: &mut Vmm, node: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let release = json!({"node-name": node});
+        let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
+        match released["released"].as_u64() {
+            Some(1) => return Ok(()),
+            Some(0) => {}
+            _ => bail!("{node} has let go of {released}"),
+        }
+        ensure!(begun.elapsed() < STEP_LIMIT, "{node} holds nothing");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 /// What Linux writes when an ACPI method fails, or a device is not what it said.

@@ -1,60 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! Several monitor clients at once: one is killed, one sends garbage, one is Python.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
-use std::process::Command;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::{GIB, Ground, MIB, STEP_LIMIT, finish};
+use super::hotplug::Residue;
+use super::{BOOT, GIB, Ground, MIB, STEP_LIMIT, finish};
 use crate::qmp::Qmp;
+use crate::resident;
 
+/// A monitor that has not done anything within this is dead.
+const PATIENCE: Duration = Duration::from_secs(60);
 const SCRIPT: &str = include_str!("client.py");
 
 /// A client dies in the middle of a command; the others and the guest go on.
 pub fn killed_client(ground: &Ground) -> Result<()> {
     let mut vmm = ground.boot(1, 2 * GIB)?;
     let path = vmm.qmp_path();
-    for _ in 0..20 {
-        // kill -9 in the middle of a request: half of one is sent, and the socket is closed.
-        let mut child = Command::new(&ground.python)
-            .args(["-c", HALF_A_REQUEST])
-            .arg(&path)
-            .spawn()?;
-        std::thread::sleep(Duration::from_millis(30));
-        child.kill()?;
-        child.wait()?;
+    let before = Residue::of(&mut vmm)?;
+    for _ in 0..2 {
+        killed_amid_requests(ground, &path)?;
     }
     vmm.request_total(2 * GIB)?;
-    let threads = vmm.process().threads()?;
     for _ in 0..20 {
         let mut other = Qmp::connect(&path)?;
         other.execute("query-memory-devices", Value::Null)?;
     }
-    ensure!(
-        vmm.process().threads()? == threads,
-        "clients leave threads behind"
-    );
     vmm.wait_total(2 * GIB, STEP_LIMIT)?;
+    vmm.resize(BOOT, STEP_LIMIT)?;
+    before.again(&mut vmm).context("what clients leave")?;
     finish(vmm)
+}
+
+/// kill -9 in the middle of requests: half of one is sent by each of several connections, and they are closed.
+fn killed_amid_requests(ground: &Ground, path: &Path) -> Result<()> {
+    let mut child = Command::new(&ground.python)
+        .args(["-c", HALF_A_REQUEST])
+        .arg(path)
+        .stdout(Stdio::piped())
+        .spawn()?;
+    let mut said = String::new();
+    let output = child.stdout.take().context("its output")?;
+    BufReader::new(output).read_line(&mut said)?;
+    child.kill()?;
+    child.wait()?;
+    ensure!(said == "sent\n", "the client says {said:?}");
+    Ok(())
 }
 
 const HALF_A_REQUEST: &str = "
 import socket, sys, time
-s = socket.socket(socket.AF_UNIX)
-s.connect(sys.argv[1])
-s.sendall(b'{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-status\"}{\"execute\":')
-time.sleep(60)
+all = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+for s in all:
+    s.connect(sys.argv[1])
+    s.sendall(b'{\"execute\":\"qmp_capabilities\"}{\"execute\":\"query-status\"}{\"execute\":')
+print('sent', flush=True)
+time.sleep(600)
 ";
 
 /// Garbage, floods and deep nesting get an error; other clients are served meanwhile.
 pub fn garbage(ground: &Ground) -> Result<()> {
     let mut vmm = ground.boot(1, GIB)?;
     let path = vmm.qmp_path();
-    let rss = vmm.rss_bytes()?;
+    let own = resident::beside_boot_ram(&mut vmm)?;
     let nested = "[".repeat(100_000);
     let wrong_type = r#"{"execute":"qom-get","arguments":{"path":7,"property":"size"}}"#;
     for (what, bytes) in [
@@ -68,10 +82,7 @@ pub fn garbage(ground: &Ground) -> Result<()> {
         ensure!(answer.contains("\"error\""), "{what}: {answer}");
     }
     flood(&path).context("100 MiB without an end")?;
-    ensure!(
-        vmm.rss_bytes()? < rss + 64 * MIB,
-        "a flood stays in the VMM's memory"
-    );
+    resident::beside_boot_ram_within(&mut vmm, own + 64 * MIB).context("after a flood")?;
     ensure!(vmm.status()? == "running", "the VM is {}", vmm.status()?);
     let unknown = vmm
         .qmp()
@@ -82,9 +93,9 @@ pub fn garbage(ground: &Ground) -> Result<()> {
 }
 
 /// Negotiates, sends `bytes`, returns what is said about them.
-fn send(path: &std::path::Path, bytes: &[u8]) -> Result<String> {
+fn send(path: &Path, bytes: &[u8]) -> Result<String> {
     let mut socket = UnixStream::connect(path)?;
-    socket.set_read_timeout(Some(Duration::from_secs(10)))?;
+    socket.set_read_timeout(Some(PATIENCE))?;
     socket.write_all(b"{\"execute\":\"qmp_capabilities\"}\n")?;
     // The server may have closed by now; what it said before counts.
     let _ = socket.write_all(bytes);
@@ -100,15 +111,19 @@ fn send(path: &std::path::Path, bytes: &[u8]) -> Result<String> {
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-fn flood(path: &std::path::Path) -> Result<()> {
+fn flood(path: &Path) -> Result<()> {
     let mut socket = UnixStream::connect(path)?;
-    socket.set_write_timeout(Some(Duration::from_secs(10)))?;
+    socket.set_write_timeout(Some(PATIENCE))?;
     socket.write_all(b"{\"execute\":\"qmp_capabilities\"}{\"execute\":\"")?;
     let chunk = vec![b'a'; MIB as usize];
     for _ in 0..100 {
-        if socket.write_all(&chunk).is_err() {
+        match socket.write_all(&chunk) {
+            Ok(()) => {}
             // Closed on us: also an answer.
-            break;
+            Err(e) if [ErrorKind::BrokenPipe, ErrorKind::ConnectionReset].contains(&e.kind()) => {
+                break;
+            }
+            Err(e) => return Err(e).context("it is neither taken nor refused"),
         }
     }
     Ok(())

@@ -7,29 +7,30 @@ use anyhow::{Context, Result, ensure};
 use ebbtide_hostile::Random;
 use serde_json::{Value, json};
 
-use super::hotplug::{shell, until, wait_for};
+use super::hotplug::{LOOK, deleted, shell, until};
 use super::{
-    BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish, no_acpi_error,
+    BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish, let_go,
+    no_acpi_error, wait_for_disk,
 };
+use crate::resident;
+use crate::stalls::Stalls;
 use crate::vmm::Vmm;
 
-/// How far the host's memory after a round may be from that after the first.
+/// How far the host's memory after a round may be from that before the first, the guest's boot RAM left aside.
 const RSS_SLACK: u64 = 64 * MIB;
 /// After the last change of the target, until the guest has followed.
 const FOLLOW_LIMIT: Duration = Duration::from_secs(30);
 const BLOCK: u64 = 2 * MIB;
-/// After a shrink, until what the guest gave back is off the books.
-const SETTLE: Duration = Duration::from_secs(1);
 
 /// Rounds of grow, fill, check, free, shrink.
 pub fn rounds(ground: &Ground) -> Result<()> {
     let (rounds, top) = if ground.long {
         (10, 8 * GIB)
     } else {
-        (2, 2 * GIB)
+        (2, BOOT + GIB)
     };
     let mut vmm = ground.boot(USUAL_CPUS, top)?;
-    let mut first = None;
+    let own = resident::beside_boot_ram(&mut vmm)?;
     for round in 0..rounds {
         vmm.resize(top, STEP_LIMIT)
             .with_context(|| format!("round {round}: grow"))?;
@@ -42,15 +43,8 @@ pub fn rounds(ground: &Ground) -> Result<()> {
         vmm.guest().free()?;
         vmm.resize(BOOT, STEP_LIMIT)
             .with_context(|| format!("round {round}: shrink"))?;
-        std::thread::sleep(SETTLE);
-        let rss = vmm.rss_bytes()?;
-        let first = *first.get_or_insert(rss);
-        ensure!(
-            rss <= first + RSS_SLACK,
-            "round {round}: the VMM holds {} MiB, {} after the first round",
-            rss / MIB,
-            first / MIB
-        );
+        resident::beside_boot_ram_within(&mut vmm, own + RSS_SLACK)
+            .with_context(|| format!("round {round}"))?;
         clean_kernel_log(&mut vmm)?;
     }
     finish(vmm)
@@ -71,40 +65,34 @@ pub fn random_targets(ground: &Ground) -> Result<()> {
         std::thread::sleep(Duration::from_millis(random.below(400)));
     }
     for last in [GIB, BOOT] {
-        vmm.request_total(last)?;
-        vmm.wait_total(last, FOLLOW_LIMIT)
-            .context("the last target")?;
+        let stalls = Stalls::watch();
+        let took = vmm.resize(last, STEP_LIMIT);
+        let took = took.context("the last target")?;
+        stalls.within(FOLLOW_LIMIT, took, "the last target")?;
     }
     finish(vmm)
 }
 
-/// The request of a disk takes this long in the long form and in the short one; Linux lets go of what is behind a port
-/// only after 5 s.
-const HELD: (Duration, Duration) = (Duration::from_secs(60), Duration::from_secs(20));
-const BUTTON: Duration = Duration::from_secs(5);
-/// A GiB more is there within this: in the short form an emulated guest may be one of several, and would be held up for
-/// as long as the request if it were.
+/// The requests of the disks are held for so long at least, in the long form; in the short one until all has been seen.
+const HELD: Duration = Duration::from_secs(60);
+/// A GiB more is there within this: in the short form an emulated guest may be one of several.
 const GROWS: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(5));
-/// A request has ended, or a disk is gone, so long after it should at the latest.
-const SOON: Duration = Duration::from_secs(30);
 /// The slot of the disk on bus 0, and the registers by which its guest ejects it.
 const SLOT: u16 = 7;
 const EJECT: u16 = 0xae08;
 const BUS: u16 = 0xae10;
 const REGISTER: Duration = Duration::from_secs(10);
+/// The guest lets go of what is behind a port five seconds after it was asked to, on a thread that waits for requests.
+const PORT_WAITS: &str = "cat /proc/[0-9]*/stat 2>/dev/null | grep -q 'pciehp) D '";
 
 /// Memory grows while disks wait for a request of theirs on their way out: one behind a port, for whose request the
 /// guest waits, and one that its guest has ejected amid the request.
 pub fn beside_held_requests(ground: &Ground) -> Result<()> {
-    let (held, grows) = match ground.long {
-        true => (HELD.0, GROWS.0),
-        false => (HELD.1, GROWS.1),
-    };
+    let grows = if ground.long { GROWS.0 } else { GROWS.1 };
     let mut machine = ground.machine(USUAL_CPUS, BOOT + 2 * GIB);
     let port = ["--device", "pcie-root-port,id=rp1"];
     machine.more.extend(port.map(Into::into));
     let mut vmm = ground.start(&machine)?;
-    let rule = format!("fault=delay,op=write,delay-ns={}", held.as_nanos());
     for (at, place) in [
         ("vda", json!({"bus": "rp1"})),
         (
@@ -112,7 +100,7 @@ pub fn beside_held_requests(ground: &Ground) -> Result<()> {
             json!({"addr": SLOT.to_string(), "guest-eject": "on"}),
         ),
     ] {
-        slow_disk(&mut vmm, at, place, &rule)?;
+        slow_disk(&mut vmm, at, place)?;
     }
     let begun = Instant::now();
     for disk in ["vda", "vdb"] {
@@ -125,26 +113,26 @@ pub fn beside_held_requests(ground: &Ground) -> Result<()> {
         until(&mut vmm, "a write is in flight", &in_flight)?;
     }
     vmm.qmp().execute("device_del", json!({"id": "vda"}))?;
-    let asked = Instant::now();
     vmm.guest().port_write(BUS, 0, REGISTER)?;
     vmm.guest().port_write(EJECT, 1 << SLOT, REGISTER)?;
     grow(&mut vmm, BOOT + GIB, grows)?;
     // Now the guest's driver of the first disk is on its way out, too.
-    std::thread::sleep((BUTTON + Duration::from_secs(2)).saturating_sub(asked.elapsed()));
+    until(&mut vmm, "the guest waits for the request", PORT_WAITS)?;
     grow(&mut vmm, BOOT + 2 * GIB, grows)?;
-    ensure!(
-        begun.elapsed() < held,
-        "the requests have ended: this machine is too busy"
-    );
-    for _ in 0..2 {
-        let gone = vmm.qmp().wait_event("DEVICE_DELETED", held + SOON)?;
-        ensure!(
-            gone.at >= begun + held,
-            "{} before its request has ended",
-            gone.data
-        );
+    if ground.long {
+        std::thread::sleep(HELD.saturating_sub(begun.elapsed()));
+    }
+    are_on_their_way(&mut vmm)?;
+    for disk in ["vda", "vdb"] {
+        shell(&mut vmm, &format!("[ ! -e /{disk}.ended ]")).context("the write has ended")?;
+    }
+    for event in vmm.qmp().take_events()? {
+        let gone = event.name == "DEVICE_DELETED";
+        ensure!(!gone, "{} before its request has ended", event.data);
     }
     for disk in ["vda", "vdb"] {
+        let_go(&mut vmm, &faults_of(disk))?;
+        deleted(&mut vmm, disk)?;
         until(
             &mut vmm,
             "the write ends well",
@@ -160,12 +148,18 @@ pub fn beside_held_requests(ground: &Ground) -> Result<()> {
     Ok(())
 }
 
-/// A disk whose writes are held up.
-fn slow_disk(vmm: &mut Vmm, id: &str, place: Value, rule: &str) -> Result<()> {
+/// The node of a disk that holds its writes.
+fn faults_of(id: &str) -> String {
+    format!("{id}-faults")
+}
+
+/// A disk whose writes are held until they are let go.
+fn slow_disk(vmm: &mut Vmm, id: &str, place: Value) -> Result<()> {
     let medium = format!("{id}-medium");
     let node = json!({"driver": "null-co", "node-name": medium, "size": 64 * MIB});
     vmm.qmp().execute("blockdev-add", node)?;
-    let faults = format!("{id}-faults");
+    let faults = faults_of(id);
+    let rule = "fault=hold,op=write";
     let node =
         json!({"driver": "x-ebbtide-fault", "node-name": faults, "file": medium, "rules": [rule]});
     vmm.qmp().execute("blockdev-add", node)?;
@@ -174,15 +168,13 @@ fn slow_disk(vmm: &mut Vmm, id: &str, place: Value, rule: &str) -> Result<()> {
     disk["id"] = json!(id);
     disk["drive"] = json!(faults);
     vmm.qmp().execute("device_add", disk)?;
-    wait_for(vmm, &format!("/dev/{id}"), true)
+    wait_for_disk(vmm, id)
 }
 
-/// Memory grows in time, and these removals are as far as before.
-fn grow(vmm: &mut Vmm, total: u64, limit: Duration) -> Result<()> {
+/// The removals are as far as they can come while the requests are held.
+fn are_on_their_way(vmm: &mut Vmm) -> Result<()> {
     let phases = ["vda requested", "vdb draining"];
-    let took = vmm.resize(total, STEP_LIMIT)?;
     let removals = vmm.qmp().execute("x-ebbtide-query-removals", Value::Null)?;
-    ensure!(took <= limit, "1 GiB more took {took:?}; {removals}");
     let now: Vec<String> = removals
         .as_array()
         .into_iter()
@@ -190,13 +182,30 @@ fn grow(vmm: &mut Vmm, total: u64, limit: Duration) -> Result<()> {
         .map(|it| format!("{} {}", text(&it["id"]), text(&it["phase"])))
         .collect();
     ensure!(now == phases, "the removals are {now:?}, not {phases:?}");
-    let guest = vmm.guest().report()?;
-    ensure!(
-        guest.virtio_mem.added + BOOT >= total,
-        "the guest has {} MiB of virtio-mem",
-        guest.virtio_mem.added / MIB
-    );
-    println!("      1 GiB more in {took:.2?} while {}", now.join(", "));
+    Ok(())
+}
+
+/// Memory grows in time, and the removals are as far as before.
+fn grow(vmm: &mut Vmm, total: u64, limit: Duration) -> Result<()> {
+    let stalls = Stalls::watch();
+    let took = vmm.resize(total, STEP_LIMIT)?;
+    stalls.within(limit, took, "1 GiB more")?;
+    are_on_their_way(vmm)?;
+    // The last block is the guest's a moment after it was given.
+    let begun = Instant::now();
+    loop {
+        let guest = vmm.guest().report()?;
+        if guest.virtio_mem.added + BOOT >= total {
+            break;
+        }
+        ensure!(
+            begun.elapsed() < FOLLOW_LIMIT,
+            "the guest has {} MiB of virtio-mem",
+            guest.virtio_mem.added / MIB
+        );
+        std::thread::sleep(LOOK);
+    }
+    println!("      1 GiB more in {took:.2?} beside held requests");
     Ok(())
 }
 

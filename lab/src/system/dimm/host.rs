@@ -11,6 +11,7 @@ use ebbtide_agent::protocol::{Command, Filled};
 use serde_json::{Value, json};
 
 use super::{GUEST, LOOK, SECTION, machine, said, wait_total};
+use crate::stalls::Stalls;
 use crate::system::{BOOT_LIMIT, Ground, MIB, finish};
 use crate::vmm::Vmm;
 
@@ -20,8 +21,10 @@ const ROOM: u64 = 160 * MIB;
 const FILLER: u64 = 112 * MIB;
 /// What the guest uses of its DIMM then, which is more than is left.
 const USED: u64 = 96 * MIB;
-/// A guest whose memory is lost is stopped within this; one that waits for memory is seen to.
+/// A guest whose memory is lost is stopped within this.
 const STOP: Duration = Duration::from_secs(10);
+/// One that waits for memory is seen to for so long, in the long form and in the short one.
+const WAITS: (Duration, Duration) = (Duration::from_secs(10), Duration::from_secs(3));
 
 /// A small file system in memory.
 struct Small(tempfile::TempDir);
@@ -78,7 +81,6 @@ pub fn full(ground: &Ground) -> Result<()> {
     plug(&mut vmm, &file)?;
     let filler = small.file("filler");
     fs::write(&filler, vec![1; usize::try_from(FILLER)?])?;
-    let begun = Instant::now();
     said(
         &mut vmm,
         &["m0", &file.to_string_lossy(), "is full", "wait"],
@@ -88,7 +90,9 @@ pub fn full(ground: &Ground) -> Result<()> {
         seed: 1,
     };
     let filled = vmm.guest().send(fill)?;
-    while begun.elapsed() < STOP {
+    no_room(&small)?;
+    let (begun, waits) = (Instant::now(), if ground.long { WAITS.0 } else { WAITS.1 });
+    while begun.elapsed() < waits {
         vmm.qmp().execute("query-memory-devices", Value::Null)?;
         ensure!(vmm.status()? == "running", "the VM is {}", vmm.status()?);
         ensure!(
@@ -142,12 +146,28 @@ fn plug(vmm: &mut Vmm, file: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The guest is stopped.
-fn stopped(vmm: &mut Vmm) -> Result<()> {
+/// Waits until the guest has used what there was.
+fn no_room(small: &Small) -> Result<()> {
     let begun = Instant::now();
-    while vmm.status()? != "internal-error" {
-        ensure!(begun.elapsed() < STOP, "the VM is {}", vmm.status()?);
+    loop {
+        let left = rustix::fs::statvfs(small.0.path()).context("statvfs")?;
+        if left.f_bavail == 0 {
+            return Ok(());
+        }
+        ensure!(begun.elapsed() < GUEST, "{} blocks are left", left.f_bavail);
         std::thread::sleep(LOOK);
     }
-    Ok(())
+}
+
+/// The guest is stopped.
+fn stopped(vmm: &mut Vmm) -> Result<()> {
+    let (stalls, begun) = (Stalls::watch(), Instant::now());
+    loop {
+        let status = vmm.status()?;
+        if status == "internal-error" {
+            return Ok(());
+        }
+        stalls.within(STOP, begun.elapsed(), &format!("a stop from {status}"))?;
+        std::thread::sleep(LOOK);
+    }
 }
