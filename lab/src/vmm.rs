@@ -412,12 +412,20 @@ impl Vmm {
     /// Still running after `timeout`; one of its vCPUs was to close a file, which is no work of theirs.
     pub fn wait_exit(&mut self, timeout: Duration) -> Result<ExitStatus> {
         let status = self.child.wait(timeout).with_context(|| self.log())?;
-        let said = std::fs::read(&self.log).context("log of the VMM")?;
-        let said = String::from_utf8_lossy(&said);
+        let said = self.said()?;
         let leaks = said.lines().filter(|line| line.ends_with(STAYS_OPEN));
         let leaks: Vec<&str> = leaks.collect();
         ensure!(leaks.is_empty(), "{}", leaks.join("\n"));
         Ok(status)
+    }
+
+    /// All the VMM has said so far.
+    ///
+    /// # Errors
+    /// Its log can't be read.
+    pub fn said(&self) -> Result<String> {
+        let said = std::fs::read(&self.log).context("log of the VMM")?;
+        Ok(String::from_utf8_lossy(&said).into_owned())
     }
 
     /// The end of what the VMM has said.
