@@ -106,7 +106,7 @@ fn another(vmm: &mut Vmm, bus: &str) -> Result<()> {
         vmm,
         "dd if=/dev/zero of=/dev/vda bs=64k count=16 oflag=direct",
     )?;
-    vmm.qmp().execute("device_del", json!({"id": "d1"}))?;
+    ask(vmm, "d1")?;
     deleted(vmm, "d1")?;
     wait_for(vmm, "/dev/vda", false)?;
     vmm.qmp()

@@ -94,9 +94,9 @@ fn one_after_the_other(vmm: &mut Vmm, first: &str) -> Result<bool> {
     let second = if first == "sw" { "d1" } else { "sw" };
     ask(vmm, first)?;
     let mut in_time = blinks(vmm, first)?;
-    match vmm.qmp().execute("device_del", json!({"id": second})) {
+    match ask(vmm, second) {
         // Asked for once more it is not taken back.
-        Ok(_) => in_time &= blinks(vmm, "sw")?,
+        Ok(()) => in_time &= blinks(vmm, "sw")?,
         Err(error) => in_time = !is_over(error)?,
     }
     let gone = deleted_with(vmm, "sw")?;

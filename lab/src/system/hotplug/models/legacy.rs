@@ -177,7 +177,8 @@ fn bark(vmm: &mut Vmm) -> Result<()> {
     wait_for(vmm, "/dev/watchdog0", false)
 }
 
-/// A test of the device is run, once it has its addresses, and its count is right; then its registers are read and written without end.
+/// A test of the device is run, once it has its addresses, and its count is right; then its registers are read and written
+/// without end.
 fn write_registers(vmm: &mut Vmm) -> Result<()> {
     run(
         vmm,
