@@ -12,6 +12,8 @@ use anyhow::{Context, Result};
 use crate::protocol::Executed;
 
 const OUTPUT_LIMIT_BYTES: usize = 32 << 10;
+/// What a command has written is read by then after its end, also by a guest that stands still for a while.
+const READ: Duration = Duration::from_secs(20);
 const PATH: &str = "/bin:/sbin:/usr/bin:/usr/sbin";
 
 /// Runs `argv` and waits for its end, at most `timeout`.
@@ -39,9 +41,7 @@ pub fn run(argv: &[String], timeout: Duration) -> Result<Executed> {
     std::thread::spawn(move || sender.send(read_limited(reader)));
     let (status, timed_out) = wait(&mut child, timeout)?;
     // A daemon may keep the pipe open for ever: take what there is by then.
-    let (text, truncated) = output
-        .recv_timeout(Duration::from_secs(2))
-        .unwrap_or_default();
+    let (text, truncated) = output.recv_timeout(READ).unwrap_or_default();
     Ok(Executed {
         code: status.code(),
         signal: status.signal(),

@@ -3,6 +3,7 @@
 
 mod force;
 mod held;
+mod holding;
 mod mistakes;
 mod models;
 pub(super) mod peer;
@@ -15,20 +16,24 @@ use ebbtide_agent::protocol::{Command, KernelLog};
 use serde_json::{Value, json};
 
 use super::{BOOT, Ground, USUAL_CPUS, clean_kernel_log, finish};
+use crate::kernel::Series;
 use crate::vmm::Vmm;
 pub(super) use force::{each_by_force, forced, quarantined, until};
 pub(super) use held::{awaited, outlasted, waited_for};
+pub(super) use holding::{delete, holding, release_one, wait_held};
 pub use mistakes::mistakes;
 use models::Model;
-pub(super) use models::{disk_is_gone, has_ended, keep_on, shell, write_disk};
+pub(super) use models::{disk_is_gone, has_ended, read_rng, shell, write_disk};
 pub(super) use residue::Residue;
 
 /// A guest notices a device, or lets go of it, within this.
-pub(super) const GUEST: Duration = Duration::from_secs(30);
+pub(super) const GUEST: Duration = Duration::from_secs(60);
 /// How often the guest is looked at meanwhile.
 pub(super) const LOOK: Duration = Duration::from_millis(20);
 /// Cycles of the short form and of the long one.
 const CYCLES: (u32, u32) = (3, 200);
+/// In whose short form what the VMM holds is looked at, which is the same with either kernel.
+const LOOKED_AT: Series = Series::V6_1;
 /// What is left behind is looked for from here on: the first cycles fill caches.
 const SETTLED: u32 = 1;
 
@@ -58,7 +63,12 @@ pub fn cycles(ground: &Ground) -> Result<()> {
 }
 
 fn cycles_of(ground: &Ground, vmm: &mut Vmm, model: &Model) -> Result<()> {
-    let cycles = if ground.long { CYCLES.1 } else { CYCLES.0 };
+    let cycles = match ground.long {
+        true => CYCLES.1,
+        false if ground.series == LOOKED_AT => CYCLES.0,
+        // Each comes and goes twice more where it goes by force.
+        false => 1,
+    };
     let begun = Instant::now();
     come_and_go(vmm, model, None, cycles).with_context(|| model.driver.to_owned())?;
     clean_kernel_log(vmm).with_context(|| model.driver.to_owned())?;
@@ -147,8 +157,24 @@ fn come_and_go(vmm: &mut Vmm, model: &Model, bus: Option<&str>, cycles: u32) -> 
 
 fn one_cycle(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
     in_use(vmm, model, bus)?;
-    vmm.qmp().execute("device_del", json!({"id": "dev0"}))?;
+    ask(vmm, "dev0")?;
     gone(vmm, model)
+}
+
+/// Asks for a device, as soon as the guest is through with what it does to its slot: it uses what a port has plugged a
+/// moment before its driver for the slot is ready.
+pub(super) fn ask(vmm: &mut Vmm, id: &str) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let Err(error) = vmm.qmp().execute("device_del", json!({"id": id})) else {
+            return Ok(());
+        };
+        let is_busy = format!("{error:#}").contains("is blinking");
+        if !is_busy || begun.elapsed() > GUEST {
+            return Err(error.context(id.to_owned()));
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// Plugs the model as dev0 and has the guest use it.
@@ -166,13 +192,7 @@ fn in_use(vmm: &mut Vmm, model: &Model, bus: Option<&str>) -> Result<()> {
 
 /// Waits until dev0, which was in use, has gone, for management and for the guest.
 fn gone(vmm: &mut Vmm, model: &Model) -> Result<()> {
-    let mut below = model.below.to_vec();
-    while !below.is_empty() {
-        let gone = deleted_device(vmm)?;
-        let found = below.iter().position(|id| gone == json!(id));
-        let at = found.with_context(|| format!("{gone} has gone, not {below:?}"))?;
-        below.swap_remove(at);
-    }
+    all_deleted(vmm, model.below)?;
     deleted(vmm, "dev0")?;
     wait_for(vmm, model.present, false)?;
     (model.stop)(vmm).context("after the end")?;
@@ -183,6 +203,18 @@ fn gone(vmm: &mut Vmm, model: &Model) -> Result<()> {
 pub(super) fn deleted(vmm: &mut Vmm, id: &str) -> Result<()> {
     let gone = deleted_device(vmm)?;
     ensure!(gone == json!(id), "DEVICE_DELETED of {gone}, not of {id}");
+    Ok(())
+}
+
+/// Waits for DEVICE_DELETED of each of `ids`, in any order; no other may come.
+pub(super) fn all_deleted(vmm: &mut Vmm, ids: &[&str]) -> Result<()> {
+    let mut left = ids.to_vec();
+    while !left.is_empty() {
+        let gone = deleted_device(vmm)?;
+        let found = left.iter().position(|id| gone == json!(id));
+        let at = found.with_context(|| format!("{gone} has gone, not {left:?}"))?;
+        left.swap_remove(at);
+    }
     Ok(())
 }
 
@@ -216,10 +248,15 @@ pub(super) fn kernel_log(vmm: &mut Vmm) -> Result<String> {
     Ok(log.tail.join("\n"))
 }
 
-/// Waits until the path, which may hold `*`, is there in the guest, or is not.
+/// Waits until the path, which may hold `*`, is there in the guest, or is not. A disk is there when it can be opened, which
+/// is a moment later.
 pub(super) fn wait_for(vmm: &mut Vmm, path: &str, there: bool) -> Result<()> {
     let begun = Instant::now();
-    let script = format!("for f in {path}; do [ -e $f ] && exit 0; done; exit 1");
+    let found = match there {
+        true => "if [ -b $f ]; then (true < $f) 2> /dev/null; else [ -e $f ]; fi",
+        false => "[ -e $f ]",
+    };
+    let script = format!("for f in {path}; do {found} && exit 0; done; exit 1");
     loop {
         let test = vmm
             .guest()
@@ -241,55 +278,83 @@ fn says_deleted(vmm: &mut Vmm) -> Result<bool> {
     Ok(events.iter().any(|e| e.name == "DEVICE_DELETED"))
 }
 
-/// A device that is added again and again at every moment of another's way out.
+/// A device that is added again and again at every moment of another's way out: of one that the guest lets go of, and of
+/// one that is taken away.
 pub fn reuse(ground: &Ground) -> Result<()> {
+    /// How often while a request keeps it.
+    const TRIES: u32 = 5;
     let mut vmm = ground.boot(USUAL_CPUS, BOOT)?;
-    let node = json!({"driver": "null-co", "node-name": "n0", "size": 64 << 20, "latency-ns": 300_000_000u64});
-    vmm.qmp().execute("blockdev-add", node.clone())?;
+    // One write of each round.
+    let [medium, node] = holding("op=write,count=2");
+    for node in [&medium, &node] {
+        vmm.qmp().execute("blockdev-add", node.clone())?;
+    }
     let disk = json!({"driver": "virtio-blk-pci", "id": "d0", "drive": "n0", "addr": "7"});
     vmm.qmp().execute("device_add", disk.clone())?;
-    wait_for(&mut vmm, "/dev/vda", true)?;
-    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
-    let mut refused = 0;
-    let mut told = false;
-    let begun = Instant::now();
-    while !told {
-        if begun.elapsed() > GUEST {
-            bail!(
-                "it does not go: {}\n{}",
-                removals(&mut vmm),
-                kernel_log(&mut vmm)?
-            );
+    for by_force in [false, true] {
+        wait_for(&mut vmm, "/dev/vda", true)?;
+        let write =
+            "dd if=/dev/zero of=/dev/vda bs=4k count=1 oflag=direct < /dev/null > /dev/null 2>&1 &";
+        shell(&mut vmm, write)?;
+        wait_held(&mut vmm, "n0")?;
+        vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
+        let phase = if by_force { "draining" } else { "requested" };
+        if by_force {
+            force::force(&mut vmm)?;
         }
-        // What the VMM takes from now on, it must take: it has said so before.
-        told |= says_deleted(&mut vmm)?;
-        let again = vmm.qmp().execute("device_add", disk.clone()).is_ok();
-        let node_gone = !again
-            && vmm
-                .qmp()
-                .execute("blockdev-del", json!({"node-name": "n0"}))
-                .is_ok();
-        ensure!(
-            again || node_gone || !told,
-            "the id, the slot and the node are not free after DEVICE_DELETED"
-        );
-        if again || node_gone {
-            // It may have gone between the look at the events and the command.
-            told |= says_deleted(&mut vmm)?;
-            ensure!(told, "what the device has was given away under it");
+        for _ in 0..TRIES {
+            force::in_phase(&mut vmm, phase)?;
+            let taken = try_again(&mut vmm, &disk, &node, false)?;
+            ensure!(!taken, "what the device has was given away under it");
         }
-        if node_gone {
-            vmm.qmp().execute("blockdev-add", node.clone())?;
-            vmm.qmp().execute("device_add", disk.clone())?;
-        }
-        refused += u32::from(!told);
-        std::thread::sleep(LOOK);
+        release_one(&mut vmm, "n0")?;
+        again_and_again(&mut vmm, &disk, &node).with_context(|| phase.to_owned())?;
     }
-    ensure!(refused > 0, "the removal was over before it was looked at");
     wait_for(&mut vmm, "/dev/vda", true)?;
     vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
     deleted(&mut vmm, "d0")?;
-    vmm.qmp()
-        .execute("blockdev-del", json!({"node-name": "n0"}))?;
+    delete(&mut vmm)?;
     finish(vmm)
+}
+
+/// Tries until the device that was there before has gone, and so it is taken.
+fn again_and_again(vmm: &mut Vmm, disk: &Value, node: &Value) -> Result<()> {
+    let begun = Instant::now();
+    let mut told = false;
+    while !told {
+        if begun.elapsed() > GUEST {
+            bail!("it does not go: {}\n{}", removals(vmm), kernel_log(vmm)?);
+        }
+        // What the VMM takes from now on, it must take: it has said so before.
+        told |= says_deleted(vmm)?;
+        let taken = try_again(vmm, disk, node, told)?;
+        if taken {
+            // It may have gone between the look at the events and the command.
+            told |= says_deleted(vmm)?;
+            ensure!(told, "what the device has was given away under it");
+        }
+        std::thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+/// Adds the device once more, and takes its node away if that is refused. Whether either was taken; then the device is there.
+fn try_again(vmm: &mut Vmm, disk: &Value, node: &Value, must: bool) -> Result<bool> {
+    let again = vmm.qmp().execute("device_add", disk.clone());
+    let Err(refused) = again else {
+        return Ok(true);
+    };
+    let removed = vmm
+        .qmp()
+        .execute("blockdev-del", json!({"node-name": "n0"}));
+    if removed.is_ok() {
+        vmm.qmp().execute("blockdev-add", node.clone())?;
+        vmm.qmp().execute("device_add", disk.clone())?;
+        return Ok(true);
+    }
+    ensure!(
+        !must,
+        "the id, the slot and the node are not free after DEVICE_DELETED: {refused:#}"
+    );
+    Ok(false)
 }

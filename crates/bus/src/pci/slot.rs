@@ -12,6 +12,8 @@
 //! ```
 //!
 //! Linux answers the attention button by blinking the power indicator for five seconds, in which a second press cancels.
+//! Between its taking note of the press and its blinking another press would be the same one, or a second one: so there
+//! is none. Who wants the device back then has the button pressed again when the guest blinks.
 //! It then removes the device, cuts the power, waits a second and turns the indicator off: that last write is the eject.
 //! Link and presence changes within that second are dropped by it. After it, a change while presence or link is still
 //! there means *something new* to it, so between eject and detach the link goes down without an event; that event comes
@@ -100,6 +102,10 @@ pub(super) struct Controller {
     link: bool,
     ejected: bool,
     requested: bool,
+    /// A driver has cleared the press and does not blink yet.
+    heard: bool,
+    /// The press that is on its way is to be taken back by another, as soon as the guest blinks.
+    withdrawn: bool,
     /// Whether the condition of the interrupt held after the last step: a message is sent when it becomes true (6.7.3.4).
     asserted: bool,
 }
@@ -114,6 +120,8 @@ impl Controller {
             link: present,
             ejected: false,
             requested: false,
+            heard: false,
+            withdrawn: false,
             asserted: false,
         }
     }
@@ -146,19 +154,42 @@ impl Controller {
         }
         self.control = next;
         self.events |= status::COMMAND_COMPLETED;
+        self.heard &= self.has_driver() && self.power_indicator() == Indicator::On;
+        if !self.has_driver() && std::mem::take(&mut self.withdrawn) {
+            self.events &= !status::BUTTON_PRESSED;
+        }
         let eject = self.present && !self.ejected && self.is_off() && !was_off;
         if eject {
             self.ejected = true;
             self.requested = false;
+            self.withdrawn = false;
             self.link = false;
         }
+        self.press_again();
         self.settle(eject)
     }
 
     /// A guest's write of slot status: ones clear events.
     pub(super) fn write_status(&mut self, value: u16) -> Effects {
+        let cleared = self.events & value;
         self.events &= !(value & status::EVENTS);
-        self.settle(false)
+        // A driver that starts clears what it has not looked at, before it turns its interrupts on.
+        if cleared & status::BUTTON_PRESSED != 0 {
+            self.heard = self.has_driver() && self.power_indicator() == Indicator::On;
+        }
+        let settled = self.settle(false);
+        self.press_again();
+        settled.and(self.settle(false))
+    }
+
+    /// Presses the button for a request that was taken back before the guest blinked.
+    fn press_again(&mut self) {
+        let is_answered = self.events & status::BUTTON_PRESSED == 0
+            && self.power_indicator() == Indicator::Blinking;
+        if self.withdrawn && is_answered {
+            self.withdrawn = false;
+            self.events |= status::BUTTON_PRESSED;
+        }
     }
 
     /// Something is in the slot, or the guest's eject of it is not wanted.
@@ -167,8 +198,7 @@ impl Controller {
         if is_new && !self.has_driver() {
             self.control = self.control & !POWER | power(false);
         }
-        self.requested = false;
-        self.events &= !status::BUTTON_PRESSED;
+        self.forget_request();
         if is_new {
             self.events |= status::PRESENCE_CHANGED;
             if !self.link {
@@ -201,21 +231,34 @@ impl Controller {
             return (Err(HotplugError::GuestBusy), Effects::default());
         }
         self.requested = true;
-        self.events |= status::BUTTON_PRESSED;
+        self.withdrawn = false;
+        if !self.heard {
+            self.events |= status::BUTTON_PRESSED;
+        }
         (Ok(Removal::Asked), self.settle(false))
     }
 
-    /// Takes the request back: a press nobody has seen is forgotten, one that makes the guest blink is followed by another.
+    /// Takes the request back. A press that nobody listens for is forgotten. One that a driver may have read is followed by
+    /// another, once it has made the guest blink.
     pub(super) fn cancel(&mut self) -> Effects {
         if !std::mem::take(&mut self.requested) {
             return Effects::default();
         }
-        if self.events & status::BUTTON_PRESSED != 0 {
+        let is_pressed = self.events & status::BUTTON_PRESSED != 0;
+        if is_pressed && !self.has_driver() {
             self.events &= !status::BUTTON_PRESSED;
-        } else if self.power_indicator() == Indicator::Blinking {
-            self.events |= status::BUTTON_PRESSED;
+        } else {
+            self.withdrawn =
+                is_pressed || self.heard || self.power_indicator() == Indicator::Blinking;
+            self.press_again();
         }
         self.settle(false)
+    }
+
+    /// Nothing is asked for any more, and nobody is to hear that it was.
+    fn forget_request(&mut self) {
+        self.events &= !status::BUTTON_PRESSED;
+        (self.requested, self.heard, self.withdrawn) = (false, false, false);
     }
 
     /// The slot is empty, whether the guest had let go or not.
@@ -224,9 +267,8 @@ impl Controller {
             self.events |= status::PRESENCE_CHANGED | status::LINK_CHANGED;
         }
         // A press that is seen on an empty slot would be a wish to turn it on.
-        self.events &= !status::BUTTON_PRESSED;
-        (self.present, self.link) = (false, false);
-        (self.ejected, self.requested) = (false, false);
+        self.forget_request();
+        (self.present, self.link, self.ejected) = (false, false, false);
         self.settle(false)
     }
 

@@ -239,7 +239,7 @@ impl Devices {
             Some((_, path)) => match self.tree.borrow_mut().force(node) {
                 true => Ok(()),
                 false => Err(QmpError::generic(format!(
-                    "Device '{path}': its removal was forced before"
+                    "Device '{path}': nothing is left to force, that was done before or the drain has ended"
                 ))),
             },
         }

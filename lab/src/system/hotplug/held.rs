@@ -8,16 +8,20 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use super::force::{end, force, in_phase, until, writing};
-use super::{GUEST, LOOK, deleted, shell, wait_for};
+use super::force::{HELD, end, force, in_phase, until, writing};
+use super::holding::{delete, wait_held};
+use super::{GUEST, LOOK, all_deleted, ask, deleted, shell, wait_for};
 use crate::qmp::{Qmp, QmpError};
 use crate::system::{BOOT, BOOT_LIMIT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS};
 use crate::vmm::Vmm;
 
 /// How long a wait is that is to be in vain.
 const IN_VAIN: Duration = Duration::from_secs(1);
-/// In which everything else is answered meanwhile, by an emulated machine.
+/// In which everything else is answered meanwhile, by an emulated machine that is not held up itself.
 const MEANWHILE: Duration = Duration::from_millis(500);
+/// How often something else is asked for meanwhile, and how often at least it is answered by then.
+const QUESTIONS: usize = 20;
+const AT_ONCE: usize = QUESTIONS / 2;
 /// What the guest's memory is filled with, so that a write to it would be found.
 const FILLED: u64 = 704 * MIB;
 /// Reads of several processes at once, a part of the guest's memory for each.
@@ -30,14 +34,17 @@ struct Waiting(mpsc::Receiver<Result<Value, String>>);
 
 impl Waiting {
     fn begin(socket: &Path, arguments: Value) -> Result<Waiting> {
-        let mut qmp = Qmp::connect(socket)?;
+        Ok(Waiting::on(Qmp::connect(socket)?, arguments))
+    }
+
+    fn on(mut qmp: Qmp, arguments: Value) -> Waiting {
         let (tell, told) = mpsc::channel();
         std::thread::spawn(move || {
             let answer = qmp.execute("x-ebbtide-wait", arguments);
             // Who asked may have given up.
             let _ = tell.send(answer.map_err(|e| format!("{e:#}")));
         });
-        Ok(Waiting(told))
+        Waiting(told)
     }
 
     fn is_over(&self) -> bool {
@@ -51,14 +58,11 @@ impl Waiting {
 
 /// Whoever waits for a removal hears of its end, of its withdrawal and of the end of his time, and holds up nobody.
 pub fn waited_for(ground: &Ground) -> Result<()> {
-    let medium = json!({"driver": "null-co", "node-name": "m0", "size": 64 << 20});
-    let rules = ["fault=hold,op=write"];
-    let held =
-        json!({"driver": "x-ebbtide-fault", "node-name": "n0", "file": "m0", "rules": rules});
-    let mut vmm = writing(ground, [medium, held])?;
+    let mut vmm = writing(ground, HELD)?;
     let socket = vmm.qmp_path();
     withdrawn(&mut vmm, &socket)?;
-    ask_again(&mut vmm)?;
+    // As soon as the guest is through with the one that was withdrawn.
+    ask(&mut vmm, "d0")?;
     force(&mut vmm)?;
     in_phase(&mut vmm, "draining")?;
 
@@ -70,9 +74,7 @@ pub fn waited_for(ground: &Ground) -> Result<()> {
     ensure!(begun.elapsed() >= IN_VAIN, "after {:?}", begun.elapsed());
 
     let waiting = Waiting::begin(&socket, json!({"id": "d0", "phase": "deleted"}))?;
-    for _ in 0..20 {
-        answers_meanwhile(&mut vmm)?;
-    }
+    answers_meanwhile(&mut vmm, Duration::ZERO)?;
     ensure!(!waiting.is_over(), "the wait is over before the drain");
     refused(&mut vmm, "x-ebbtide-fault-release", "m0", "holds nothing")?;
     refused(&mut vmm, "x-ebbtide-fault-release", "none", "none")?;
@@ -97,35 +99,20 @@ pub fn waited_for(ground: &Ground) -> Result<()> {
         "{error:#}"
     );
     until(&mut vmm, "the writer ends", "[ -s /ended ]")?;
-    for node in ["n0", "m0"] {
-        vmm.qmp()
-            .execute("blockdev-del", json!({"node-name": node}))?;
-    }
+    delete(&mut vmm)?;
     end(vmm)
 }
 
 /// The guest takes five seconds to let go, in which the removal is withdrawn.
 fn withdrawn(vmm: &mut Vmm, socket: &Path) -> Result<()> {
-    vmm.qmp().execute("device_del", json!({"id": "d0"}))?;
-    let waiting = Waiting::begin(socket, json!({"id": "d0", "phase": "isolated"}))?;
+    let qmp = Qmp::connect(socket)?;
+    ask(vmm, "d0")?;
+    let waiting = Waiting::on(qmp, json!({"id": "d0", "phase": "isolated"}));
     vmm.qmp()
         .execute("x-ebbtide-device-cancel", json!({"id": "d0"}))?;
     let said = waiting.answer()?.err().context("it has not gone")?;
     ensure!(said.contains("stays plugged in"), "{said}");
     Ok(())
-}
-
-/// Asks for the removal of d0, as soon as the guest is through with the one that was withdrawn.
-fn ask_again(vmm: &mut Vmm) -> Result<()> {
-    let begun = Instant::now();
-    loop {
-        let Err(error) = vmm.qmp().execute("device_del", json!({"id": "d0"})) else {
-            return Ok(());
-        };
-        let is_busy = format!("{error:#}").contains("is blinking");
-        ensure!(is_busy && begun.elapsed() < GUEST, "{error:#}");
-        std::thread::sleep(LOOK);
-    }
 }
 
 fn refused(vmm: &mut Vmm, command: &str, node: &str, part: &str) -> Result<()> {
@@ -134,13 +121,6 @@ fn refused(vmm: &mut Vmm, command: &str, node: &str, part: &str) -> Result<()> {
     };
     ensure!(format!("{error:#}").contains(part), "{error:#}");
     Ok(())
-}
-
-/// How many operations a node holds; none is let go.
-fn held_by(vmm: &mut Vmm, node: &str) -> Result<u64> {
-    let none = json!({"node-name": node, "count": 0});
-    let answer = vmm.qmp().execute("x-ebbtide-fault-release", none)?;
-    answer["held"].as_u64().context("held")
 }
 
 /// Reads that outlast a reset of the machine: of one disk they have not begun, the other's medium has them and gives its data
@@ -165,7 +145,7 @@ pub fn outlasted(ground: &Ground) -> Result<()> {
         "d1: requests did not end",
         "is still in use for the last guest: the next one gets new memory",
     ] {
-        ensure!(vmm.log().contains(said), "no '{said}' in:{}", vmm.log());
+        ensure!(vmm.said()?.contains(said), "no '{said}' in:{}", vmm.log());
     }
     ensure!(
         ram_blocks(&mut vmm)? > before,
@@ -185,8 +165,7 @@ pub fn outlasted(ground: &Ground) -> Result<()> {
             "{node} held nothing: {released}"
         );
     }
-    deleted(&mut vmm, "d0")?;
-    deleted(&mut vmm, "d1")?;
+    all_deleted(&mut vmm, &["d0", "d1"])?;
     vmm.guest()
         .check(STEP_LIMIT)
         .context("a read of the last guest")?;
@@ -211,8 +190,7 @@ pub fn awaited(ground: &Ground) -> Result<()> {
         .extend(["--drain-timeout", "2"].map(Into::into));
     let mut vmm = ground.start(&machine)?;
     reading(&mut vmm, 0, "vda", "begun")?;
-    vmm.qmp().execute("system_reset", Value::Null)?;
-    waits(&mut vmm, 1)?;
+    reset_waits(&mut vmm)?;
     let release = json!({"node-name": "n0"});
     vmm.qmp().execute("x-ebbtide-fault-release", release)?;
     vmm.qmp().wait_event("RESET", STEP_LIMIT)?;
@@ -220,48 +198,55 @@ pub fn awaited(ground: &Ground) -> Result<()> {
     deleted(&mut vmm, "d0")?;
 
     reading(&mut vmm, 1, "vda", "begun")?;
-    vmm.qmp().execute("system_reset", Value::Null)?;
-    waits(&mut vmm, 2)?;
+    reset_waits(&mut vmm)?;
     vmm.qmp().execute("quit", Value::Null)?;
     let status = vmm.wait_exit(STEP_LIMIT)?;
     ensure!(status.code() == Some(1), "the VMM ended with {status}");
     Ok(())
 }
 
-/// The monitor answers one who does not wait.
-fn answers_meanwhile(vmm: &mut Vmm) -> Result<()> {
-    let begun = Instant::now();
-    vmm.qmp().execute("query-status", Value::Null)?;
-    ensure!(
-        begun.elapsed() < MEANWHILE,
-        "query-status took {:?}",
-        begun.elapsed()
-    );
+/// The monitor answers one who does not wait, and at once but for when the machine stands still.
+fn answers_meanwhile(vmm: &mut Vmm, pause: Duration) -> Result<()> {
+    let mut took = Vec::new();
+    for _ in 0..QUESTIONS {
+        let begun = Instant::now();
+        vmm.qmp().execute("query-status", Value::Null)?;
+        took.push(begun.elapsed());
+        std::thread::sleep(pause);
+    }
+    let at_once = took.iter().filter(|it| **it < MEANWHILE).count();
+    ensure!(at_once >= AT_ONCE, "query-status took {took:?}");
     Ok(())
 }
 
-/// The `count`-th reset does not end, and everything else is answered.
-fn waits(vmm: &mut Vmm, count: usize) -> Result<()> {
-    const SAID: &str = "the reset waits for requests of the last guest in memory ram, for 0 s";
+/// A reset does not end, and everything else is answered.
+fn reset_waits(vmm: &mut Vmm) -> Result<()> {
+    const SAID: &str = "the reset waits for requests of the last guest in memory ram, for ";
+    let said_before = vmm.said()?.len();
+    vmm.qmp().execute("system_reset", Value::Null)?;
     let begun = Instant::now();
-    while vmm.log().matches(SAID).count() < count {
-        ensure!(begun.elapsed() < GUEST, "it does not wait:{}", vmm.log());
+    loop {
+        let status = vmm.qmp().execute("x-ebbtide-query-status", Value::Null)?;
+        let reset = &status["reset"];
+        if reset["step"] == "memory" && reset["memory"] == json!(["ram"]) {
+            break;
+        }
+        ensure!(
+            begun.elapsed() < GUEST,
+            "monitors are not told that the reset waits: {status}"
+        );
         std::thread::sleep(LOOK);
     }
-    for _ in 0..20 {
-        answers_meanwhile(vmm)?;
-        std::thread::sleep(LOOK);
-    }
+    answers_meanwhile(vmm, LOOK)?;
     let status = vmm.qmp().execute("x-ebbtide-query-status", Value::Null)?;
-    let reset = &status["reset"];
     ensure!(
-        reset["step"] == "memory" && reset["memory"] == json!(["ram"]),
-        "monitors are told of the reset: {status}"
+        status["reset"]["step"] == "memory",
+        "the reset is over before the request: {status}"
     );
-    ensure!(
-        vmm.log().matches("new memory").count() == 0,
-        "memory in a file was replaced"
-    );
+    let log = vmm.said()?;
+    let is_said = log.get(said_before..).is_some_and(|it| it.contains(SAID));
+    ensure!(is_said, "the log does not say so:{log}");
+    ensure!(!log.contains("new memory"), "memory in a file was replaced");
     Ok(())
 }
 
@@ -281,12 +266,7 @@ fn reading(vmm: &mut Vmm, number: usize, drive: &str, point: &str) -> Result<()>
     vmm.qmp().execute("device_add", disk)?;
     wait_for(vmm, &format!("/dev/{drive}"), true)?;
     shell(vmm, &READERS.replace("vda", drive))?;
-    let begun = Instant::now();
-    while held_by(vmm, &node)? == 0 {
-        ensure!(begun.elapsed() < GUEST, "no read of {drive} is held");
-        std::thread::sleep(LOOK);
-    }
-    Ok(())
+    wait_held(vmm, &node)
 }
 
 /// How many blocks of RAM there are.

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
 use ebbtide_agent::disk;
@@ -15,7 +15,7 @@ use ebbtide_agent::protocol::{Command, DiskStart, DiskStatus};
 use serde_json::{Value, json};
 
 use super::peer;
-use super::{GUEST, LOOK, deleted, wait_for};
+use super::{GUEST, LOOK, deleted, until, wait_for};
 use crate::system::{BOOT, MIB, STEP_LIMIT};
 use crate::vmm::Vmm;
 
@@ -39,10 +39,12 @@ pub struct Model {
     pub clean_up: fn(&mut Vmm) -> Result<()>,
 }
 
-/// In which a guest is through with an event.
-const EVENT: Duration = Duration::from_millis(500);
+/// So many writes to a disk are complete before anything happens to it: what writes that fail later were for is not compared.
+const WRITES: u64 = 32;
 /// Of the next work on a disk.
 static SEED: AtomicU64 = AtomicU64::new(7);
+/// What a guest reads of a random number generator, again and again.
+const READ_RNG: &str = "dd if=/dev/hwrng of=/dev/null bs=64 count=4";
 
 /// All of them.
 pub const ALL: &[Model] = &[
@@ -89,7 +91,8 @@ pub const ALL: &[Model] = &[
                 vmm,
                 "dd if=/dev/sdb of=/dev/null bs=64k count=4 iflag=direct",
             )?;
-            write_disk(vmm, "/dev/sda")
+            write_disk(vmm, "/dev/sda")?;
+            events_are_over(vmm)
         },
         stop: |vmm| {
             disk_is_gone(vmm, "/dev/sda", "image")?;
@@ -117,9 +120,7 @@ pub const ALL: &[Model] = &[
         },
         stop: |_| Ok(()),
         clean_up: |vmm| {
-            // Linux's driver warns when its adapter goes while it still handles an event: that is between the end of the
-            // disk, which can be seen, and the buffer it gives back for the next one.
-            std::thread::sleep(EVENT);
+            events_are_over(vmm)?;
             vmm.qmp().execute("device_del", json!({"id": "hba0"}))?;
             deleted(vmm, "hba0")?;
             node_gone(vmm, "image")
@@ -167,7 +168,7 @@ pub const ALL: &[Model] = &[
         arguments: || json!({"rng": "r0"}),
         below: &[],
         present: "/sys/bus/virtio/drivers/virtio_rng/virtio*",
-        start: |vmm| keep_on(vmm, "dd if=/dev/hwrng of=/dev/null bs=64 count=4"),
+        start: read_rng,
         stop: has_ended,
         clean_up: |vmm| {
             vmm.qmp().execute("object-del", json!({"id": "r0"}))?;
@@ -214,7 +215,11 @@ pub const ALL: &[Model] = &[
             keep_on(vmm, "echo tick >&3")?;
             grows(&file_of_chardev(vmm)?, written)
         },
-        stop: has_ended,
+        stop: |vmm| {
+            has_ended(vmm)?;
+            // The next port would be taken for this one.
+            wait_for(vmm, "/dev/vport*p1", false)
+        },
         clean_up: |vmm| {
             vmm.qmp().execute("chardev-remove", json!({"id": "c0"}))?;
             Ok(())
@@ -278,14 +283,34 @@ pub fn shell(vmm: &mut Vmm, script: &str) -> Result<()> {
     Ok(())
 }
 
-/// Runs `command` again and again until it fails. It has gone well when this returns.
+/// Runs `command` again and again until it fails, with /port as its descriptor 3 if there is one. It has gone well when this
+/// returns.
 pub fn keep_on(vmm: &mut Vmm, command: &str) -> Result<()> {
+    if shell(vmm, "[ -c /port ]").is_ok() {
+        // Its name is there a moment before the port.
+        until(vmm, "the port can be opened", "(true 3<> /port)")?;
+    }
     let script = format!(
         "rm -f /done; touch /going; ([ -c /port ] && exec 3<> /port; rm -f /port; while {command}; do echo >> /done; done; \
          rm /going) < /dev/null > /dev/null 2>&1 &"
     );
     shell(vmm, &script)?;
     wait_for(vmm, "/done", true)
+}
+
+/// Has the guest read random numbers, from when it has a source of them.
+pub fn read_rng(vmm: &mut Vmm) -> Result<()> {
+    let is_current = "grep -q virtio /sys/class/misc/hw_random/rng_current";
+    until(vmm, "it is the source of random numbers", is_current)?;
+    keep_on(vmm, READ_RNG)
+}
+
+/// Waits until Linux's driver of SCSI adapters is through with events. It warns when its adapter goes before: that is between
+/// the end, or the coming, of a disk, which can be seen, and the buffer it gives back for the next event.
+fn events_are_over(vmm: &mut Vmm) -> Result<()> {
+    // A thread that has work of a queue is named after the queue.
+    let none = "! grep -q '+events_freezable' /proc/[0-9]*/comm 2> /dev/null";
+    until(vmm, "events are handled", none)
 }
 
 /// What was kept on ends, now that the device has gone: nothing hangs.
@@ -357,15 +382,14 @@ pub fn write_disk(vmm: &mut Vmm, path: &str) -> Result<()> {
         ensure!(early && begun.elapsed() < GUEST, "{error:#}");
         std::thread::sleep(LOOK);
     }
-    loop {
-        let verify = Command::DiskVerify { path: path.into() };
-        let status: DiskStatus = guest.call(verify, STEP_LIMIT)?;
-        ensure!(status.ok, "{status:?}");
-        if status.bytes_verified > 0 {
-            return Ok(());
-        }
-        ensure!(begun.elapsed() < GUEST, "nothing is written: {status:?}");
+    while guest.disk_status(path)?.writes < WRITES {
+        ensure!(begun.elapsed() < GUEST, "it is hardly written to");
+        std::thread::sleep(LOOK);
     }
+    let verify = Command::DiskVerify { path: path.into() };
+    let status: DiskStatus = guest.call(verify, STEP_LIMIT)?;
+    ensure!(status.ok && status.bytes_verified > 0, "{status:?}");
+    Ok(())
 }
 
 /// What was under way has ended, well or with an error. Nothing that was read was wrong, and what was completed is in the

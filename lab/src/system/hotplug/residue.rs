@@ -2,6 +2,7 @@
 //! What a VMM holds: the same before and after devices have come and gone.
 
 use std::fs;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -15,8 +16,10 @@ const RING_WORKER: &str = "iou-wrk";
 
 /// How the register of a device is called that was forced out.
 const REMNANT: &str = "-detached";
-/// What goes after a device is gone when nothing has changed for so long, or by then.
+/// What goes after a device is gone has gone when nothing has changed for so long, or by then.
 const QUIET: Duration = Duration::from_millis(300);
+/// So often all threads were asleep meanwhile: one that is held up with what it has to do is not.
+const ASLEEP: u32 = 3;
 const SWEPT: Duration = Duration::from_secs(20);
 /// No scenario has more places for devices at a time.
 const PLACES: usize = 40;
@@ -47,13 +50,14 @@ impl Residue {
     /// # Errors
     /// Its process or its monitor can't be read.
     pub fn of(vmm: &mut Vmm) -> Result<Residue> {
-        let (begun, mut since) = (Instant::now(), Instant::now());
+        let (begun, mut since, mut asleep) = (Instant::now(), Instant::now(), 0);
         let mut left = Residue::now(vmm)?;
-        while since.elapsed() < QUIET && begun.elapsed() < SWEPT {
+        while (since.elapsed() < QUIET || asleep < ASLEEP) && begun.elapsed() < SWEPT {
             std::thread::sleep(LOOK);
+            asleep += u32::from(all_asleep(&tasks(vmm))?);
             let now = Residue::now(vmm)?;
             if now != left {
-                (left, since) = (now, Instant::now());
+                (left, since, asleep) = (now, Instant::now(), 0);
             }
         }
         Ok(left)
@@ -96,7 +100,7 @@ impl Residue {
         Ok(Residue {
             files: links(&format!("{process}/fd"))?,
             locks: locks(&format!("{process}/fdinfo"))?,
-            threads: names(&format!("{process}/task"))?,
+            threads: names(&tasks(vmm))?,
             maps,
             regions,
             blocks: in_any_place(&blocks)?,
@@ -215,10 +219,31 @@ pub fn nothing_is_pinned(vmm: &mut Vmm) -> Result<()> {
     }
 }
 
+/// Where the threads of a VMM are.
+fn tasks(vmm: &mut Vmm) -> String {
+    format!("/proc/{}/task", vmm.process().pid())
+}
+
+/// Each thread's directory.
+fn threads(directory: &str) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(directory).context("task")?;
+    entries.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// Whether every thread sleeps, or has ended.
+fn all_asleep(directory: &str) -> Result<bool> {
+    Ok(threads(directory)?.iter().all(|thread| {
+        let stat = fs::read_to_string(thread.join("stat")).unwrap_or_default();
+        // The name may hold anything, the state follows it.
+        let state = stat.rsplit_once(") ");
+        state.is_none_or(|(_, rest)| rest.starts_with('S'))
+    }))
+}
+
 fn names(directory: &str) -> Result<Vec<String>> {
     let mut names = Vec::new();
-    for entry in fs::read_dir(directory).context("task")? {
-        let name = fs::read_to_string(entry?.path().join("comm")).unwrap_or_default();
+    for thread in threads(directory)? {
+        let name = fs::read_to_string(thread.join("comm")).unwrap_or_default();
         let name = name.trim();
         if !name.starts_with(RING_WORKER) {
             names.push(name.to_owned());

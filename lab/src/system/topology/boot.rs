@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{add, disk, machine, read};
-use crate::system::hotplug::{GUEST, removals, shell};
+use super::{add, ask, disk, machine, read, until};
+use crate::system::hotplug::{GUEST, removals};
 use crate::system::{BOOT_LIMIT, Ground, finish};
 use crate::vmm::Vmm;
 
@@ -20,24 +20,38 @@ const MOMENTS: u32 = 3;
 /// A guest that did not listen yet is asked again this much later.
 const AGAIN: Duration = Duration::from_secs(1);
 
-/// In a slot of bus 0 and behind a port, at each moment from the start until the agent is up.
+/// In a slot of bus 0 and behind a port, at each moment from the start until the agent is up. While one guest takes its time
+/// with a slot the next one boots.
 pub fn at_boot(ground: &Ground) -> Result<()> {
-    let boot = at(ground, Duration::ZERO)?;
+    let mut last = at(ground, Duration::ZERO)?;
+    let boot = last.boot;
     let step = match ground.long {
         true => STEP,
         false => boot / MOMENTS,
     };
     let mut moment = step;
     while moment < boot {
-        at(ground, moment).with_context(|| format!("{moment:?} after the start"))?;
+        let next = at(ground, moment).with_context(|| format!("{moment:?} after the start"))?;
+        std::mem::replace(&mut last, next).end()?;
         moment += step;
     }
-    Ok(())
+    last.end()
 }
 
-/// Boots with d2 and d3; at `moment` d0 and d1 come and the others are to go. How long the boot took.
-fn at(ground: &Ground, moment: Duration) -> Result<Duration> {
+/// A guest in whose boot devices came and went.
+struct Booted {
+    vmm: Vmm,
+    moment: Duration,
+    boot: Duration,
+    /// What it was asked for and has not let go of.
+    left: Vec<&'static str>,
+}
+
+/// Boots with d2 and d3; at `moment` d0 and d1 come and the others are to go.
+fn at(ground: &Ground, moment: Duration) -> Result<Booted> {
     let mut machine = machine(ground, 8);
+    // Another may still be writing to the usual one.
+    machine.log = None;
     let mut option = |name: &str, value: String| machine.more.extend([name.to_owned(), value]);
     for node in ["n0", "n1", "n2", "n3"] {
         let node = json!({"driver": "null-co", "node-name": node, "size": 64 << 20});
@@ -52,36 +66,65 @@ fn at(ground: &Ground, moment: Duration) -> Result<Duration> {
     add(&mut vmm, &disk("d0", "pcie.0", "n0"))?;
     add(&mut vmm, &disk("d1", "rp1", "n1"))?;
     for id in ["d2", "d3"] {
-        vmm.qmp().execute("device_del", json!({"id": id}))?;
+        ask(&mut vmm, id)?;
     }
     let boot = vmm.wait_ready(BOOT_LIMIT)?;
-    read(&mut vmm, "d0").context("on bus 0")?;
-    read(&mut vmm, "d1").context("behind the port")?;
-    gone(&mut vmm)?;
-    let two = "[ $(ls /sys/block | grep -c vd) = 2 ]";
-    shell(&mut vmm, two).context("a disk that has gone is still there")?;
-    finish(vmm)?;
-    Ok(boot)
+    let mut booted = Booted {
+        vmm,
+        moment,
+        boot,
+        left: vec!["d2", "d3"],
+    };
+    booted.ask_again()?;
+    booted.has_what_came().with_context(|| booted.what())?;
+    Ok(booted)
 }
 
-/// Asks for what has not gone, now and then, until it has.
-fn gone(vmm: &mut Vmm) -> Result<()> {
-    let begun = Instant::now();
-    let mut left = vec!["d2", "d3"];
-    loop {
-        for event in vmm.qmp().take_events()? {
+impl Booted {
+    /// For errors.
+    fn what(&self) -> String {
+        format!("{:?} after the start{}", self.moment, self.vmm.log())
+    }
+
+    fn has_what_came(&mut self) -> Result<()> {
+        read(&mut self.vmm, "d0").context("on bus 0")?;
+        read(&mut self.vmm, "d1").context("behind the port")
+    }
+
+    /// Asks for what has not gone, which a guest that did not listen has not heard.
+    fn ask_again(&mut self) -> Result<()> {
+        for event in self.vmm.qmp().take_events()? {
             if event.name == "DEVICE_DELETED" {
-                left.retain(|id| event.data["device"] != json!(id));
+                self.left.retain(|id| event.data["device"] != json!(id));
             }
         }
-        if left.is_empty() {
-            return Ok(());
-        }
-        ensure!(begun.elapsed() < GUEST, "{left:?} stay; {}", removals(vmm));
-        std::thread::sleep(AGAIN);
-        for id in &left {
+        for id in &self.left {
             // It may go just now, and a guest that blinks has heard.
-            let _ = vmm.qmp().execute("device_del", json!({"id": id}));
+            let _ = self.vmm.qmp().execute("device_del", json!({"id": id}));
         }
+        Ok(())
+    }
+
+    /// In the end the guest has let go of what it was asked for.
+    fn end(mut self) -> Result<()> {
+        self.has_let_go().with_context(|| self.what())?;
+        finish(self.vmm)
+    }
+
+    fn has_let_go(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        while !self.left.is_empty() {
+            let removals = removals(&mut self.vmm);
+            ensure!(begun.elapsed() < GUEST, "{:?} stay; {removals}", self.left);
+            std::thread::sleep(AGAIN);
+            self.ask_again()?;
+        }
+        // One that the guest had not seen in use may have been taken from it.
+        let two = "[ $(ls /sys/block | grep -c vd) = 2 ]";
+        until(
+            &mut self.vmm,
+            "a disk that has gone is not there any more",
+            two,
+        )
     }
 }

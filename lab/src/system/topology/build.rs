@@ -5,8 +5,8 @@ use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    add, add_node, announce, deleted_with, disk, disk_path, downstream, gone_once, machine, output,
-    read, refused, remove, until,
+    add, add_node, announce, ask, deleted_with, disk, disk_path, downstream, gone_once, machine,
+    output, read, refused, until,
 };
 use crate::system::hotplug::{Residue, deleted, wait_for};
 use crate::system::{BOOT_LIMIT, Ground, clean_kernel_log, finish};
@@ -28,7 +28,7 @@ pub fn built(ground: &Ground) -> Result<()> {
     // The first disk brings a thread that stays.
     add(&mut vmm, &disk("d0", "pcie.0", "n0"))?;
     read(&mut vmm, "d0")?;
-    remove(&mut vmm, "d0")?;
+    ask(&mut vmm, "d0")?;
     deleted(&mut vmm, "d0")?;
     wait_for(&mut vmm, "/sys/block/vd*", false)?;
     let before = Residue::of(&mut vmm)?;
@@ -75,9 +75,9 @@ fn out_of_sight(vmm: &mut Vmm) -> Result<()> {
     ensure!(functions(vmm)? == seen, "the guest sees it");
     let now = vmm.qmp().execute("query-pci", Value::Null)?;
     ensure!(now == listed, "listed: {now}");
-    remove(vmm, "wrong")?;
+    ask(vmm, "wrong")?;
     gone_once(&deleted_with(vmm, "wrong")?, &["d3", "wrong"], &[])?;
-    remove(vmm, "d0")?;
+    ask(vmm, "d0")?;
     deleted(vmm, "d0")?;
     add(vmm, &disk("d0", "dp0", "n0"))?;
 
@@ -94,13 +94,11 @@ fn out_of_sight(vmm: &mut Vmm) -> Result<()> {
 
 /// The ports' own slots take it from here.
 fn more_below(vmm: &mut Vmm) -> Result<()> {
-    for _ in 0..2 {
-        add(vmm, &disk("d1", "dp1", "n1"))?;
-        read(vmm, "d1")?;
-        remove(vmm, "d1")?;
-        deleted(vmm, "d1")?;
-        wait_for(vmm, "/sys/block/vdb", false)?;
-    }
+    add(vmm, &disk("d1", "dp1", "n1"))?;
+    read(vmm, "d1")?;
+    ask(vmm, "d1")?;
+    deleted(vmm, "d1")?;
+    wait_for(vmm, "/sys/block/vdb", false)?;
     add(vmm, &disk("d1", "dp1", "n1"))?;
     read(vmm, "d1")
 }
@@ -122,7 +120,7 @@ fn switch_in_switch(vmm: &mut Vmm) -> Result<()> {
 }
 
 fn all_gone(vmm: &mut Vmm) -> Result<()> {
-    remove(vmm, "sw")?;
+    ask(vmm, "sw")?;
     let gone = deleted_with(vmm, "sw")?;
     let all = [
         "sw", "dp0", "dp1", "dp2", "d0", "d1", "sw2", "dp3", "dp4", "d2", "d3",
@@ -141,7 +139,7 @@ fn by_acpi(vmm: &mut Vmm) -> Result<()> {
     announce(vmm, "br")?;
     read(vmm, "d0")?;
     read(vmm, "d1")?;
-    remove(vmm, "br")?;
+    ask(vmm, "br")?;
     let order = [("d0", "br"), ("d1", "br")];
     gone_once(&deleted_with(vmm, "br")?, &["br", "d0", "d1"], &order)?;
     wait_for(vmm, "/sys/block/vd*", false)
@@ -163,7 +161,7 @@ fn amid_a_reset(vmm: &mut Vmm) -> Result<()> {
     disk_path(vmm, "d0")?;
     add(vmm, &disk("d1", "dp1", "n1"))?;
     read(vmm, "d1")?;
-    remove(vmm, "sw")?;
+    ask(vmm, "sw")?;
     let gone = deleted_with(vmm, "sw")?;
     gone_once(&gone, &["sw", "dp0", "d0", "dp1", "d1"], &[("d1", "dp1")])
 }

@@ -3,16 +3,16 @@
 
 use std::collections::BTreeMap;
 use std::os::unix::net::UnixListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    add, add_node, announce, disk, disk_path, downstream, machine, output, read, remove, until,
+    add, add_node, announce, ask, disk, disk_path, downstream, machine, output, read, until,
 };
 use crate::deny;
-use crate::system::hotplug::{GUEST, deleted, peer, shell, wait_for};
+use crate::system::hotplug::{GUEST, LOOK, deleted, peer, shell, wait_for};
 use crate::system::{Ground, STEP_LIMIT};
 use crate::vmm::Vmm;
 
@@ -25,17 +25,18 @@ pub fn inventory(ground: &Ground) -> Result<()> {
     }
     let mut vmm = ground.start(&machine)?;
     populate(&mut vmm, &directory.path().join("net"))?;
-    same_on_both_sides(&mut vmm).context("all of it")?;
+    become_the_same(&mut vmm).context("all of it")?;
     numbers(&mut vmm, "7 9").context("acpi-index")?;
     blocks(&mut vmm)?;
     threads(&mut vmm)?;
     cable(&mut vmm)?;
     failure(&mut vmm)?;
     reported_error(&mut vmm).context("pcie_aer_inject_error")?;
-    remove(&mut vmm, "d0")?;
+    let path = disk_path(&mut vmm, "d0")?;
+    ask(&mut vmm, "d0")?;
     deleted(&mut vmm, "d0")?;
-    wait_for(&mut vmm, "/sys/bus/pci/devices/*/virtio*/block/vda", false)?;
-    same_on_both_sides(&mut vmm).context("without a disk")?;
+    wait_for(&mut vmm, &path.replace("/dev/", "/sys/block/"), false)?;
+    become_the_same(&mut vmm).context("without a disk")?;
     // It is free again with its device.
     let again = json!({"driver": "pci-testdev", "id": "again", "acpi-index": 9});
     add(&mut vmm, &again)?;
@@ -112,6 +113,18 @@ fn refused(vmm: &mut Vmm, number: u64, bus: &str, why: &str) -> Result<()> {
 
 /// A function, as either side describes it: attributes by name.
 type Function = BTreeMap<&'static str, String>;
+
+/// Soon both sides agree: the guest takes a moment to find what is plugged, to give it addresses and to turn it on.
+fn become_the_same(vmm: &mut Vmm) -> Result<()> {
+    let begun = Instant::now();
+    loop {
+        let compared = same_on_both_sides(vmm);
+        if compared.is_ok() || begun.elapsed() > GUEST {
+            return compared;
+        }
+        std::thread::sleep(LOOK);
+    }
+}
 
 /// The guest's sysfs and `query-pci` describe the same functions; `info pci` names them.
 fn same_on_both_sides(vmm: &mut Vmm) -> Result<()> {

@@ -9,12 +9,10 @@ mod inventory;
 mod nested;
 mod subtree;
 
-use std::time::Instant;
-
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
-use super::hotplug::{GUEST, LOOK, kernel_log, removals, shell};
+use super::hotplug::{GUEST, LOOK, ask, kernel_log, removals, shell, until};
 use super::{BOOT, Ground, USUAL_CPUS};
 use crate::vmm::{Machine, Vmm};
 
@@ -55,11 +53,6 @@ fn add_node(vmm: &mut Vmm, node: Value) -> Result<()> {
     vmm.qmp().execute("blockdev-add", node).map(drop)
 }
 
-fn remove(vmm: &mut Vmm, id: &str) -> Result<()> {
-    let asked = vmm.qmp().execute("device_del", json!({"id": id}));
-    asked.map(drop).with_context(|| id.to_owned())
-}
-
 fn announce(vmm: &mut Vmm, id: &str) -> Result<()> {
     let told = vmm
         .qmp()
@@ -87,23 +80,11 @@ fn output(vmm: &mut Vmm, script: &str) -> Result<String> {
     Ok(done.output)
 }
 
-/// Waits until a shell command succeeds in the guest.
-fn until(vmm: &mut Vmm, what: &str, test: &str) -> Result<()> {
-    let begun = Instant::now();
-    while shell(vmm, test).is_err() {
-        if begun.elapsed() > GUEST {
-            let log = kernel_log(vmm)?;
-            anyhow::bail!("not so: {what}; {}\n{log}", removals(vmm));
-        }
-        std::thread::sleep(LOOK);
-    }
-    Ok(())
-}
-
-/// Waits for the disk with this serial number and returns its path.
+/// Waits for the disk with this serial number, until it can be opened, and returns its path.
 fn disk_path(vmm: &mut Vmm, serial: &str) -> Result<String> {
     let find = format!(
-        "for b in /sys/block/vd*; do [ \"$(cat $b/serial 2>/dev/null)\" = {serial} ] && echo /dev/${{b##*/}} && exit 0; done; exit 1"
+        "for b in /sys/block/vd*; do d=/dev/${{b##*/}}; [ \"$(cat $b/serial 2>/dev/null)\" = {serial} ] && \
+         (true < $d) 2> /dev/null && echo $d && exit 0; done; exit 1"
     );
     until(vmm, &format!("disk {serial} is there"), &find)?;
     Ok(output(vmm, &find)?.trim().to_owned())

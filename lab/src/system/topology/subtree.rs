@@ -14,10 +14,10 @@ use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    SLOT, add, announce, deleted_with, disk, disk_path, downstream, gone_once, machine, note,
-    only_slot_heard, remove,
+    SLOT, add, announce, ask, deleted_with, disk, disk_path, downstream, gone_once, machine, note,
+    only_slot_heard,
 };
-use crate::system::hotplug::{Residue, disk_is_gone, has_ended, keep_on, wait_for, write_disk};
+use crate::system::hotplug::{Residue, disk_is_gone, has_ended, read_rng, wait_for, write_disk};
 use crate::system::{Ground, MIB, clean_kernel_log, finish};
 use crate::vmm::Vmm;
 
@@ -118,10 +118,10 @@ fn one_cycle(vmm: &mut Vmm, cycle: u32) -> Result<()> {
     for (disk, _) in &disks {
         write_disk(vmm, disk)?;
     }
-    keep_on(vmm, "dd if=/dev/hwrng of=/dev/null bs=64 count=4")?;
+    read_rng(vmm)?;
     let noted = format!("removal {cycle}");
     note(vmm, &noted)?;
-    remove(vmm, "sw")?;
+    ask(vmm, "sw")?;
     let gone = deleted_with(vmm, "sw")?;
     gone_once(&gone, &ALL, &ORDER)?;
     wait_for(vmm, "/sys/block/vd* /sys/block/sd*", false)?;

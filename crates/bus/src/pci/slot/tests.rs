@@ -166,6 +166,75 @@ fn a_press_nobody_saw_is_taken_back_and_can_be_repeated() {
     assert_eq!(slot.status(), PDS | ABP);
 }
 
+/// However far the driver has come with the press, it hears of another only when it has begun to blink.
+#[test]
+fn a_press_that_was_taken_back_is_followed_by_another_when_the_guest_blinks() {
+    for heard_before in [false, true] {
+        let mut driver = Driver::new(true);
+        let _ = driver.slot.request();
+        if heard_before {
+            assert_eq!(driver.acknowledge(), ABP);
+            assert_eq!(driver.slot.cancel(), Effects::default());
+        } else {
+            // It may have been read, and not cleared yet.
+            assert_eq!(driver.slot.cancel(), Effects::default());
+            assert_eq!(driver.acknowledge(), ABP);
+        }
+        assert_eq!(driver.slot.status(), PDS, "the second would be the first");
+        driver.command(0, 3 << 8, 2 << 8);
+        assert_eq!(driver.acknowledge(), ABP | CC);
+        driver.command(0, 3 << 8, 1 << 8);
+        assert_eq!(driver.acknowledge(), CC);
+        assert_eq!((driver.ejects, driver.slot.state().requested), (0, false));
+        // That is over: the next time it blinks for another reason.
+        driver.blink();
+        assert_eq!(driver.slot.status(), PDS);
+    }
+    // One that blinks first and clears then.
+    let mut driver = Driver::new(true);
+    let _ = driver.slot.request();
+    driver.command(0, 3 << 8, 2 << 8);
+    assert_eq!(driver.slot.cancel(), Effects::default());
+    driver.interrupts = 0;
+    assert_eq!(driver.acknowledge(), ABP | CC);
+    assert_eq!((driver.slot.status(), driver.interrupts), (PDS | ABP, 1));
+}
+
+/// A second press would cancel the first.
+#[test]
+fn a_request_is_repeated_without_a_press_while_the_driver_has_the_first() {
+    for withdraw in [false, true] {
+        let mut driver = Driver::new(true);
+        let _ = driver.slot.request();
+        driver.acknowledge();
+        if withdraw {
+            let _ = driver.slot.cancel();
+        }
+        let (asked, effects) = driver.slot.request();
+        assert_eq!(asked, Ok(Removal::Asked));
+        assert_eq!((effects.interrupt, driver.slot.status()), (false, PDS));
+        driver.blink();
+        assert_eq!(driver.slot.status(), PDS, "wanted after all: {withdraw}");
+        driver.power_off();
+        assert_eq!(driver.ejects, 1);
+    }
+}
+
+#[test]
+fn a_driver_that_ends_takes_with_it_what_it_has_heard() {
+    let mut driver = Driver::new(true);
+    let _ = driver.slot.request();
+    let _ = driver.slot.cancel();
+    driver.command(0, 1 << 5, 0);
+    assert_eq!(driver.slot.status() & ABP, 0, "nobody is to hear of it");
+    let _ = driver.slot.request();
+    driver.command(0, 1 << 5, 1 << 5);
+    driver.acknowledge();
+    driver.command(0, 1 << 5, 0);
+    let _ = driver.slot.request();
+    assert_eq!(driver.slot.status() & ABP, ABP, "the next driver has not");
+}
+
 #[test]
 fn an_eject_that_is_not_wanted_is_something_new_in_the_slot() {
     let mut driver = Driver::new(true);
