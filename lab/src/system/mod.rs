@@ -18,7 +18,6 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::json;
 
 use crate::deny;
 use crate::host_log;
@@ -335,28 +334,6 @@ pub(crate) fn clean_kernel_log(vmm: &mut Vmm) -> Result<()> {
         denied.join("\n")
     );
     Ok(())
-}
-
-/// Waits until the guest can open the disk `name`: that is there a moment before it can be.
-pub(crate) fn wait_for_disk(vmm: &mut Vmm, name: &str) -> Result<()> {
-    let opens = format!("exec 3< /dev/{name}");
-    hotplug::until(vmm, &format!("{name} can be opened"), &opens)
-}
-
-/// Lets the one request go that the faults of `node` hold, or will: the guest has sent it.
-pub(crate) fn let_go(vmm: &mut Vmm, node: &str) -> Result<()> {
-    let begun = Instant::now();
-    loop {
-        let release = json!({"node-name": node});
-        let released = vmm.qmp().execute("x-ebbtide-fault-release", release)?;
-        match released["released"].as_u64() {
-            Some(1) => return Ok(()),
-            Some(0) => {}
-            _ => bail!("{node} has let go of {released}"),
-        }
-        ensure!(begun.elapsed() < STEP_LIMIT, "{node} holds nothing");
-        std::thread::sleep(Duration::from_millis(20));
-    }
 }
 
 /// What Linux writes when an ACPI method fails, or a device is not what it said.

@@ -7,10 +7,9 @@ use anyhow::{Context, Result, ensure};
 use ebbtide_hostile::Random;
 use serde_json::{Value, json};
 
-use super::hotplug::{LOOK, deleted, shell, until};
+use super::hotplug::{LOOK, deleted, release_one, shell, until, wait_for, wait_held};
 use super::{
-    BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish, let_go,
-    no_acpi_error, wait_for_disk,
+    BOOT, GIB, Ground, MIB, STEP_LIMIT, USUAL_CPUS, clean_kernel_log, finish, no_acpi_error,
 };
 use crate::resident;
 use crate::stalls::Stalls;
@@ -131,7 +130,9 @@ pub fn beside_held_requests(ground: &Ground) -> Result<()> {
         ensure!(!gone, "{} before its request has ended", event.data);
     }
     for disk in ["vda", "vdb"] {
-        let_go(&mut vmm, &faults_of(disk))?;
+        let faults = faults_of(disk);
+        wait_held(&mut vmm, &faults)?;
+        release_one(&mut vmm, &faults)?;
         deleted(&mut vmm, disk)?;
         until(
             &mut vmm,
@@ -168,7 +169,7 @@ fn slow_disk(vmm: &mut Vmm, id: &str, place: Value) -> Result<()> {
     disk["id"] = json!(id);
     disk["drive"] = json!(faults);
     vmm.qmp().execute("device_add", disk)?;
-    wait_for_disk(vmm, id)
+    wait_for(vmm, &format!("/dev/{id}"), true)
 }
 
 /// The removals are as far as they can come while the requests are held.

@@ -13,8 +13,8 @@ use serde_json::json;
 use super::kept::{PINNED, in_phase, plug, within};
 use super::{GUEST, LOOK, machine, wait_total};
 use crate::stalls::Stalls;
-use crate::system::hotplug::until;
-use crate::system::{Ground, MIB, STEP_LIMIT, finish, let_go, no_acpi_error, wait_for_disk};
+use crate::system::hotplug::{release_one, until, wait_for, wait_held};
+use crate::system::{Ground, MIB, STEP_LIMIT, finish, no_acpi_error};
 use crate::vmm::Vmm;
 
 /// A request is held for so long at least, in the long form and in the short one.
@@ -105,7 +105,8 @@ fn one_request(
     stays(vmm)?;
 
     let (stalls, released) = (Stalls::watch(), Instant::now());
-    let_go(vmm, "slow")?;
+    wait_held(vmm, "slow")?;
+    release_one(vmm, "slow")?;
     let gone = vmm.qmp().wait_event("DEVICE_DELETED", GUEST)?;
     ensure!(gone.data["device"] == "dimm0", "{}", gone.data);
     let after = gone.at.saturating_duration_since(released);
@@ -144,7 +145,7 @@ fn slow_disk(vmm: &mut Vmm, image: &Path) -> Result<()> {
     }
     let disk = json!({"driver": "virtio-blk-pci", "id": "slow0", "drive": "slow"});
     vmm.qmp().execute("device_add", disk)?;
-    wait_for_disk(vmm, "vdb")
+    wait_for(vmm, "/dev/vdb", true)
 }
 
 /// A disk that the guest works on all the while.
@@ -164,7 +165,7 @@ impl WorkingDisk {
         vmm.qmp().execute("blockdev-add", node)?;
         let disk = json!({"driver": "virtio-blk-pci", "id": name, "drive": name});
         vmm.qmp().execute("device_add", disk)?;
-        wait_for_disk(vmm, name)?;
+        wait_for(vmm, &format!("/dev/{name}"), true)?;
         let stalls = Stalls::watch();
         vmm.guest().disk_start(DiskStart {
             path: format!("/dev/{name}"),
