@@ -68,9 +68,9 @@ fn reaching_the_target_is_told() {
 #[test]
 fn a_driver_that_stops_short_is_told_again_and_then_given_up() {
     let mut rig = Rig::with(GIB, 0, hasty);
+    let interrupts = rig.config_interrupts();
     rig.mem.set_requested(64 * BLOCK).unwrap();
     assert_eq!(rig.plug(0, 4), Answer::Ack);
-    let interrupts = rig.config_interrupts();
     let stalled = rig.event(size_changed).unwrap();
     let MemEvent::Stalled {
         requested_bytes,
@@ -98,18 +98,24 @@ fn a_driver_that_stops_short_is_told_again_and_then_given_up() {
         5,
         "a driver that does not react is left alone in the end"
     );
-    assert!(rig.config_interrupts() >= interrupts + 3);
+    assert!(rig.config_interrupts() >= interrupts + 4);
     // It goes on, and all is well.
     assert_eq!(rig.plug(4, 60), Answer::Ack);
     assert!(matches!(
         rig.event(size_changed),
         Some(MemEvent::TargetReached { .. })
     ));
-    assert!(rig.mem.status().last_request_age.unwrap() < Duration::from_secs(20));
+    assert!(rig.mem.status().last_request_age.unwrap() < Duration::from_secs(60));
 }
 
 #[test]
 fn a_driver_at_work_is_left_alone() {
+    // One that a busy host keeps from its work for a while is at work no more.
+    assert!((0..20).any(|_| works_and_is_left_alone()));
+}
+
+/// Whether the driver was at work all the time: then it is left alone.
+fn works_and_is_left_alone() -> bool {
     let mut rig = Rig::with(GIB, 0, |spec| {
         hasty(spec);
         spec.pacing.grow_pause = Duration::from_millis(500);
@@ -118,15 +124,23 @@ fn a_driver_at_work_is_left_alone() {
     rig.mem.set_requested(64 * BLOCK).unwrap();
     let interrupts = rig.config_interrupts();
     let began = Instant::now();
-    let mut first = 0;
+    let (mut first, mut last) = (0, began);
     while began.elapsed() < Duration::from_millis(1500) {
         assert_eq!(rig.plug(first, 1), Answer::Ack);
         first += 1;
+        if last.elapsed() > Duration::from_millis(200) {
+            return false;
+        }
+        last = Instant::now();
         std::thread::sleep(Duration::from_millis(30));
     }
     assert!(first < 64);
-    assert_eq!(rig.config_interrupts(), interrupts);
-    assert_eq!(rig.mem.metrics().kicks, 0);
+    let seen = (rig.config_interrupts(), rig.mem.metrics().kicks);
+    if last.elapsed() > Duration::from_millis(200) {
+        return false;
+    }
+    assert_eq!(seen, (interrupts, 0));
+    true
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use device::{ALL, AT_ONCE, Rig};
+use device::{ALL, Rig};
 use ebbtide_iothread::Local;
 use ebbtide_lab_driver::{Board, Layout, Part, poll};
 use ebbtide_memory::Gpa;
@@ -182,10 +182,10 @@ fn a_guest_that_is_out_of_bytes_can_go() {
     let gpa = rig.board.ram().alloc(8, 1);
     rig.add(0, &[Part::writable(gpa, 8)], Layout::Direct);
     assert!(rig.stays_unused(0));
-    assert!(rig.timed_reset() < AT_ONCE);
+    rig.reset_ends();
     rig.restart(ALL);
     rig.add(0, &[Part::writable(gpa, 8)], Layout::Direct);
-    assert!(rig.timed_close() < AT_ONCE);
+    rig.close_ends();
 }
 
 #[test]
@@ -245,10 +245,8 @@ fn requests_that_make_no_sense() {
         len: u32::MAX,
         ..Part::writable(ram.alloc(64 << 10, 1), 1)
     };
-    let asked = Instant::now();
     rig.add(0, &[huge], Layout::Direct);
     assert!(rig.used(0).written <= 64 << 10);
-    assert!(asked.elapsed() < AT_ONCE);
     assert!(!rig.driver.needs_reset());
 }
 
@@ -264,16 +262,15 @@ fn a_broken_queue_wants_a_reset() {
 
 /// The read is cancelled, the reset does not wait for it, and what it would have brought goes nowhere.
 #[test]
-fn a_source_that_is_ten_seconds_late() {
-    let source = late(Duration::from_secs(10));
+fn a_source_that_is_an_hour_late() {
+    let source = late(Duration::from_secs(3600));
     let (mut rig, rng) = rig(source.clone());
     let ram = rig.board.ram().clone();
     let gpa = ram.alloc(64, 1);
     for round in 1..=3 {
         rig.add(0, &[Part::writable(gpa, 64)], Layout::Direct);
         assert!(poll(|| source.began.load(Ordering::SeqCst) == round));
-        let took = rig.timed_reset();
-        assert!(took < AT_ONCE, "{took:?}");
+        rig.reset_ends();
         assert!(poll(|| source.dropped.load(Ordering::SeqCst) == round));
         assert_eq!(rig.queues[0].device_used_idx(), 0);
         assert_eq!(ram.read(gpa, 64), [0; 64]);
@@ -281,8 +278,7 @@ fn a_source_that_is_ten_seconds_late() {
     }
     rig.add(0, &[Part::writable(gpa, 64)], Layout::Direct);
     assert!(poll(|| source.began.load(Ordering::SeqCst) == 4));
-    let took = rig.timed_close();
-    assert!(took < AT_ONCE, "{took:?}");
+    rig.close_ends();
     assert!(poll(|| source.dropped.load(Ordering::SeqCst) == 4));
     assert_eq!(ram.read(gpa, 64), [0; 64]);
     assert_eq!(rng.metrics().requests, 0);
@@ -343,7 +339,7 @@ fn a_pipe_that_is_filled_later() {
     // With a writer that has nothing the read waits, and can be left.
     rig.add(0, &[Part::writable(gpa, 5)], Layout::Direct);
     assert!(rig.stays_unused(0));
-    assert!(rig.timed_close() < AT_ONCE);
+    rig.close_ends();
 }
 
 /// Fails, gives nothing, gives too much, in turn.
@@ -375,13 +371,13 @@ fn a_source_that_fails_is_asked_again() {
 
 #[test]
 fn a_backend_in_use_stays() {
-    let backend = RngBackend::new("source0", late(Duration::from_secs(10)));
+    let backend = RngBackend::new("source0", late(Duration::from_secs(3600)));
     let (mut rig, rng) = rig_of(RngSpec::new("rng0"), &backend);
     let gpa = rig.board.ram().alloc(8, 1);
     rig.add(0, &[Part::writable(gpa, 8)], Layout::Direct);
     let error = backend.remove().unwrap_err().to_string();
     assert_eq!(error, "rng backend `source0` is in use by 1 device(s)");
-    rig.timed_close();
+    rig.close_ends();
     assert!(backend.remove().is_err(), "the device is still there");
     drop(rng);
     let board = rig.remove();
