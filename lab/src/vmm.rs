@@ -559,6 +559,10 @@ mod tests {
         std::fs::write(&path, "#!/bin/sh\necho no such kernel >&2\nexit 2\n").unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&path, mode).unwrap();
+        // A process that another test is just starting may still have it open, as it was here.
+        while let Err(error) = Command::new(&path).output() {
+            assert_eq!(error.kind(), std::io::ErrorKind::ExecutableFileBusy);
+        }
         let error = Vmm::start(&machine(Program::Ebbtide(path)))
             .unwrap_err()
             .to_string();

@@ -334,7 +334,10 @@ fn the_clock_can_be_stopped_and_set() {
     let now = guest.vm.clock_ns().unwrap();
     // It runs from then on.
     let runs = u64::try_from(setting.elapsed().as_nanos()).unwrap();
-    assert!(now >= then && now < then + runs + 25_000_000, "{then} {now}");
+    assert!(
+        now >= then && now < then + runs + 25_000_000,
+        "{then} {now}"
+    );
     // A guest without a clock takes no notice.
     guest.vcpu().mark_paused().unwrap();
     assert!(guest.vm.limits().tsc_khz.is_some_and(|khz| khz > 1000));

@@ -238,7 +238,10 @@ fn size_changes_come_once_a_second_and_the_last_always() {
     // Other events are not held back meanwhile.
     client.call(&TOY_EVENTS, ToyNumber { value: 3 }).unwrap();
     for _ in 0..3 {
-        assert_eq!(client.next_event(wire::PATIENCE).unwrap().unwrap().name, "RESUME");
+        assert_eq!(
+            client.next_event(wire::PATIENCE).unwrap().unwrap().name,
+            "RESUME"
+        );
     }
 }
 

@@ -6,7 +6,7 @@ mod ports;
 
 use std::sync::Arc;
 
-use device::{ALL};
+use device::ALL;
 use ebbtide_devices::chardev::Wire;
 use ebbtide_iothread::Receiver;
 use ebbtide_lab_driver::{Board, Layout, Part, poll};

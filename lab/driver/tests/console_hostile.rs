@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use device::{ALL};
+use device::ALL;
 use ebbtide_devices::chardev::{Chardev, ChardevSpec, Wire};
 use ebbtide_iothread::IoThread;
 use ebbtide_lab_driver::{LIMIT, Layout, Part, poll};

@@ -71,7 +71,8 @@ fn a_guest_cannot_fill_the_log() {
     tracing::subscriber::set_global_default(Listener).unwrap();
     // In ten seconds five are allowed.
     let begun = Instant::now();
-    let few = |count: usize| (1..=10 + 5 * (begun.elapsed().as_secs() / 10) as usize).contains(&count);
+    let few =
+        |count: usize| (1..=10 + 5 * (begun.elapsed().as_secs() / 10) as usize).contains(&count);
 
     let mut rig = plugging::Rig::with(GIB, 64 * MIB, |spec| {
         spec.patience = Patience {
@@ -131,10 +132,7 @@ fn a_guest_cannot_fill_the_log() {
             rig.restart(device::ALL);
         }
     });
-    assert!(
-        few(broken),
-        "{broken} for a console's broken queues"
-    );
+    assert!(few(broken), "{broken} for a console's broken queues");
 
     let backend = RngBackend::new("source0", Builtin);
     let board = Board::new(16 << 20).unwrap();
@@ -148,10 +146,7 @@ fn a_guest_cannot_fill_the_log() {
             rig.restart(device::ALL);
         }
     });
-    assert!(
-        few(broken),
-        "{broken} for broken queues of entropy"
-    );
+    assert!(few(broken), "{broken} for broken queues of entropy");
 
     let rig = disk::Rig::new();
     let misused = heard("pci/transport.rs", || {

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use ebbtide_lab_driver::mem::{Answer, Kind, State};
 use ebbtide_lab_driver::{Layout, common, poll};
 use ebbtide_memory::{Access, DiscardListener, DiscardSubscription, ListenerError, Pin};
-use ebbtide_virtio::mem::fault::Step;
 use ebbtide_virtio::mem::Patience;
+use ebbtide_virtio::mem::fault::Step;
 use plugging::{BLOCK, GIB, MIB, Rig, SOON, impatient};
 
 const HOUR: Duration = Duration::from_secs(3600);
@@ -33,7 +33,10 @@ fn pin(rig: &Rig, block: u64) -> Pin {
 #[test]
 fn a_plug_that_fails_at_first_is_answered_late() {
     for populate in [false, true] {
-        let mut rig = Rig::with(GIB, 64 * MIB, |spec| spec.populate = populate);
+        let mut rig = Rig::with(GIB, 64 * MIB, |spec| {
+            spec.populate = populate;
+            spec.patience = PATIENT;
+        });
         rig.faults.fail(Step::Plug, 2);
         assert_eq!(rig.plug(0, 4), Answer::Ack);
         assert_eq!(rig.faults.left(Step::Plug), 0);
@@ -69,7 +72,7 @@ fn a_plug_that_became_too_much_while_it_failed_is_a_nack() {
 
 #[test]
 fn an_unplug_that_fails_at_first_is_answered_late() {
-    let mut rig = Rig::new(GIB, 64 * MIB);
+    let mut rig = Rig::with(GIB, 64 * MIB, |spec| spec.patience = PATIENT);
     assert_eq!(rig.plug(0, 4), Answer::Ack);
     rig.faults.fail(Step::Discard, 2);
     assert_eq!(rig.unplug(0, 4), Answer::Ack);
@@ -99,7 +102,10 @@ fn an_unplug_that_keeps_failing_is_busy_and_changes_nothing() {
 /// More than is worth doing on the device's own thread.
 #[test]
 fn big_discards_and_populated_plugs() {
-    let mut rig = Rig::with(GIB, 256 * MIB, |spec| spec.populate = true);
+    let mut rig = Rig::with(GIB, 256 * MIB, |spec| {
+        spec.populate = true;
+        spec.patience = PATIENT;
+    });
     for _ in 0..2 {
         assert_eq!(rig.plug(0, 64), Answer::Ack);
         assert_eq!(rig.plugged(), 128 * MIB);

@@ -9,7 +9,7 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use card::{BUFFER, CTRL, HEADER, MAC, RX, Rig, TX, frame, hears_nothing, receive, send};
-use device::{ALL};
+use device::ALL;
 use ebbtide_lab_driver::{Layout, Part, poll};
 use ebbtide_memory::{Backing, Gpa, RamSpec, Region};
 use ebbtide_net::{FRAME_BYTES_MAX, MacAddress};

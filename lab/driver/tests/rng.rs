@@ -7,10 +7,10 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use device::{ALL, Rig};
-use ebbtide_iothread::Local;
+use ebbtide_iothread::{Local, ManualClock};
 use ebbtide_lab_driver::{Board, Layout, Part, poll};
 use ebbtide_memory::Gpa;
 use ebbtide_virtio::features;
@@ -19,7 +19,10 @@ use ebbtide_virtio::rng::{
 };
 
 fn rig_of(spec: RngSpec, backend: &Arc<RngBackend>) -> (Rig, Arc<VirtioRng>) {
-    let board = Board::new(16 << 20).unwrap();
+    rig_on(Board::new(16 << 20).unwrap(), spec, backend)
+}
+
+fn rig_on(board: Board, spec: RngSpec, backend: &Arc<RngBackend>) -> (Rig, Arc<VirtioRng>) {
     let rng = VirtioRng::new(spec, backend, board.remote()).unwrap();
     (Rig::new(board, Arc::clone(&rng) as _, ALL, &[8]), rng)
 }
@@ -159,15 +162,22 @@ fn the_limit_holds() {
         period: Duration::from_millis(400),
         ..RngSpec::new("rng0")
     };
-    let (mut rig, _) = rig_of(spec, &RngBackend::new("source0", Builtin));
-    let began = Instant::now();
+    let (clock, period) = (ManualClock::new(), spec.period);
+    let backend = RngBackend::new("source0", Builtin);
+    let board = Board::with_clock(16 << 20, &clock).unwrap();
+    let (mut rig, _) = rig_on(board, spec, &backend);
     assert_eq!(ask(&mut rig, 64).len(), 64);
     assert_eq!(ask(&mut rig, 64).len(), 36);
     // A reset does not give a new allowance.
     rig.restart(ALL);
-    assert_eq!(ask(&mut rig, 200).len(), 100);
-    let waited = began.elapsed();
-    assert!(waited >= Duration::from_millis(390), "after {waited:?}");
+    let gpa = rig.board.ram().alloc(200, 1);
+    rig.add(0, &[Part::writable(gpa, 200)], Layout::Direct);
+    assert!(rig.stays_unused_by_the_board(0));
+    let moment = Duration::from_millis(1);
+    clock.advance(period - moment);
+    assert!(rig.stays_unused_by_the_board(0));
+    clock.advance(moment);
+    assert_eq!(rig.used(0).written, 100);
 }
 
 #[test]
@@ -288,7 +298,14 @@ fn a_source_that_is_an_hour_late() {
 #[test]
 fn memory_that_waits_for_bytes_can_go() {
     use ebbtide_memory::{Backing, RamSpec, Region};
-    let (mut rig, rng) = rig(late(Duration::from_millis(500)));
+    let source = late(Duration::from_millis(500));
+    let clock = ManualClock::new();
+    let backend = RngBackend::new("source0", source.clone());
+    let (mut rig, rng) = rig_on(
+        Board::with_clock(16 << 20, &clock).unwrap(),
+        RngSpec::new("rng0"),
+        &backend,
+    );
     let block = rig.board.memory().ram().add(RamSpec {
         name: "dimm".into(),
         size_bytes: 4 << 20,
@@ -305,13 +322,15 @@ fn memory_that_waits_for_bytes_can_go() {
         .unwrap();
     block.plug(0..2 << 20, false).unwrap();
     rig.add(0, &[Part::writable(Gpa(8 << 30), 64)], Layout::Direct);
+    assert!(poll(|| source.began.load(Ordering::SeqCst) == 1));
     let seal = block.seal(0..2 << 20).unwrap();
-    let drained = ebbtide_lab_driver::block_on(seal.drained(), Duration::from_millis(300));
+    let drained = ebbtide_lab_driver::block_on(seal.drained(), ebbtide_lab_driver::LIMIT);
     assert!(drained.is_some());
     assert!(seal.discard().is_ok());
+    assert!(rig.stays_unused_by_the_board(0));
+    clock.advance(source.delay);
     assert_eq!(rig.used(0).written, 0);
     assert_eq!(rng.metrics().bad_memory, 1);
-    assert_eq!(ask(&mut rig, 8), [7; 8]);
 }
 
 /// A pipe: without a writer it is at its end, later it is not.

@@ -186,9 +186,7 @@ fn a_time_out_is_exit_code_4_and_leaves_the_target() {
         (Outcome::TimedOut, &json!("timeout"))
     );
     assert!(
-        report["ms"]
-            .as_u64()
-            .is_some_and(|ms| ms >= 200),
+        report["ms"].as_u64().is_some_and(|ms| ms >= 200),
         "{report}"
     );
     let (_, memory) = run_json(&server, &["memory"]);
@@ -286,8 +284,7 @@ fn watch_tells_each_change_until_the_machine_ends() {
         let seen = Seen::default();
         let mut out = seen.clone();
         let path = server.path();
-        let watching =
-            scope.spawn(move || carry_out(&parse(&["watch"]).unwrap(), &path, &mut out));
+        let watching = scope.spawn(move || carry_out(&parse(&["watch"]).unwrap(), &path, &mut out));
         wait_until(|| seen.text().contains("total 1 GiB  plugged 0"));
         run(&server, &["resize", "3G", "--wait"]).unwrap();
         let all = "total 3 GiB  plugged 2 GiB  requested 2 GiB";

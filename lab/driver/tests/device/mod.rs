@@ -196,6 +196,21 @@ impl Residue {
         }
     }
 
+    /// What there is once all that is on its way out has gone, as far as somebody can be asked for it: views go on the memory's
+    /// thread, tasks on the board's.
+    pub fn settled(board: &Board) -> Residue {
+        let (mut last, mut same) = (Residue::of(board), 0);
+        while same < 5 {
+            board.memory().synchronize();
+            goes_round(&board.remote());
+            std::thread::sleep(Duration::from_millis(20));
+            let now = Residue::of(board);
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+        }
+        last
+    }
+
     /// Views and tasks go when nobody uses them any more, which may be a moment later.
     pub fn assert_same(&self, board: &Board) {
         let same = poll(|| Residue::of(board) == *self);
