@@ -39,6 +39,8 @@ enum Command {
     ///
     /// Runs on this machine's KVM if EBBTIDE_KVM=host, else in the capsule.
     Selftest(SelftestOptions),
+    /// Get and build what the tasks below need, so that they begin sooner
+    Prepare(tasks::PrepareOptions),
     /// The demo: a guest that grows, uses what it got, and gives it back
     Demo(tasks::DemoOptions),
     /// Debian guests: memory, disks, resets, monitors
@@ -125,6 +127,7 @@ fn run(options: Options) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Command::Selftest(options) => selftest(&options),
+        Command::Prepare(options) => tasks::prepare(&options),
         Command::Demo(options) => tasks::demo(&options),
         Command::System(options) => tasks::system(&options),
         Command::Each(options) => tasks::each(&options),

@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn waiting_ends_with_the_status_or_the_time() {
         let mut child = Contained::spawn(Command::new("sh").args(["-c", "exit 7"]), &[]).unwrap();
-        assert_eq!(child.wait(Duration::from_secs(10)).unwrap().code(), Some(7));
+        assert_eq!(child.wait(Duration::from_secs(60)).unwrap().code(), Some(7));
         let mut child = Contained::spawn(Command::new("sleep").arg("60"), &[]).unwrap();
         assert!(
             child
@@ -267,16 +267,17 @@ mod tests {
     fn the_end_of_the_thread_ends_the_child() {
         let start = || Contained::spawn(Command::new("sleep").arg("60"), &[]).unwrap();
         let mut child = std::thread::spawn(start).join().unwrap();
-        assert!(!child.wait(Duration::from_secs(10)).unwrap().success());
+        assert!(!child.wait(Duration::from_secs(60)).unwrap().success());
     }
 
     #[test]
     fn inherited_descriptors_keep_their_number() {
         let (reader, writer) = std::io::pipe().unwrap();
-        let script = format!("echo through >&{}", writer.as_raw_fd());
+        // A shell may know numbers of one digit only.
+        let script = format!("echo through > /proc/self/fd/{}", writer.as_raw_fd());
         let mut child =
             Contained::spawn(Command::new("sh").args(["-c", &script]), &[writer.as_fd()]).unwrap();
-        assert!(child.wait(Duration::from_secs(10)).unwrap().success());
+        assert!(child.wait(Duration::from_secs(60)).unwrap().success());
         drop(writer);
         assert_eq!(std::io::read_to_string(reader).unwrap(), "through\n");
     }

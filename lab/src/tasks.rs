@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use ebbtide_lab::capsule::{self, Capsule};
 use ebbtide_lab::delay;
-use ebbtide_lab::kernel::Series;
+use ebbtide_lab::kernel::{Kernel, Series};
 use ebbtide_lab::probe::{self, Place};
 use ebbtide_lab::process::Contained;
 use ebbtide_lab::system::{self, Ground};
@@ -29,6 +29,12 @@ const SHORT: Duration = Duration::from_secs(20 * 60);
 const LONG: Duration = Duration::from_secs(3 * 3600);
 /// Nor a single program of `each`.
 const PROGRAM: Duration = Duration::from_secs(5 * 60);
+
+#[derive(clap::Args)]
+pub struct PrepareOptions {
+    #[command(flatten)]
+    common: Common,
+}
 
 #[derive(clap::Args)]
 pub struct DemoOptions {
@@ -128,6 +134,21 @@ impl Needs<'_> {
             limit: if long { LONG } else { SHORT },
         }
     }
+}
+
+pub fn prepare(options: &PrepareOptions) -> Result<ExitCode> {
+    let choice = probe::choose(Some(&options.common.ebbtide))?;
+    if choice.place == Place::Capsule {
+        packages::ensure_packages(&["qemu-system-x86"])?;
+        Kernel::full()?.vmlinux()?;
+    }
+    python::ensure()?;
+    agent::build_flat()?;
+    for series in Series::ALL {
+        image::build(series)?;
+        image::with_all_drivers(series)?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 pub fn demo(options: &DemoOptions) -> Result<ExitCode> {

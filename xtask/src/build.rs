@@ -99,16 +99,18 @@ pub fn release(packages: &[&str]) -> Result<PathBuf> {
     Ok(target_dir().join("release"))
 }
 
-/// Builds the integration tests of `package` and returns the programs whose name starts with
-/// `prefix`.
+/// Builds the integration tests whose names start with `prefix` and returns the programs.
+///
+/// Out of the whole workspace: of one package alone the crates that it is made of would be built anew, with fewer features.
 ///
 /// # Errors
 /// When the build fails or there is no such test.
-pub fn test_programs(package: &str, prefix: &str) -> Result<Vec<PathBuf>> {
-    let mut command = cargo(&["test", "--no-run", "--quiet", "--message-format=json"]);
-    let programs = programs(command.args(["--package", package]), prefix)?;
+pub fn test_programs(prefix: &str) -> Result<Vec<PathBuf>> {
+    let mut command = cargo(&["test", "--workspace", "--no-run", "--quiet"]);
+    command.args(["--message-format=json", "--test", &format!("{prefix}*")]);
+    let programs = programs(&mut command, prefix)?;
     if programs.is_empty() {
-        bail!("{package} has no test {prefix}*");
+        bail!("there is no test {prefix}*");
     }
     Ok(programs)
 }

@@ -23,3 +23,11 @@ pub fn command(task: &str) -> Result<Command> {
         .arg(build::target_dir());
     Ok(command)
 }
+
+/// Builds Ebbtide and the lab, and what the lab's tasks need.
+///
+/// # Errors
+/// When a build fails, or something is not to be had.
+pub fn prepare() -> Result<()> {
+    build::run(&mut command("prepare")?)
+}

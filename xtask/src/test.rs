@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! `cargo xtask test`: every layer, with its seconds; red when one fails or can't run.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
@@ -17,7 +17,18 @@ pub struct TestArgs {
 struct Layer {
     name: &'static str,
     what: &'static str,
-    run: fn() -> Result<()>,
+    /// The layer it runs beside, if that is wanted, too.
+    beside: Option<&'static str>,
+    /// Whether it boots guests.
+    guests: bool,
+    run: fn(Later) -> Result<()>,
+}
+
+/// What comes after a layer.
+#[derive(Clone, Copy)]
+struct Later {
+    /// Layers with guests.
+    guests: bool,
 }
 
 /// Debian's kernels that guests boot.
@@ -27,38 +38,51 @@ const LAYERS: &[Layer] = &[
     Layer {
         name: "lint",
         what: "formatting, clippy, layers, headers",
-        run: lint::run,
+        beside: None,
+        guests: false,
+        run: |_| lint::run(),
     },
     Layer {
         name: "unit",
         what: "unit, property and device tests of every crate",
+        beside: None,
+        guests: false,
         run: unit,
     },
     Layer {
         name: "models",
         what: "concurrency models with their seeded bugs, beside the torture of the memory core, also under AddressSanitizer",
-        run: models_and_torture,
+        beside: None,
+        guests: false,
+        run: |_| models_and_torture(),
     },
     Layer {
         name: "kvm",
         what: "flat guests on a real KVM",
-        run: kvm,
+        beside: None,
+        guests: true,
+        run: |_| kvm(),
+    },
+    // A capsule takes one core, as that of the flat guests does.
+    Layer {
+        name: "demo",
+        what: "the demo",
+        beside: Some("kvm"),
+        guests: true,
+        run: |_| build::run(&mut lab::command("demo")?),
     },
     Layer {
         name: "system",
         what: "Debian guests: memory, disks, resets, monitors",
-        run: system,
-    },
-    Layer {
-        name: "demo",
-        what: "the demo",
-        run: || build::run(&mut lab::command("demo")?),
+        beside: None,
+        guests: true,
+        run: |_| system(),
     },
 ];
 
 /// The hypervisor's tests on a real KVM, in the capsule where this machine's carries none.
 fn kvm() -> Result<()> {
-    let programs = build::test_programs("ebbtide-hypervisor", "kvm_")?;
+    let programs = build::test_programs("kvm_")?;
     build::run(lab::command("each")?.arg("--").args(programs))
 }
 
@@ -73,10 +97,19 @@ fn system() -> Result<()> {
     build::run_together(&mut runs)
 }
 
-/// Those of the network try a passt where there is one: here there is.
-fn unit() -> Result<()> {
+/// Those of the network try a passt where there is one: here there is. Most of them wait most of the time: what guests need
+/// is made meanwhile.
+fn unit(later: Later) -> Result<()> {
     ebbtide_lab::packages::ensure_packages(&["passt"])?;
-    build::run(&mut build::cargo(&["test", "--workspace", "--quiet"]))
+    let tests = || build::cargo(&["test", "--workspace", "--quiet"]);
+    build::run(tests().arg("--no-run"))?;
+    std::thread::scope(|scope| {
+        if later.guests {
+            // Those who need it say what can't be had.
+            scope.spawn(lab::prepare);
+        }
+        build::run(&mut tests())
+    })
 }
 
 /// Neither minds to be slow, as other tests do: they run side by side.
@@ -94,6 +127,45 @@ fn models_and_torture() -> Result<()> {
     })
 }
 
+/// The layers that are wanted, in order: those of a group run at the same time.
+fn groups(is_wanted: impl Fn(&str) -> bool) -> Vec<Vec<&'static Layer>> {
+    let mut groups: Vec<Vec<&Layer>> = Vec::new();
+    for layer in LAYERS.iter().filter(|layer| is_wanted(layer.name)) {
+        let mut others = groups.iter_mut();
+        match others.find(|group| layer.beside == Some(group[0].name)) {
+            Some(group) => group.push(layer),
+            None => groups.push(vec![layer]),
+        }
+    }
+    groups
+}
+
+/// A layer, whether it passed, and what it took.
+type Row = (&'static Layer, bool, Duration);
+
+fn run_together(group: &[&'static Layer], later: Later) -> Vec<Row> {
+    for layer in group {
+        println!("== {}: {}", layer.name, layer.what);
+    }
+    let run = |layer: &'static Layer| {
+        let began = Instant::now();
+        let result = (layer.run)(later);
+        if let Err(e) = &result {
+            println!("{}: {e:#}", layer.name);
+        }
+        (layer, result.is_ok(), began.elapsed())
+    };
+    std::thread::scope(|scope| {
+        let runs: Vec<_> = group
+            .iter()
+            .map(|&layer| (layer, scope.spawn(move || run(layer))))
+            .collect();
+        runs.into_iter()
+            .map(|(layer, run)| run.join().unwrap_or((layer, false, Duration::ZERO)))
+            .collect()
+    })
+}
+
 /// Runs the layers in order, to the end also when one fails.
 ///
 /// # Errors
@@ -107,19 +179,15 @@ pub fn run(args: &TestArgs) -> Result<()> {
         let names: Vec<&str> = LAYERS.iter().map(|l| l.name).collect();
         bail!("--layers {name}: there are {}", names.join(", "));
     }
+    let groups = groups(|name| args.layers.is_empty() || args.layers.iter().any(|it| it == name));
     let mut rows = Vec::new();
     let start = Instant::now();
-    for layer in LAYERS {
-        if !args.layers.is_empty() && !args.layers.iter().any(|n| n == layer.name) {
-            continue;
-        }
-        println!("== {}: {}", layer.name, layer.what);
-        let began = Instant::now();
-        let result = (layer.run)();
-        if let Err(e) = &result {
-            println!("{}: {e:#}", layer.name);
-        }
-        rows.push((layer, result.is_ok(), began.elapsed()));
+    for (index, group) in groups.iter().enumerate() {
+        let mut rest = groups[index + 1..].iter().flatten();
+        let later = Later {
+            guests: rest.any(|layer| layer.guests),
+        };
+        rows.extend(run_together(group, later));
     }
     println!("\nlayer      seconds  result");
     for (layer, ok, took) in &rows {
@@ -141,4 +209,26 @@ pub fn run(args: &TestArgs) -> Result<()> {
         bail!("{failed} of {} layers failed", rows.len());
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(is_wanted: impl Fn(&str) -> bool) -> Vec<Vec<&'static str>> {
+        let groups = groups(is_wanted).into_iter();
+        let names = |group: Vec<&Layer>| group.iter().map(|layer| layer.name).collect();
+        groups.map(names).collect()
+    }
+
+    #[test]
+    fn each_layer_runs_once_and_beside_another_only_if_that_is_wanted() {
+        let all = names(|_| true);
+        assert_eq!(all.concat().len(), LAYERS.len());
+        assert!(all.contains(&vec!["kvm", "demo"]));
+        assert_eq!(
+            names(|name| name == "demo" || name == "lint"),
+            [["lint"], ["demo"]]
+        );
+    }
 }

@@ -99,12 +99,18 @@ pub fn run(args: &TortureArgs) -> Result<()> {
 /// The program to run.
 fn program(args: &TortureArgs) -> Result<PathBuf> {
     let mut command = build::cargo(&["test", "--no-run", "--quiet", "--message-format=json"]);
-    command.args(["--package", PACKAGE, "--test", TEST]);
+    command.args(["--test", TEST]);
     if args.release {
         command.arg("--release");
     }
     if args.asan {
         asan::apply(&mut command)?;
+    }
+    // In a folder of its own: else what the tests of the whole workspace are made of is there already.
+    if args.asan || args.release {
+        command.args(["--package", PACKAGE]);
+    } else {
+        command.arg("--workspace");
     }
     let mut programs = build::programs(&mut command, TEST)?;
     match (programs.pop(), programs.is_empty()) {

@@ -8,9 +8,9 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::pin::Pin;
 use std::task::Poll;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ebbtide_iothread::Local;
+use ebbtide_iothread::{Config, Local, ManualClock, run_with};
 
 use crate::fault::{Fault, Point, Rule};
 use crate::tests::{Scattered, on_ring};
@@ -52,6 +52,13 @@ fn a_size_that_cannot_be_is_named() {
     assert!(error.contains("9223372036854775808"), "{error}");
 }
 
+/// Lets all tasks do what they can do now.
+async fn settle(local: &Local) {
+    for _ in 0..64 {
+        local.yield_now().await;
+    }
+}
+
 #[test]
 fn latencies_run_side_by_side() {
     let spec = NullSpec {
@@ -59,31 +66,44 @@ fn latencies_run_side_by_side() {
         ..NullSpec::default()
     };
     let disk = Disk::null_co(&spec).unwrap();
-    on_ring(async |local| {
-        let begun = Instant::now();
+    let clock = ManualClock::new();
+    let config = Config {
+        clock: clock.clock(),
+        ..Config::default()
+    };
+    run_with("test", config, |local| async move {
         let tasks: Vec<_> = (0..128)
             .map(|_| {
                 let disk = disk.attach(&local);
                 local.spawn(async move { read(&disk, 1).await })
             })
             .collect();
-        local.sleep(Duration::from_millis(50)).await;
+        while disk.in_flight().reads < 128 {
+            local.yield_now().await;
+        }
+        let moment = Duration::from_millis(1);
+        clock.advance(spec.latency - moment);
+        settle(&local).await;
         assert_eq!(disk.in_flight().reads, 128);
+        // All of them in the time of one.
+        clock.advance(moment);
         for task in tasks {
             task.await.unwrap();
         }
-        let took = begun.elapsed();
-        assert!(took >= spec.latency, "{took:?}");
-        assert!(took < 20 * spec.latency, "{took:?}");
         assert_eq!(disk.in_flight().total(), 0);
-        let flushing = Instant::now();
-        let (flushed, _) = disk
-            .attach(&local)
-            .submit(Op::Flush, OwnedBuffer::zeroed(0))
-            .await;
-        flushed.unwrap();
-        assert!(flushing.elapsed() >= spec.latency);
-    });
+        let attached = disk.attach(&local);
+        let flush = local.spawn(async move {
+            let flush = attached.submit(Op::Flush, OwnedBuffer::zeroed(0));
+            flush.await.0.unwrap();
+        });
+        settle(&local).await;
+        clock.advance(spec.latency - moment);
+        settle(&local).await;
+        assert!(!flush.is_finished());
+        clock.advance(moment);
+        flush.await;
+    })
+    .unwrap();
 }
 
 #[test]
@@ -120,7 +140,9 @@ fn a_failure_comes_through_the_layers_above() {
             below.inject(Rule::once(Fault::Fail(5)));
             let attached = layered.attach(&local);
             let task = local.spawn(async move { read(&attached, 0).await });
-            local.sleep(Duration::from_millis(20)).await;
+            while above.held() == 0 && !task.is_finished() {
+                local.sleep(Duration::from_millis(1)).await;
+            }
             assert_eq!((above.held(), task.is_finished()), (1, false), "{point:?}");
             above.release_one();
             assert_eq!(task.await.unwrap_err().raw_os_error(), Some(5));

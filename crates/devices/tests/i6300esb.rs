@@ -63,7 +63,7 @@ impl Bench {
             let (done, wait) = mpsc::channel();
             let job = move |_| async move { done.send(()).unwrap() };
             self.thread.remote().spawn(job).unwrap();
-            wait.recv_timeout(Duration::from_secs(10)).unwrap();
+            wait.recv_timeout(Duration::from_secs(60)).unwrap();
         }
     }
 
@@ -275,7 +275,7 @@ fn the_removal_waits_for_a_bark_that_is_under_way() {
     bench.pass(1_010);
     bench.settle();
     bench.clock.advance(Duration::from_secs(2));
-    heard.recv_timeout(Duration::from_secs(10)).unwrap();
+    heard.recv_timeout(Duration::from_secs(60)).unwrap();
     let mut closed = Box::pin(device.close());
     assert!(ready_within(&mut closed, Duration::from_millis(20)).is_none());
     go_on.send(()).unwrap();
@@ -322,7 +322,7 @@ fn a_reload_counts_though_the_time_is_up_as_long_as_nobody_has_noticed() {
         goes_on.recv().unwrap();
     };
     bench.thread.remote().spawn(job).unwrap();
-    is_busy.recv_timeout(Duration::from_secs(10)).unwrap();
+    is_busy.recv_timeout(Duration::from_secs(60)).unwrap();
     bench.clock.advance(Duration::from_secs(2));
     keepalive(&slot);
     go_on.send(()).unwrap();

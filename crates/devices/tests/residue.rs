@@ -43,6 +43,9 @@ static ALLOCATOR: Counting = Counting;
 const WARM_UP: usize = 64;
 const CYCLES: usize = 1000;
 const BATCHES: usize = 4;
+/// What ends on other threads has mostly ended by then, and in any case by that.
+const SETTLED: Duration = Duration::from_millis(300);
+const LONG: Duration = Duration::from_secs(60);
 /// Less than half a pointer for each cycle.
 const SLACK_BYTES: i64 = 4 * CYCLES as i64;
 
@@ -64,24 +67,34 @@ fn entries(folder: &str) -> usize {
     std::fs::read_dir(folder).unwrap().count()
 }
 
-impl Bench {
-    /// What there is once everything that is on its way out has gone: views are retired, tasks dropped, by other threads.
-    fn residue(&self) -> (i64, Residue) {
-        let mut least = i64::MAX;
-        let end = Instant::now() + Duration::from_millis(300);
-        while Instant::now() < end {
-            self.board.memory.synchronize();
-            least = least.min(LIVE_BYTES.load(Ordering::Relaxed));
-            std::thread::sleep(Duration::from_millis(5));
-        }
+impl Residue {
+    fn of_process() -> Residue {
         let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
         let shared = maps.lines().filter(|line| line.contains("memfd")).count();
-        let residue = Residue {
+        Residue {
             fds: entries("/proc/self/fd"),
             threads: entries("/proc/self/task"),
             mappings: shared,
-        };
-        (least, residue)
+        }
+    }
+}
+
+impl Bench {
+    /// What there is once everything that is on its way out has gone: views are retired, tasks dropped, by other threads.
+    /// They are waited for if there should be but what was `before`.
+    fn residue(&self, before: Option<&Residue>) -> (i64, Residue) {
+        let mut least = i64::MAX;
+        let begun = Instant::now();
+        loop {
+            self.board.memory.synchronize();
+            least = least.min(LIVE_BYTES.load(Ordering::Relaxed));
+            std::thread::sleep(Duration::from_millis(5));
+            let (time, now) = (begun.elapsed(), Residue::of_process());
+            let same = before.is_none_or(|before| now == *before);
+            if (time > SETTLED && same) || time > LONG {
+                return (least, now);
+            }
+        }
     }
 
     fn serial(&self) {
@@ -128,11 +141,11 @@ impl Bench {
     /// other threads grow once.
     fn check(&self, name: &str, cycle: impl Fn(&Self)) {
         (0..WARM_UP).for_each(|_| cycle(self));
-        let (mut bytes, before) = self.residue();
+        let (mut bytes, before) = self.residue(None);
         let mut grown = Vec::new();
         for _ in 0..BATCHES {
             (0..CYCLES).for_each(|_| cycle(self));
-            let (bytes_now, now) = self.residue();
+            let (bytes_now, now) = self.residue(Some(&before));
             assert_eq!(now, before, "{name}");
             grown.push(bytes_now - bytes);
             bytes = bytes_now;

@@ -17,7 +17,7 @@ use ebbtide_memory::{Backing, Ioeventfd, Memory, MemoryConfig, Mmio, RamSpec, Re
 use vmm_sys_util::eventfd::EventFd;
 
 const MIB: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(60);
 
 struct Map {
     memory: Arc<Memory>,

@@ -469,6 +469,10 @@ fn a_dropped_task_is_cancelled_and_a_detached_one_is_not() {
         };
         work(false);
         work(true);
+        // The dropped one would be the first to be done.
+        while done.get() == 0 {
+            local.sleep(Duration::from_millis(1)).await;
+        }
         local.sleep(Duration::from_millis(20)).await;
         assert_eq!((done.get(), drops.load(Ordering::SeqCst)), (1, 2));
 

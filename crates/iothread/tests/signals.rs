@@ -72,7 +72,7 @@ fn no_signal_of_another_thread_is_lost() {
             answered.unwrap();
         });
         for _ in 0..SIGNALS {
-            let limit = Duration::from_secs(20);
+            let limit = Duration::from_secs(60);
             local.timeout(limit, heard(&mut signals)).await.unwrap();
             answer.notify();
         }
@@ -100,7 +100,7 @@ fn no_signal_is_lost_in_a_ring_that_is_full() {
                 let before: Vec<_> = (0..round % 41).map(|_| nop()).collect();
                 notifier.notify();
                 let after: Vec<_> = (0..round % 29).map(|_| nop()).collect();
-                let limit = Duration::from_secs(20);
+                let limit = Duration::from_secs(60);
                 local.timeout(limit, heard(&mut signals)).await.unwrap();
                 for nop in before.into_iter().chain(after) {
                     assert_eq!(nop.await.0, 0);

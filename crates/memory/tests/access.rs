@@ -342,7 +342,7 @@ fn sections_nest_and_grace_waits_for_the_outermost() {
     assert!(heard.recv_timeout(Duration::from_millis(50)).is_err());
     let end = Instant::now();
     drop(inner);
-    assert!(heard.recv_timeout(Duration::from_secs(5)).unwrap() >= end);
+    assert!(heard.recv_timeout(Duration::from_secs(60)).unwrap() >= end);
     thread.join().unwrap();
 }
 

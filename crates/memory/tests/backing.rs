@@ -201,7 +201,7 @@ fn what_is_no_file_is_refused_and_not_waited_for() {
             let error = refused(&memory, spec("ram", MIB, backing), &RamPolicy::default());
             said.send(error).unwrap();
         });
-        let error = says.recv_timeout(Duration::from_secs(10));
+        let error = says.recv_timeout(Duration::from_secs(60));
         let error = error.expect("it waits for the other end of the pipe");
         assert!(matches!(error, Error::Host { .. }), "{error}");
         assert!(error.to_string().contains("pipe"), "{error}");

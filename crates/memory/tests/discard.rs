@@ -70,7 +70,7 @@ fn blocks(range: Range<u64>) -> Range<u64> {
 }
 
 fn drained(seal: Seal) -> Seal {
-    let end = Instant::now() + Duration::from_secs(10);
+    let end = Instant::now() + Duration::from_secs(60);
     while !seal.is_drained() {
         assert!(Instant::now() < end, "a seal does not drain");
         std::thread::yield_now();

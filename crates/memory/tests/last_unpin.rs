@@ -16,7 +16,7 @@ use setup::Map;
 
 const DIMM: u64 = 1 << 32;
 const SIZE: u64 = 1 << 20;
-const LONG: Duration = Duration::from_secs(20);
+const LONG: Duration = Duration::from_secs(60);
 const SHORT: Duration = Duration::from_millis(20);
 
 /// RAM on its way out, and `count` pins on it.

@@ -374,7 +374,7 @@ fn a_request_that_waits_holds_up_no_unplug() {
         drop(first);
         let start = std::time::Instant::now();
         while !is_ready(&mut Box::pin(ticket.drained())) {
-            assert!(start.elapsed() < std::time::Duration::from_secs(5));
+            assert!(start.elapsed() < std::time::Duration::from_secs(60));
             std::thread::yield_now();
         }
         ticket.destroy().is_ok()
@@ -417,7 +417,7 @@ fn nine_guards_are_held_at_once() {
     }
     let start = std::time::Instant::now();
     while !is_ready(&mut drained) {
-        assert!(start.elapsed() < std::time::Duration::from_secs(5));
+        assert!(start.elapsed() < std::time::Duration::from_secs(60));
         std::thread::yield_now();
     }
     ticket.destroy().map_err(|(_, error)| error).unwrap();

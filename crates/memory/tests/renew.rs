@@ -21,7 +21,7 @@ use ebbtide_memory::{
 };
 use vm_memory::{GuestAddress, GuestAddressSpace};
 
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(60);
 const SIZE: u64 = 4 << 20;
 const PAGE: u64 = 4096;
 

@@ -278,8 +278,10 @@ fn a_snapshot_of_a_map_that_changes_knows_what_it_has_pinned() {
         let space = RamSpace::new(&map.space, Some(Arc::clone(&log) as Arc<dyn WriteLog>));
         let mut wrong = 0;
         let mut seen = BTreeSet::new();
-        let end = Instant::now() + Duration::from_secs(1);
-        while Instant::now() < end {
+        let begun = Instant::now();
+        // Until each was seen, and for a while.
+        while seen.len() < 2 || begun.elapsed() < Duration::from_secs(1) {
+            assert!(begun.elapsed() < Duration::from_secs(60), "{seen:?}");
             for region in space.memory().iter() {
                 let host = region.get_host_address(MemoryRegionAddress(4096)).unwrap();
                 region.bitmap().mark_dirty(4096, 1);

@@ -12,7 +12,7 @@ use crate::{
     TapSpec, is_of_peer,
 };
 
-pub(crate) const LIMIT: Duration = Duration::from_secs(20);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
 fn pair() -> (Arc<Netdev>, UnixStream) {
     let (ours, theirs) = UnixStream::pair().unwrap();

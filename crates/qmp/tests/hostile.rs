@@ -11,6 +11,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use ebbtide_iothread::{Config, ManualClock};
 use ebbtide_qmp::ServerLimits;
 use ebbtide_qmp::client::Client;
 use ebbtide_qmp::commands::QUERY_STATUS;
@@ -223,15 +224,9 @@ fn clients_that_go_while_their_commands_take_long_make_room() {
     gone.send(r#"{"execute": "x-toy-wait", "arguments": {"value": 1000000}}"#);
     let mut other = Client::connect(&server.path()).unwrap();
     let mut waiting = || other.call(&TOY_WAITING, Empty {}).unwrap();
-    let begun = Instant::now();
-    while waiting() == 0 {
-        assert!(begun.elapsed() < wire::PATIENCE);
-    }
+    wait_until(|| waiting() > 0);
     drop(gone);
-    while waiting() > 0 {
-        assert!(begun.elapsed() < wire::PATIENCE, "it still waits");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    wait_until(|| waiting() == 0);
 }
 
 #[test]
@@ -244,19 +239,46 @@ fn the_server_ends_with_clients_in_every_state() {
     wires[4].send("[".repeat(5000));
     let _greeted = UnixStream::connect(server.path()).unwrap();
     server.wait_clients(6);
+    let (told, hear) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        drop(server);
+        told.send(()).unwrap();
+    });
+    hear.recv_timeout(wire::PATIENCE).expect("it does not end");
+}
+
+#[test]
+fn a_command_that_was_begun_is_finished_at_the_end() {
+    let clock = ManualClock::new();
+    let executor = Config {
+        clock: clock.clock(),
+        ..Config::default()
+    };
+    let server = ToyServer::start(Setup {
+        executor,
+        ..Setup::default()
+    });
+    let mut wire = Wire::negotiated(&server.path());
+    wire.send(r#"{"execute": "x-toy-wait", "arguments": {"value": 100}}"#);
+    let mut other = Client::connect(&server.path()).unwrap();
+    wait_until(|| other.call(&TOY_WAITING, Empty {}).unwrap() == 1);
+    drop(other);
+    std::thread::scope(|scope| {
+        let ends = scope.spawn(|| drop(server));
+        // Before the time for the end is over.
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!ends.is_finished());
+        clock.advance(Duration::from_millis(100));
+        assert_eq!(wire.line(), json!({"return": 100}));
+    });
+}
+
+fn wait_until(mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
-    let mut reader = wires.remove(2);
-    drop(server);
-    assert!(
-        begun.elapsed() < Duration::from_secs(12),
-        "{:?}",
-        begun.elapsed()
-    );
-    assert_eq!(
-        reader.line(),
-        json!({"return": 100}),
-        "a command that was begun is finished"
-    );
+    while !done() {
+        assert!(begun.elapsed() < wire::PATIENCE, "it does not come to that");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 proptest! {

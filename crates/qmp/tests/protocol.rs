@@ -18,8 +18,21 @@ use ebbtide_qmp::types::run_state::RunState;
 use ebbtide_qmp::{Error, ErrorClass, commands};
 use serde_json::{Value, json};
 use toy::server::{Setup, ToyServer};
-use toy::{TOY_EVENTS, TOY_SIZE, TOY_SLEEP, ToyNumber};
+use toy::{TOY_EVENTS, TOY_SIZE, TOY_SLEEP, TOY_WAITING, ToyNumber};
 use wire::Wire;
+
+/// Long enough for a server to say what it should not.
+const QUIET: Duration = Duration::from_millis(50);
+
+/// A clock that is turned, and an executor that goes by it.
+fn turned() -> (ManualClock, Config) {
+    let clock = ManualClock::new();
+    let executor = Config {
+        clock: clock.clock(),
+        ..Config::default()
+    };
+    (clock, executor)
+}
 
 #[test]
 fn the_conversation_begins_as_with_qemu() {
@@ -116,22 +129,22 @@ fn pipelined_commands_are_answered_in_order_one_at_a_time() {
 
 #[test]
 fn a_slow_command_does_not_hold_up_other_clients() {
+    // In a time that stands still.
+    let (clock, executor) = turned();
     let server = ToyServer::start(Setup {
         more_sockets: 1,
+        executor,
         ..Setup::default()
     });
     let mut slow = Wire::negotiated(&server.path());
-    slow.send(r#"{"execute": "x-toy-sleep", "arguments": {"value": 1500}}"#);
+    slow.send(r#"{"execute": "x-toy-wait", "arguments": {"value": 1500}}"#);
     let mut other = Client::connect(&server.path_of(1)).unwrap();
-    let begun = std::time::Instant::now();
+    while other.call(&TOY_WAITING, Empty {}).unwrap() == 0 {}
     for _ in 0..10 {
         other.call(&commands::QUERY_STATUS, Empty {}).unwrap();
     }
-    assert!(
-        begun.elapsed() < Duration::from_millis(1000),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert_eq!(other.call(&TOY_WAITING, Empty {}).unwrap(), 1);
+    clock.advance(Duration::from_millis(1500));
     assert_eq!(slow.line(), json!({"return": 1500}));
 }
 
@@ -177,7 +190,7 @@ fn events_go_to_negotiated_clients_only() {
     );
     assert!(
         first
-            .next_event(Duration::from_millis(20))
+            .next_event(wire::PATIENCE)
             .unwrap()
             .is_some_and(|event| event.name == "RESET")
     );
@@ -191,20 +204,15 @@ fn events_go_to_negotiated_clients_only() {
 
 #[test]
 fn size_changes_come_once_a_second_and_the_last_always() {
-    let clock = ManualClock::new();
-    let executor = Config {
-        clock: clock.clock(),
-        ..Config::default()
-    };
+    let (clock, executor) = turned();
     let server = ToyServer::start(Setup {
         executor,
         ..Setup::default()
     });
     let mut client = Client::connect(&server.path()).unwrap();
-    let quiet = Duration::from_millis(50);
-    let size = |client: &mut Client| {
+    let size = |client: &mut Client, limit| {
         client
-            .next_event(quiet)
+            .next_event(limit)
             .unwrap()
             .map(|event| event.data["size"].as_u64().unwrap())
     };
@@ -212,25 +220,28 @@ fn size_changes_come_once_a_second_and_the_last_always() {
     for value in 1..=5 {
         change(&mut client, value);
     }
-    assert_eq!(size(&mut client), Some(1));
-    assert_eq!(size(&mut client), None);
+    assert_eq!(size(&mut client, wire::PATIENCE), Some(1));
+    assert_eq!(size(&mut client, QUIET), None);
     clock.advance(Duration::from_millis(999));
-    assert_eq!(size(&mut client), None);
+    assert_eq!(size(&mut client, QUIET), None);
     clock.advance(Duration::from_millis(1));
-    assert_eq!(size(&mut client), Some(5));
+    assert_eq!(size(&mut client, wire::PATIENCE), Some(5));
     change(&mut client, 6);
-    assert_eq!(size(&mut client), None);
+    assert_eq!(size(&mut client, QUIET), None);
     clock.advance(Duration::from_secs(1));
-    assert_eq!(size(&mut client), Some(6));
+    assert_eq!(size(&mut client, wire::PATIENCE), Some(6));
     // Nothing for a while: the next goes out at once again.
     clock.advance(Duration::from_secs(1));
-    assert_eq!(size(&mut client), None);
+    assert_eq!(size(&mut client, QUIET), None);
     change(&mut client, 7);
-    assert_eq!(size(&mut client), Some(7));
+    assert_eq!(size(&mut client, wire::PATIENCE), Some(7));
     // Other events are not held back meanwhile.
     client.call(&TOY_EVENTS, ToyNumber { value: 3 }).unwrap();
     for _ in 0..3 {
-        assert_eq!(client.next_event(quiet).unwrap().unwrap().name, "RESUME");
+        assert_eq!(
+            client.next_event(wire::PATIENCE).unwrap().unwrap().name,
+            "RESUME"
+        );
     }
 }
 
@@ -412,7 +423,11 @@ fn quit_is_answered_before_the_connection_ends() {
 
 #[test]
 fn the_client_times_out_and_goes_on() {
-    let server = ToyServer::start(Setup::default());
+    let (clock, executor) = turned();
+    let server = ToyServer::start(Setup {
+        executor,
+        ..Setup::default()
+    });
     let mut client = Client::connect(&server.path()).unwrap();
     client.set_answer_timeout(Duration::from_millis(50));
     let error = client
@@ -423,6 +438,7 @@ fn the_client_times_out_and_goes_on() {
         "{error}"
     );
     client.set_answer_timeout(wire::PATIENCE);
+    clock.advance(Duration::from_millis(300));
     // The late answer is not taken for this one's.
     assert_eq!(
         client

@@ -15,7 +15,7 @@ use ebbtide_virtio::virtq::Descriptor;
 use ebbtide_virtio::{features, status as device_status};
 
 const SOON: Duration = Duration::from_millis(50);
-const LATER: Duration = Duration::from_secs(20);
+const LATER: Duration = Duration::from_secs(60);
 
 fn hold_all(rig: &Rig, point: Point) {
     rig.faults.inject(Rule::always(Fault::Hold).at(point));
@@ -42,13 +42,14 @@ fn a_batch_gets_one_interrupt() {
     let before = rig.driver.interrupts(message);
     rig.faults.clear();
     rig.faults.release(Order::Shuffled { seed: 5 });
+    // A driver that takes answers as they come wants to be told of the next.
+    assert!(rig.driver.wait_interrupt(message, before + 1));
+    assert!(poll(|| rig.queue.device_used_idx() == 64));
+    std::thread::sleep(SOON);
+    assert_eq!(rig.driver.interrupts(message) - before, 1);
     for _ in 0..64 {
         rig.driver.wait_used(&mut rig.queue).unwrap();
     }
-    assert!(rig.driver.wait_interrupt(message, before + 1));
-    std::thread::sleep(SOON);
-    let interrupts = rig.driver.interrupts(message) - before;
-    assert!(interrupts <= 4, "{interrupts} interrupts for a batch");
     for (sector, request) in requests.iter().enumerate() {
         assert_eq!(request.status(), status::OK);
         assert_eq!(request.data(), pattern_at(sector * SECTOR, SECTOR, 0));

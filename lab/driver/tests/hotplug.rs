@@ -7,7 +7,7 @@ mod support;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ebbtide_block::{Disk, DiskSpec};
 use ebbtide_bus::pci::{
@@ -241,13 +241,9 @@ fn an_eject_does_not_wait_for_requests_and_the_guest_does_not_see_it_early() {
     queue.add(&parts, Layout::Direct).unwrap();
     driver.kick(0);
     assert!(poll(|| echo.held() == 1));
-    let begun = Instant::now();
+    // It returns while the request is in flight.
     rig.driver.turn_off().unwrap();
-    assert!(
-        begun.elapsed() < Duration::from_millis(500),
-        "{:?}",
-        begun.elapsed()
-    );
+    assert_eq!(echo.held(), 1);
     assert!(!driver.pci().is_there());
     let zero = Devfn::from_bits(0);
     let mut closed = Box::pin(function.close());

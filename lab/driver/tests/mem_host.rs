@@ -10,8 +10,16 @@ use std::time::{Duration, Instant};
 use ebbtide_lab_driver::mem::{Answer, Kind, State};
 use ebbtide_lab_driver::{Layout, common, poll};
 use ebbtide_memory::{Access, DiscardListener, DiscardSubscription, ListenerError, Pin};
+use ebbtide_virtio::mem::Patience;
 use ebbtide_virtio::mem::fault::Step;
 use plugging::{BLOCK, GIB, MIB, Rig, SOON, impatient};
+
+const HOUR: Duration = Duration::from_secs(3600);
+/// A driver is never told that the host is busy.
+const PATIENT: Patience = Patience {
+    drain: HOUR,
+    host: HOUR,
+};
 
 fn pin(rig: &Rig, block: u64) -> Pin {
     let reader = rig.board.memory().register();
@@ -25,7 +33,10 @@ fn pin(rig: &Rig, block: u64) -> Pin {
 #[test]
 fn a_plug_that_fails_at_first_is_answered_late() {
     for populate in [false, true] {
-        let mut rig = Rig::with(GIB, 64 * MIB, |spec| spec.populate = populate);
+        let mut rig = Rig::with(GIB, 64 * MIB, |spec| {
+            spec.populate = populate;
+            spec.patience = PATIENT;
+        });
         rig.faults.fail(Step::Plug, 2);
         assert_eq!(rig.plug(0, 4), Answer::Ack);
         assert_eq!(rig.faults.left(Step::Plug), 0);
@@ -61,7 +72,7 @@ fn a_plug_that_became_too_much_while_it_failed_is_a_nack() {
 
 #[test]
 fn an_unplug_that_fails_at_first_is_answered_late() {
-    let mut rig = Rig::new(GIB, 64 * MIB);
+    let mut rig = Rig::with(GIB, 64 * MIB, |spec| spec.patience = PATIENT);
     assert_eq!(rig.plug(0, 4), Answer::Ack);
     rig.faults.fail(Step::Discard, 2);
     assert_eq!(rig.unplug(0, 4), Answer::Ack);
@@ -83,15 +94,18 @@ fn an_unplug_that_keeps_failing_is_busy_and_changes_nothing() {
         assert_eq!(rig.board.ram().read(rig.gpa(2), 8), b"ebbtide!");
         rig.faults.fail(step, 0);
     }
-    assert_eq!(rig.unplug(1, 2), Answer::Ack);
-    assert_eq!(rig.unplug_all(), Answer::Ack);
+    assert_eq!(rig.asks_again(|rig| rig.unplug(1, 2)), Answer::Ack);
+    assert_eq!(rig.asks_again(Rig::unplug_all), Answer::Ack);
     assert_eq!(rig.mem.metrics().unplug.error, 0);
 }
 
 /// More than is worth doing on the device's own thread.
 #[test]
 fn big_discards_and_populated_plugs() {
-    let mut rig = Rig::with(GIB, 256 * MIB, |spec| spec.populate = true);
+    let mut rig = Rig::with(GIB, 256 * MIB, |spec| {
+        spec.populate = true;
+        spec.patience = PATIENT;
+    });
     for _ in 0..2 {
         assert_eq!(rig.plug(0, 64), Answer::Ack);
         assert_eq!(rig.plugged(), 128 * MIB);
@@ -167,12 +181,14 @@ fn a_transfer_that_does_not_end_is_busy_and_undone() {
     assert_eq!(rig.board.ram().read(rig.gpa(2), 9), b"in flight");
     assert_eq!(rig.unplug_all(), Answer::Busy);
     drop(pin);
-    assert_eq!(rig.unplug(1, 2), Answer::Ack);
+    assert_eq!(rig.asks_again(|rig| rig.unplug(1, 2)), Answer::Ack);
 }
 
 #[test]
 fn a_reset_ends_a_request_that_waits() {
-    let mut rig = Rig::new(GIB, 64 * MIB);
+    let mut rig = Rig::with(GIB, 64 * MIB, |spec| {
+        spec.patience = PATIENT;
+    });
     assert_eq!(rig.plug(0, 4), Answer::Ack);
     let pin = pin(&rig, 2);
     for step in [None, Some(Step::Plug)] {
@@ -186,14 +202,9 @@ fn a_reset_ends_a_request_that_waits() {
         let _request = rig.begin(kind, first, 4);
         std::thread::sleep(SOON);
         let used = rig.queue.device_used_idx();
-        let began = Instant::now();
         rig.driver.write_common(common::STATUS, 1, 0);
-        assert!(poll(|| rig.driver.status() == 0));
-        assert!(
-            began.elapsed() < Duration::from_secs(2),
-            "a reset waits {:?} for a transfer",
-            began.elapsed()
-        );
+        let reset = poll(|| rig.driver.status() == 0);
+        assert!(reset, "a reset waits for a transfer");
         assert_eq!(
             rig.queue.device_used_idx(),
             used,
@@ -366,21 +377,31 @@ fn a_mapper_follows_what_is_plugged() {
 #[test]
 fn a_mapper_that_refuses_is_asked_again_and_then_the_driver_is_told_busy() {
     for populate in [false, true] {
-        let mut rig = Rig::with(GIB, 64 * MIB, |spec| {
-            spec.patience = impatient();
-            spec.populate = populate;
-        });
-        let (mapped, _subscription) = map(&rig);
+        let rig = |patience| {
+            Rig::with(GIB, 64 * MIB, |spec| {
+                spec.patience = patience;
+                spec.populate = populate;
+            })
+        };
+        let mut patient = rig(PATIENT);
+        let (mapped, subscription) = map(&patient);
         mapped.lock().unwrap().refusals = 1;
+        assert_eq!(patient.plug(0, 4), Answer::Ack);
+        assert_eq!(patient.mem.metrics().plug.busy, 0);
+        drop((subscription, patient));
+
+        let mut rig = rig(impatient());
+        let (mapped, _subscription) = map(&rig);
         assert_eq!(rig.plug(0, 4), Answer::Ack);
         mapped.lock().unwrap().refusals = u32::MAX;
         assert_eq!(rig.plug(8, 4), Answer::Busy);
         assert_eq!(rig.plugged(), 4 * BLOCK);
         assert_eq!(rig.state(8, 4), Some(State::Unplugged));
         mapped.lock().unwrap().refusals = 0;
-        assert_eq!(rig.plug(8, 4), Answer::Ack);
+        assert_eq!(rig.asks_again(|rig| rig.plug(8, 4)), Answer::Ack);
         let metrics = rig.mem.metrics();
-        assert_eq!((metrics.plug.busy, metrics.plug.error), (1, 0));
+        assert!(metrics.plug.busy >= 1);
+        assert_eq!(metrics.plug.error, 0);
     }
 }
 

@@ -26,6 +26,14 @@ fn size_changed(event: &MemEvent) -> bool {
     matches!(event, MemEvent::SizeChanged { .. })
 }
 
+impl Rig {
+    /// The next time that it stalls for `reason`. To a hasty device a driver on a busy host is idle before that.
+    fn stalled_for(&mut self, reason: Reason) -> MemEvent {
+        let other = |event: &MemEvent| !matches!(event, MemEvent::Stalled { reason: it, .. } if *it == reason);
+        self.event(other).expect("it never stalls for that")
+    }
+}
+
 #[test]
 fn reaching_the_target_is_told() {
     let mut rig = Rig::new(GIB, 0);
@@ -67,10 +75,20 @@ fn reaching_the_target_is_told() {
 
 #[test]
 fn a_driver_that_stops_short_is_told_again_and_then_given_up() {
+    // One that a busy host keeps from its work is told before it begins.
+    assert!((0..200).any(|_| stops_short_and_is_told_again()));
+}
+
+/// Whether the driver began before it was told.
+fn stops_short_and_is_told_again() -> bool {
     let mut rig = Rig::with(GIB, 0, hasty);
+    let interrupts = rig.config_interrupts();
+    let began = Instant::now();
     rig.mem.set_requested(64 * BLOCK).unwrap();
     assert_eq!(rig.plug(0, 4), Answer::Ack);
-    let interrupts = rig.config_interrupts();
+    if began.elapsed() > Duration::from_millis(15) {
+        return false;
+    }
     let stalled = rig.event(size_changed).unwrap();
     let MemEvent::Stalled {
         requested_bytes,
@@ -98,18 +116,25 @@ fn a_driver_that_stops_short_is_told_again_and_then_given_up() {
         5,
         "a driver that does not react is left alone in the end"
     );
-    assert!(rig.config_interrupts() >= interrupts + 3);
+    assert!(rig.config_interrupts() >= interrupts + 4);
     // It goes on, and all is well.
     assert_eq!(rig.plug(4, 60), Answer::Ack);
     assert!(matches!(
         rig.event(size_changed),
         Some(MemEvent::TargetReached { .. })
     ));
-    assert!(rig.mem.status().last_request_age.unwrap() < Duration::from_secs(20));
+    assert!(rig.mem.status().last_request_age.unwrap() < Duration::from_secs(60));
+    true
 }
 
 #[test]
 fn a_driver_at_work_is_left_alone() {
+    // One that a busy host keeps from its work for a while is at work no more.
+    assert!((0..20).any(|_| works_and_is_left_alone()));
+}
+
+/// Whether the driver was at work all the time: then it is left alone.
+fn works_and_is_left_alone() -> bool {
     let mut rig = Rig::with(GIB, 0, |spec| {
         hasty(spec);
         spec.pacing.grow_pause = Duration::from_millis(500);
@@ -118,20 +143,30 @@ fn a_driver_at_work_is_left_alone() {
     rig.mem.set_requested(64 * BLOCK).unwrap();
     let interrupts = rig.config_interrupts();
     let began = Instant::now();
-    let mut first = 0;
+    let (mut first, mut last) = (0, began);
     while began.elapsed() < Duration::from_millis(1500) {
         assert_eq!(rig.plug(first, 1), Answer::Ack);
         first += 1;
+        if last.elapsed() > Duration::from_millis(200) {
+            return false;
+        }
+        last = Instant::now();
         std::thread::sleep(Duration::from_millis(30));
     }
     assert!(first < 64);
-    assert_eq!(rig.config_interrupts(), interrupts);
-    assert_eq!(rig.mem.metrics().kicks, 0);
+    let seen = (rig.config_interrupts(), rig.mem.metrics().kicks);
+    if last.elapsed() > Duration::from_millis(200) {
+        return false;
+    }
+    assert_eq!(seen, (interrupts, 0));
+    true
 }
 
 #[test]
 fn no_driver_is_a_reason() {
-    let mut rig = Rig::with(GIB, 0, hasty);
+    let mut rig = Rig::with(GIB, 0, |spec| {
+        spec.pacing.absent_patience = Duration::from_millis(300);
+    });
     rig.driver.reset().unwrap();
     assert!(poll(|| rig.mem.status().driver == DriverState::Absent));
     rig.mem.set_requested(BLOCK).unwrap();
@@ -167,17 +202,7 @@ fn a_broken_driver_is_a_reason() {
         .unwrap();
     rig.driver.kick(0);
     assert!(rig.driver.wait_needs_reset());
-    let event = rig.event(size_changed).unwrap();
-    assert!(
-        matches!(
-            event,
-            MemEvent::Stalled {
-                reason: Reason::DriverBroken,
-                ..
-            }
-        ),
-        "{event:?}"
-    );
+    rig.stalled_for(Reason::DriverBroken);
     assert_eq!(rig.mem.status().driver, DriverState::Broken);
 }
 
@@ -187,17 +212,9 @@ fn memory_that_does_not_come_back_is_a_reason() {
     assert_eq!(rig.plug(0, 64), Answer::Ack);
     rig.mem.set_requested(0).unwrap();
     assert_eq!(rig.unplug(32, 32), Answer::Ack);
-    let stalled = |event: &MemEvent| !matches!(event, MemEvent::Stalled { .. });
-    let event = rig.event(stalled).unwrap();
+    let event = rig.stalled_for(Reason::Unmovable);
     assert!(
-        matches!(
-            event,
-            MemEvent::Stalled {
-                reason: Reason::Unmovable,
-                partial: true,
-                ..
-            }
-        ),
+        matches!(event, MemEvent::Stalled { partial: true, .. }),
         "{event:?}"
     );
 }
@@ -215,7 +232,7 @@ fn the_operator_can_have_the_driver_told() {
 
 #[test]
 fn a_reboot_with_memory_plugged() {
-    let mut rig = Rig::with(GIB, 64 * BLOCK, hasty);
+    let mut rig = Rig::new(GIB, 64 * BLOCK);
     assert_eq!(rig.plug(0, 64), Answer::Ack);
     block_on(rig.function.quiesce(), LATER).unwrap();
     block_on(rig.mem.system_reset(), LATER).unwrap().unwrap();

@@ -356,7 +356,7 @@ fn a_backend_in_use_stays() {
     assert_eq!(error, "netdev `net0` is in use by `card0`");
     let again = VirtioNet::new(NetSpec::new("card1", MAC), &netdev, rig.board.remote());
     assert!(matches!(again, Err(NetDeviceError::Netdev { .. })));
-    rig.timed_close();
+    rig.close_ends();
     assert!(netdev.remove().is_err(), "the device is still there");
     drop(card);
     let _board = rig.remove();

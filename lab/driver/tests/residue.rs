@@ -68,8 +68,7 @@ fn nothing_is_left_of_what_is_over() {
     let board = Board::new(16 << 20).expect("a board");
     // The first time may allocate what stays: the slot's place in the windows, for instance.
     function(&board, 1);
-    std::thread::sleep(std::time::Duration::from_millis(100));
-    let before = Residue::of(&board);
+    let before = Residue::settled(&board);
     function(&board, 100);
     before.assert_same(&board);
     for _ in 0..20 {

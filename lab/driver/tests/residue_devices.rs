@@ -135,8 +135,7 @@ fn nothing_is_left_of_devices_that_are_over() {
     for kind in [RNG, NET, CONSOLE] {
         // The first time may allocate what stays: the slot's place in the windows, for instance.
         board = life(board, &kind, 1);
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        let before = Residue::of(&board);
+        let before = Residue::settled(&board);
         board = life(board, &kind, 100);
         before.assert_same(&board);
         for _ in 0..20 {

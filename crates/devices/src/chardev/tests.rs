@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use ebbtide_iothread::{IoThread, oneshot};
 
-const LONG: Duration = Duration::from_secs(10);
+const LONG: Duration = Duration::from_secs(60);
 
 /// A wire served by an iothread.
 struct Served {

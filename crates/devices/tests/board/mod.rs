@@ -178,7 +178,7 @@ impl Wake for Unpark {
 
 /// Waits for a future that must be ready soon.
 pub fn wait<T>(future: impl Future<Output = T>) -> T {
-    ready_within(future, Duration::from_secs(10)).expect("never ready")
+    ready_within(future, Duration::from_secs(60)).expect("never ready")
 }
 
 /// What a future gives within `limit`.

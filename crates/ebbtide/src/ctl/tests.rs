@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0 OR BSD-3-Clause
 //! The commands against a toy machine, over a real socket.
 
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
 use clap::Parser;
 use clap::error::ErrorKind;
 use serde_json::{Value, json};
@@ -183,13 +186,47 @@ fn a_time_out_is_exit_code_4_and_leaves_the_target() {
         (Outcome::TimedOut, &json!("timeout"))
     );
     assert!(
-        report["ms"]
-            .as_u64()
-            .is_some_and(|ms| (200..5000).contains(&ms)),
+        report["ms"].as_u64().is_some_and(|ms| ms >= 200),
         "{report}"
     );
     let (_, memory) = run_json(&server, &["memory"]);
     assert_eq!(memory["devices"][0]["requested"], json!(7680u64 << 20));
+}
+
+/// What was printed up to now.
+#[derive(Clone, Default)]
+struct Seen(Arc<Mutex<Vec<u8>>>);
+
+impl Seen {
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&self.0.lock().unwrap()).into_owned()
+    }
+}
+
+impl Write for Seen {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn wait_until(mut done: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !done() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "it never is so");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// Waits until somebody has asked the first device for 7.5 GiB.
+fn wait_requested(server: &ToyServer) {
+    wait_until(|| {
+        let (_, memory) = run_json(server, &["memory"]);
+        memory["devices"][0]["requested"] == json!(7680u64 << 20)
+    });
 }
 
 #[test]
@@ -199,8 +236,7 @@ fn a_target_somebody_else_changes_is_an_error() {
     let server = ToyServer::start(setup);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| run(&server, &["resize", "8G", "--wait", "--timeout", "20"]));
-        server.wait_clients(1);
-        std::thread::sleep(std::time::Duration::from_millis(100));
+        wait_requested(&server);
         run(&server, &["resize", "1G"]).unwrap();
         let error = waiting.join().unwrap().unwrap_err().to_string();
         assert_eq!(
@@ -234,8 +270,7 @@ fn a_machine_that_ends_in_the_middle_is_an_error() {
     let server = ToyServer::start(setup);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| run(&server, &["resize", "8G", "--wait"]));
-        server.wait_clients(1);
-        std::thread::sleep(std::time::Duration::from_millis(50));
+        wait_requested(&server);
         run(&server, &["qmp", "quit"]).unwrap();
         let error = waiting.join().unwrap().unwrap_err().to_string();
         assert!(error.contains("before the guest had the size"), "{error}");
@@ -246,18 +281,16 @@ fn a_machine_that_ends_in_the_middle_is_an_error() {
 fn watch_tells_each_change_until_the_machine_ends() {
     let server = machine(&[("vmem0", 7 * G, u64::MAX)]);
     std::thread::scope(|scope| {
-        let watching = scope.spawn(|| run(&server, &["watch"]));
-        server.wait_clients(1);
+        let seen = Seen::default();
+        let mut out = seen.clone();
+        let path = server.path();
+        let watching = scope.spawn(move || carry_out(&parse(&["watch"]).unwrap(), &path, &mut out));
+        wait_until(|| seen.text().contains("total 1 GiB  plugged 0"));
         run(&server, &["resize", "3G", "--wait"]).unwrap();
-        std::thread::sleep(std::time::Duration::from_millis(800));
+        let all = "total 3 GiB  plugged 2 GiB  requested 2 GiB";
+        wait_until(|| seen.text().contains(all));
         run(&server, &["qmp", "quit"]).unwrap();
-        let (outcome, text) = watching.join().unwrap().unwrap();
-        assert_eq!(outcome, Outcome::Done);
-        assert!(
-            text.lines().count() >= 2
-                && text.contains("total 3 GiB  plugged 2 GiB  requested 2 GiB"),
-            "{text}"
-        );
+        assert_eq!(watching.join().unwrap().unwrap(), Outcome::Done);
     });
 }
 

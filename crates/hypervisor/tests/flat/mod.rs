@@ -21,7 +21,7 @@ pub const PROGRAM: u64 = 0x1_0000;
 /// First port of what the guests report to.
 pub const PORT: u16 = 0xe0;
 /// No step of any test takes longer, in a machine emulator neither.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 const GDT: u64 = 0x500;
 const STACK: u64 = 0x8000;

@@ -98,7 +98,7 @@ impl Map {
 
     /// Waits for the end of an unplug, and gives the memory back.
     pub fn end(&self, ticket: Ticket) {
-        let end = Instant::now() + Duration::from_secs(20);
+        let end = Instant::now() + Duration::from_secs(60);
         while ticket.phase() != Phase::Drained {
             assert!(Instant::now() < end, "{:?}", ticket.holders());
             self.memory.synchronize();

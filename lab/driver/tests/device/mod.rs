@@ -4,8 +4,9 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use ebbtide_iothread::{Local, Remote};
 use ebbtide_lab_driver::{
     Board, DriverQueue, LIMIT, Layout, Part, Used, VirtioDriver, block_on, common, poll,
 };
@@ -15,8 +16,6 @@ use ebbtide_virtio::{VirtioDevice, VirtioPci};
 pub const ALL: u64 = u64::MAX;
 /// Long enough for a task to do what it should not.
 pub const SOON: Duration = Duration::from_millis(50);
-/// What an end that waits for nothing outside may take, on a busy host.
-pub const AT_ONCE: Duration = Duration::from_secs(3);
 
 pub struct Rig {
     pub board: Board,
@@ -65,25 +64,34 @@ impl Rig {
             .expect("a used chain")
     }
 
+    /// Whether a chain that was just added stays unused although the board's iothread has seen to it.
+    pub fn stays_unused_by_the_board(&mut self, index: u16) -> bool {
+        let queue = &mut self.queues[usize::from(index)];
+        for _ in 0..100 {
+            if queue.poll_used().is_some() {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        goes_round(&self.board.remote());
+        queue.poll_used().is_none()
+    }
+
     /// Whether a queue has no used chain, now and a moment later.
     pub fn stays_unused(&mut self, index: u16) -> bool {
         std::thread::sleep(SOON);
         self.queues[usize::from(index)].poll_used().is_none()
     }
 
-    /// Resets the device; how long that took.
-    pub fn timed_reset(&mut self) -> Duration {
-        let began = Instant::now();
+    /// Resets the device, which must not wait for what never comes.
+    pub fn reset_ends(&mut self) {
         self.driver.write_common(common::STATUS, 1, 0);
         assert!(poll(|| self.driver.status() == 0), "the reset never ends");
-        began.elapsed()
     }
 
-    /// Takes the function away; how long its drain took.
-    pub fn timed_close(&self) -> Duration {
-        let began = Instant::now();
+    /// Takes the function away, whose drain must not wait for what never comes.
+    pub fn close_ends(&self) {
         block_on(self.function.close(), LIMIT).expect("the drain never ends");
-        began.elapsed()
     }
 
     /// Takes the function off the bus and everything with it, but the board.
@@ -103,6 +111,21 @@ impl Rig {
         let detached = board.bridge().detach(devfn.slot());
         drop(detached.expect("it has drained"));
         board
+    }
+}
+
+/// Waits until an iothread has had time for all it is to do.
+pub fn goes_round(iothread: &Remote) {
+    let (told, hear) = std::sync::mpsc::channel();
+    let rounds = move |local: Local| async move {
+        for _ in 0..20 {
+            local.yield_now().await;
+        }
+        told.send(()).expect("somebody waits");
+    };
+    for _ in 0..2 {
+        iothread.spawn(rounds.clone()).expect("it is there");
+        hear.recv_timeout(LIMIT).expect("it is stuck");
     }
 }
 
@@ -171,6 +194,21 @@ impl Residue {
             pins: pins(board),
             free_ram: board.ram().free_bytes(),
         }
+    }
+
+    /// What there is once all that is on its way out has gone, as far as somebody can be asked for it: views go on the memory's
+    /// thread, tasks on the board's.
+    pub fn settled(board: &Board) -> Residue {
+        let (mut last, mut same) = (Residue::of(board), 0);
+        while same < 5 {
+            board.memory().synchronize();
+            goes_round(&board.remote());
+            std::thread::sleep(Duration::from_millis(20));
+            let now = Residue::of(board);
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+        }
+        last
     }
 
     /// Views and tasks go when nobody uses them any more, which may be a moment later.

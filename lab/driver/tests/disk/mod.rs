@@ -6,12 +6,13 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use ebbtide_block::{Disk, DiskSpec, Faults};
-use ebbtide_iothread::Remote;
+use ebbtide_iothread::{ManualClock, Remote};
 use ebbtide_lab_driver::{Board, DriverQueue, Layout, Part, VirtioDriver, blk};
 use ebbtide_virtio::blk::{BlkSpec, VirtioBlk};
 use ebbtide_virtio::{VirtioPci, features};
 
 pub const DISK_BYTES: u64 = 4 << 20;
+const RAM_BYTES: u64 = 32 << 20;
 pub const SECTOR: usize = blk::SECTOR_BYTES;
 pub const SERIAL: &str = "ebb-0123456789-serial";
 /// Every feature there is.
@@ -36,6 +37,8 @@ pub struct Options {
     pub queue_size: u16,
     /// Iothreads besides the board's.
     pub more_iothreads: Vec<Remote>,
+    /// A time of the board's own.
+    pub clock: Option<ManualClock>,
 }
 
 impl Default for Options {
@@ -46,6 +49,7 @@ impl Default for Options {
             queues: 1,
             queue_size: QUEUE_SIZE,
             more_iothreads: Vec::new(),
+            clock: None,
         }
     }
 }
@@ -80,7 +84,11 @@ impl Rig {
         };
         let faults = Faults::new();
         let disk = Disk::open(&spec).unwrap().with_faults(&faults).unwrap();
-        let board = Board::new(32 << 20).unwrap();
+        let board = match &options.clock {
+            Some(clock) => Board::with_clock(RAM_BYTES, clock),
+            None => Board::new(RAM_BYTES),
+        };
+        let board = board.unwrap();
         let spec = BlkSpec {
             serial: SERIAL.into(),
             queues: options.queues,

@@ -79,7 +79,10 @@ impl Rig {
     }
 
     pub fn with(spec: ScsiSpec, features: u64) -> Rig {
-        let board = Board::new(32 << 20).unwrap();
+        Rig::on(Board::new(32 << 20).unwrap(), spec, features)
+    }
+
+    pub fn on(board: Board, spec: ScsiSpec, features: u64) -> Rig {
         let queues = spec.queues;
         let scsi = VirtioScsi::new(spec, board.remote());
         let function = VirtioPci::new(

@@ -25,7 +25,7 @@ mod world;
 use ebbtide_lab_driver::Random;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use cycle::{Behaviour, Event, Line, Step, Subject};
 use device::Residue;
@@ -82,8 +82,6 @@ const MODELS: &[(&str, Make, &[Behaviour])] = &[
 const CYCLES: usize = Step::ALL.len() * Event::ALL.len();
 /// The part of them that is lived through again for what is left on the heap.
 const AGAIN: usize = 6;
-/// What ends on other threads has ended.
-const SETTLED: Duration = Duration::from_millis(100);
 const SEED: u64 = 0x00eb_b71d;
 
 /// What a model is tried with.
@@ -230,7 +228,7 @@ fn every_model_in_every_state() {
         // The first device may make what stays: the next is measured.
         checked(&bench, None, (model, make), line, seed);
         bench.world.board.bridge().forget_remnants();
-        let residue = Residue::of(&bench.world.board);
+        let residue = Residue::settled(&bench.world.board);
         return checked(&bench, Some(&residue), (model, make), line, seed);
     }
     let cycles = variable("EBBTIDE_MATRIX_CYCLES").map_or(CYCLES, |it| number(&it) as usize);
@@ -245,9 +243,8 @@ fn every_model_in_every_state() {
         };
         checked(&bench, None, (model, make), warm_up, seed);
     }
-    std::thread::sleep(SETTLED);
     bench.world.board.bridge().forget_remnants();
-    let residue = Residue::of(&bench.world.board);
+    let residue = Residue::settled(&bench.world.board);
     for (model, make, behaviours) in MODELS {
         let began = Instant::now();
         let lines = lines(behaviours, cycles, &mut Random(seed));

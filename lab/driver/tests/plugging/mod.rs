@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ebbtide_iothread::{Blocking, Receiver, channel};
 use ebbtide_lab_driver::mem::{Answer, Kind, Request, State, config};
-use ebbtide_lab_driver::{Board, DriverQueue, LIMIT, Layout, VirtioDriver};
+use ebbtide_lab_driver::{Board, DriverQueue, LIMIT, Layout, VirtioDriver, poll};
 use ebbtide_memory::{Backing, Gpa, Memory, MemoryConfig, RamBlock, RamSpec, Region};
 use ebbtide_virtio::VirtioPci;
 use ebbtide_virtio::mem::fault::HostFaults;
@@ -19,7 +19,7 @@ pub const BLOCK: u64 = 2 * MIB;
 /// Where the region is.
 pub const BASE: u64 = 8 * GIB;
 pub const SOON: Duration = Duration::from_millis(50);
-pub const LATER: Duration = Duration::from_secs(20);
+pub const LATER: Duration = Duration::from_secs(60);
 const QUEUE_SIZE: u16 = 128;
 
 pub struct Rig {
@@ -184,6 +184,16 @@ impl Rig {
 
     pub fn requested(&self) -> u64 {
         self.driver.read_config_u64(config::REQUESTED_SIZE)
+    }
+
+    /// Asks again while the host is busy, as it may be of itself where the device is impatient.
+    pub fn asks_again(&mut self, ask: impl Fn(&mut Rig) -> Answer) -> Answer {
+        let mut answer = Answer::Busy;
+        poll(|| {
+            answer = ask(self);
+            answer != Answer::Busy
+        });
+        answer
     }
 
     /// Where a block is.

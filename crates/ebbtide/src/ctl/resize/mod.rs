@@ -227,7 +227,7 @@ fn follow(
 ) -> Result<Standing, Failure> {
     let begun = Instant::now();
     loop {
-        let standing = look(session, targets, rest)?;
+        let standing = look(session, targets, rest).map_err(ended)?;
         progress.show(standing.total);
         if standing.ending.is_some() {
             return Ok(standing);
@@ -252,13 +252,18 @@ fn follow(
                 ));
             }
             Ok(_) => {}
-            Err(ebbtide_qmp::Error::Closed { .. }) => {
-                return Err(Failure::Resize(
-                    "the machine ended before the guest had the size".to_owned(),
-                ));
-            }
-            Err(error) => return Err(error.into()),
+            Err(error) => return Err(ended(error.into())),
         }
+    }
+}
+
+/// A connection that ends says that the machine did.
+fn ended(failure: Failure) -> Failure {
+    match failure {
+        Failure::Qmp(ebbtide_qmp::Error::Closed { .. }) => {
+            Failure::Resize("the machine ended before the guest had the size".to_owned())
+        }
+        other => other,
     }
 }
 

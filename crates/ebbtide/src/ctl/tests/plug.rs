@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+use ebbtide_iothread::{Config, ManualClock};
+
 use super::toy::plug::Guest;
 use super::*;
 
@@ -15,6 +17,26 @@ fn guest(guest: Guest) -> ToyServer {
         toy,
         ..Setup::default()
     })
+}
+
+/// A machine whose guest lets go when its time is turned.
+fn turned(without_removals: bool) -> (ToyServer, ManualClock) {
+    let clock = ManualClock::new();
+    let executor = Config {
+        clock: clock.clock(),
+        ..Config::default()
+    };
+    let toy = ToyConfig {
+        without_removals,
+        guest: Guest::default(),
+        ..ToyConfig::default()
+    };
+    let server = ToyServer::start(Setup {
+        toy,
+        executor,
+        ..Setup::default()
+    });
+    (server, clock)
 }
 
 fn fail(server: &ToyServer, words: &[&str]) -> String {
@@ -34,16 +56,13 @@ fn memory_devices(server: &ToyServer) -> Value {
     qmp(server, "query-memory-devices", json!({})).unwrap()
 }
 
-/// Waits until the device is gone, as seen by somebody else.
-fn wait_gone(server: &ToyServer, id: &str) {
+/// Turns the clock until the device is gone, as seen by somebody else.
+fn wait_gone(server: &ToyServer, clock: &ManualClock, id: &str) {
     let path = format!("/machine/peripheral/{id}");
-    for _ in 0..500 {
-        if qmp(server, "qom-list", json!({ "path": path })).is_err() {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    panic!("{id} does not go");
+    wait_until(|| {
+        clock.advance(Duration::from_millis(10));
+        qmp(server, "qom-list", json!({ "path": path })).is_err()
+    });
 }
 
 #[test]
@@ -84,7 +103,7 @@ fn a_dimm_comes_and_goes_with_its_memory() {
     assert_eq!(report["ms"].as_u64().map(|ms| ms >= 40), Some(true));
     let (_, text) = run(&server, &["unplug", "dimm1", "--wait"]).unwrap();
     assert!(
-        text.starts_with("dimm1 is gone after 0.") && text.ends_with(" s, and memory mem-dimm1\n"),
+        text.starts_with("dimm1 is gone after ") && text.ends_with(" s, and memory mem-dimm1\n"),
         "{text}"
     );
     assert_eq!(memory_devices(&server).as_array().map(Vec::len), Some(1));
@@ -240,26 +259,31 @@ fn what_holds_a_removal_is_named() {
         drain: Duration::from_secs(60),
     });
     run(&server, &["disk", "add", "/a", "--id", "d"]).unwrap();
+    run(&server, &["disk", "remove", "d"]).unwrap();
+    wait_until(|| {
+        let removals = qmp(&server, "x-ebbtide-query-removals", json!({})).unwrap();
+        removals[0]["phase"] == "draining"
+    });
     let words = ["disk", "remove", "d", "--wait", "--timeout", "0.3"];
     let (outcome, text) = run(&server, &words).unwrap();
     assert_eq!(outcome, Outcome::TimedOut);
     assert!(
-        text.contains("the removal of d goes on: draining for 0.")
-            && text.contains("held by 1 request (0."),
+        text.contains("the removal of d goes on: draining for ")
+            && text.contains(" s, held by 1 request ("),
         "{text}"
     );
 }
 
 #[test]
 fn without_a_wait_the_backend_is_closed_by_the_next_call() {
-    let server = guest(Guest::default());
+    let (server, clock) = turned(false);
     run(&server, &["disk", "add", "/a", "--id", "d"]).unwrap();
     let (outcome, report) = run_json(&server, &["disk", "remove", "d"]);
     assert_eq!(
         (outcome, &report["result"], &report["phase"]),
         (Outcome::Done, &json!(null), &json!("requested"))
     );
-    wait_gone(&server, "d");
+    wait_gone(&server, &clock, "d");
     let (outcome, text) = run(&server, &["disk", "remove", "d", "--wait"]).unwrap();
     assert_eq!(outcome, Outcome::Done);
     assert_eq!(text, "d was gone already; block node node-d is closed\n");
@@ -272,9 +296,7 @@ fn a_removal_somebody_withdraws_is_exit_code_3() {
     run(&server, &["plug-dimm", "1G"]).unwrap();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| run(&server, &["unplug", "dimm0", "--wait"]));
-        while qmp(&server, "x-ebbtide-query-removals", json!({})) == Ok(json!([])) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(|| qmp(&server, "x-ebbtide-query-removals", json!({})) != Ok(json!([])));
         qmp(&server, "x-ebbtide-device-cancel", json!({"id": "dimm0"})).unwrap();
         let (outcome, text) = waiting.join().unwrap().unwrap();
         assert_eq!(outcome, Outcome::PartialOrStalled);
@@ -288,9 +310,7 @@ fn a_machine_that_ends_meanwhile_is_an_error() {
     run(&server, &["plug-dimm", "1G"]).unwrap();
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| run(&server, &["unplug", "dimm0", "--wait"]));
-        while qmp(&server, "x-ebbtide-query-removals", json!({})) == Ok(json!([])) {
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        wait_until(|| qmp(&server, "x-ebbtide-query-removals", json!({})) != Ok(json!([])));
         run(&server, &["qmp", "quit"]).unwrap();
         let error = waiting.join().unwrap().unwrap_err().to_string();
         assert!(error.contains("before the device was gone"), "{error}");
@@ -299,18 +319,7 @@ fn a_machine_that_ends_meanwhile_is_an_error() {
 
 #[test]
 fn a_server_without_a_list_of_removals_will_do() {
-    let toy = ToyConfig {
-        without_removals: true,
-        guest: Guest::LetsGo {
-            after: Duration::from_millis(500),
-            drain: Duration::ZERO,
-        },
-        ..ToyConfig::default()
-    };
-    let server = ToyServer::start(Setup {
-        toy,
-        ..Setup::default()
-    });
+    let (server, clock) = turned(true);
     run(&server, &["plug-dimm", "1G"]).unwrap();
     let (outcome, text) = run(&server, &["unplug", "dimm0"]).unwrap();
     assert_eq!(outcome, Outcome::Done);
@@ -318,21 +327,27 @@ fn a_server_without_a_list_of_removals_will_do() {
         text,
         "removal of dimm0 requested; memory mem-dimm0 stays until somebody waits for it (--wait)\n"
     );
-    let words = ["unplug", "dimm0", "--wait", "--timeout", "20"];
-    let (outcome, report) = run_json(&server, &words);
-    assert_eq!(
-        (outcome, &report["result"], &report["backend"]),
-        (Outcome::Done, &json!("deleted"), &json!("mem-dimm0"))
-    );
+    let words = ["unplug", "dimm0", "--wait", "--timeout", "60"];
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| run_json(&server, &words));
+        // Time goes on when it waits, or is about to.
+        server.wait_clients(1);
+        wait_until(|| {
+            clock.advance(Duration::from_millis(10));
+            waiting.is_finished()
+        });
+        let (outcome, report) = waiting.join().unwrap();
+        assert_eq!(
+            (outcome, &report["result"], &report["backend"]),
+            (Outcome::Done, &json!("deleted"), &json!("mem-dimm0"))
+        );
+    });
 }
 
 /// A removal nobody has waited for leaves the backend, and with it a name.
 #[test]
 fn an_id_that_is_chosen_is_free_for_the_backend_too() {
-    let server = guest(Guest::LetsGo {
-        after: Duration::from_millis(300),
-        drain: Duration::ZERO,
-    });
+    let (server, clock) = turned(false);
     for (add, remove, prefix) in [
         (&["disk", "add", "/a"], &["disk", "remove"], "disk"),
         (&["net", "add", "tap"], &["net", "remove"], "nic"),
@@ -340,7 +355,7 @@ fn an_id_that_is_chosen_is_free_for_the_backend_too() {
         let first = format!("{prefix}0");
         run(&server, add).unwrap();
         run(&server, &[remove[0], remove[1], &first]).unwrap();
-        wait_gone(&server, &first);
+        wait_gone(&server, &clock, &first);
         let (_, report) = run_json(&server, add);
         assert_eq!(report["id"], json!(format!("{prefix}1")));
         // Not so one that was asked for.

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use ebbtide_iothread::{Config, ManualClock};
 use ebbtide_memory::{
     Access, AddressSpace, Backing, Gpa, MemoryConfig, Pin, RamSpec, Reader, Region,
 };
@@ -37,7 +38,11 @@ fn run<F: Future>(test: impl FnOnce(World) -> F) {
 }
 
 fn with<F: Future>(backing: Backing, test: impl FnOnce(World) -> F) {
-    let ran = ebbtide_iothread::run("test", |local| async move {
+    with_config(Config::default(), backing, test);
+}
+
+fn with_config<F: Future>(config: Config, backing: Backing, test: impl FnOnce(World) -> F) {
+    let ran = ebbtide_iothread::run_with("test", config, |local| async move {
         let memory = Memory::new(MemoryConfig {
             arena_bytes: 1 << 30,
         })
@@ -122,7 +127,7 @@ impl World {
     }
 
     async fn until(&self, what: impl Fn(&World) -> bool) {
-        let limit = self.local.now() + Duration::from_secs(10);
+        let limit = self.local.now() + Duration::from_secs(60);
         while !what(self) {
             assert!(self.local.now() < limit, "it does not come to that");
             self.local.sleep(LOOK).await;
@@ -174,18 +179,32 @@ fn what_the_host_has_in_flight_is_not_in_the_memory_of_the_next_guest() {
 
 #[test]
 fn memory_that_nobody_uses_stays() {
-    run(|world| async move {
+    let clock = ManualClock::new();
+    let config = Config {
+        clock: clock.clock(),
+        ..Config::default()
+    };
+    with_config(config, Backing::Anon { thp: false }, |world| async move {
         let request = world.request(0, Access::Write);
         let old = world.ram.block();
         let (local, pinned) = (world.local.clone(), Rc::clone(&world.pinned));
-        // It was given up, and lets go.
+        let memory = Arc::clone(&world.memory);
+        // It was given up, and lets go: while there is time, which stands still until then.
         let ends = world.local.spawn(async move {
-            local.sleep(SETTLE / 4).await;
+            memory.grace().await;
+            for _ in 0..SETTLE.as_millis() / LOOK.as_millis() / 4 {
+                clock.advance(LOOK);
+                local.yield_now().await;
+            }
             pinned.borrow_mut().clear();
             drop(request);
+            loop {
+                clock.advance(LOOK);
+                local.yield_now().await;
+            }
         });
         assert!(world.part().await.is_none());
-        ends.await;
+        drop(ends);
         assert!(Arc::ptr_eq(&old, &world.ram.block()));
         assert_eq!(world.blocks(), 1);
     });
@@ -293,7 +312,9 @@ fn who_waits_for_ever_says_for_what_and_can_be_ended() {
         let (local, ending) = (world.local.clone(), Rc::clone(&world.ending));
         let waited_for = Rc::clone(&world.waited_for);
         let ends = world.local.spawn(async move {
-            local.sleep(SETTLE * 3).await;
+            while waited_for.borrow().is_empty() {
+                local.sleep(LOOK).await;
+            }
             assert_eq!(*waited_for.borrow(), ["ram"]);
             *ending.borrow_mut() = Some(ShutdownCause::HostQmpQuit);
         });
