@@ -391,8 +391,9 @@ impl Row {
         shared.hub.store(ptr::from_ref(hub).cast_mut(), Release);
     }
 
-    /// Forgets the pins of the first `slots` slots, for the next memory.
+    /// Forgets its last owner and the pins of the first `slots` slots, for the next memory.
     pub(super) fn clear(&self, slots: u32) {
+        *crate::sync::lock(&self.shared.0.name) = String::new();
         self.counters.clear(slots);
     }
 
