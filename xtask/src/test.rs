@@ -108,7 +108,7 @@ fn unit(later: Later) -> Result<()> {
             // Those who need it say what can't be had.
             scope.spawn(lab::prepare);
         }
-        build::run(&mut tests())
+        build::run(tests().arg("--no-fail-fast"))
     })
 }
 

@@ -2,10 +2,11 @@
 //! The process that starts passt for `ebbtide run`: what it has, and when it ends.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,17 +18,11 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// An ordinary user.
 const NOBODY: u32 = 65534;
 
-fn start() -> (OwnedFd, Child) {
-    start_as(None)
-}
+const PROGRAM: &str = env!("CARGO_BIN_EXE_ebbtide");
 
-fn start_as(user: Option<u32>) -> (OwnedFd, Child) {
+fn start(mut command: Command) -> (OwnedFd, Child) {
     let (family, kind) = (AddressFamily::UNIX, SocketType::SEQPACKET);
     let (ours, theirs) = socketpair(family, kind, SocketFlags::CLOEXEC, None).unwrap();
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ebbtide"));
-    if let Some(user) = user {
-        command.uid(user).gid(user);
-    }
     command
         .args(["passt-launcher", "--seccomp", "on", "--", "/bin/true"])
         .stdin(theirs)
@@ -63,7 +58,7 @@ fn it_has_nothing_but_its_socket_and_ends_with_that() {
     let inherited = tempfile::tempfile().unwrap();
     fcntl_setfd(&inherited, FdFlags::empty()).unwrap();
     assert!(inherited.as_raw_fd() > 2);
-    let (ours, mut child) = start();
+    let (ours, mut child) = start(Command::new(PROGRAM));
     drop(inherited);
     let pid = child.id();
     status(pid);
@@ -88,11 +83,27 @@ fn it_has_nothing_but_its_socket_and_ends_with_that() {
     assert!(child.wait().unwrap().success());
 }
 
+/// The program in `folder`: what is built may lie where an ordinary user gets to nothing, as in root's home.
+fn as_nobody(folder: &Path) -> Command {
+    fs::set_permissions(folder, Permissions::from_mode(0o755)).unwrap();
+    let program = folder.join("ebbtide");
+    // By another process: a child of this one, started meanwhile, would have it open for writing.
+    let copy = Command::new("cp").arg(PROGRAM).arg(&program).status();
+    assert!(copy.unwrap().success());
+    let mut command = Command::new(program);
+    command.uid(NOBODY).gid(NOBODY);
+    command
+}
+
 /// Whoever has the same user reads nothing of it: what there is to read is root's.
 #[test]
 fn an_ordinary_users_other_processes_do_not_look_into_it() {
-    let is_root = rustix::process::geteuid().is_root();
-    let (ours, mut child) = start_as(is_root.then_some(NOBODY));
+    let folder = tempfile::tempdir().unwrap();
+    let (ours, mut child) = if rustix::process::geteuid().is_root() {
+        start(as_nobody(folder.path()))
+    } else {
+        start(Command::new(PROGRAM))
+    };
     status(child.id());
     let memory = fs::metadata(format!("/proc/{}/mem", child.id())).unwrap();
     assert_eq!(memory.uid(), 0);
@@ -102,7 +113,7 @@ fn an_ordinary_users_other_processes_do_not_look_into_it() {
 
 #[test]
 fn it_takes_no_other_standard_input_for_a_socket() {
-    let output = Command::new(env!("CARGO_BIN_EXE_ebbtide"))
+    let output = Command::new(PROGRAM)
         .args(["passt-launcher", "--", "/bin/true"])
         .stdin(File::open("/dev/null").unwrap())
         .output()
