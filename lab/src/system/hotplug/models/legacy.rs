@@ -108,15 +108,15 @@ fn answer(client: UnixStream) -> Option<()> {
     let mut answers = client.try_clone().ok()?;
     let mut last = Instant::now();
     for line in BufReader::new(client).split(b'\n').map_while(Result::ok) {
-        let noise = line == b"out" && last.elapsed() > ANSWERS;
-        // A port that goes may leave half a line behind.
-        if !line.ends_with(b"over and") && !noise {
-            continue;
-        }
+        // A port that goes may leave half a line behind, to which the next adds its own.
+        let heard = match &line[..] {
+            b"out" if last.elapsed() > ANSWERS => "out",
+            line if line.ends_with(b"over and") => "over and",
+            _ => continue,
+        };
         last = Instant::now();
-        let line = String::from_utf8_lossy(&line);
         // What can't be sent in time is not sent.
-        let _ = answers.write_all(format!("heard {line}\n").as_bytes());
+        let _ = answers.write_all(format!("heard {heard}\n").as_bytes());
     }
     Some(())
 }
