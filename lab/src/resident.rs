@@ -8,12 +8,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
+use crate::system::MIB;
 use crate::vmm::Vmm;
 
 /// What goes after the guest has given it back goes within this.
 const GIVEN_BACK: Duration = Duration::from_secs(20);
 const LOOK: Duration = Duration::from_millis(50);
-const MIB: u64 = 1 << 20;
 
 /// In bytes.
 ///

@@ -38,7 +38,18 @@ fn write(dirty: Dirty, slot: u32, pages: &Block, page: usize, value: u64) {
     }
 }
 
-// In both models the first thread writes, as loom runs it first: what a harvester loads then
+/// A client that starts and harvests once; what it has then.
+fn client(dirty: Dirty, slot: u32, pages: &Block) -> thread::JoinHandle<[u64; 2]> {
+    let pages = Arc::clone(pages);
+    thread::spawn(move || {
+        let mut there = [0; 2];
+        dirty.start();
+        harvest(dirty, slot, &pages, &mut there);
+        there
+    })
+}
+
+// In all models the first thread writes, as loom runs it first: what a harvester loads then
 // conflicts with a store it has seen. The other way around, a writer's own test of its bit would
 // hide from loom that its setting of the bit conflicts with the harvester's earlier load.
 
@@ -88,15 +99,7 @@ fn model_client_start() {
             let (dirty, slot) = (Dirty::of(&core), core.slot());
             dirty.add_block(slot);
             let pages = block();
-            let client = {
-                let pages = Arc::clone(&pages);
-                thread::spawn(move || {
-                    let mut there = [0; 2];
-                    dirty.start();
-                    harvest(dirty, slot, &pages, &mut there);
-                    there
-                })
-            };
+            let client = client(dirty, slot, &pages);
             let thread = core.register();
             pages[0].store(1, Relaxed);
             dirty.mark_pinned(&thread, slot, 0);
@@ -126,15 +129,7 @@ fn model_block_publish() {
                     view.replace(Some(pages))
                 })
             };
-            let client = {
-                let pages = Arc::clone(&pages);
-                thread::spawn(move || {
-                    let mut there = [0; 2];
-                    dirty.start();
-                    harvest(dirty, slot, &pages, &mut there);
-                    there
-                })
-            };
+            let client = client(dirty, slot, &pages);
             let thread = core.register();
             thread.enter();
             // SAFETY: inside the section.
